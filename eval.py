@@ -1,0 +1,363 @@
+"""Evaluation: held-out games with the policy in one seat and experts in the others.
+
+    python eval.py --policy base runs/rft/sft/adapter runs/rft/adapter --json results.json
+
+--policy takes `base` (the model without an adapter), adapter folders and `expert:NAME`. The rows `expert:random` and
+that of the other seats' expert are always added. Every policy plays the same instances (the fixed held-out grid), in
+the same seat, against the same draws of the experts, so rows can be compared game by game.
+
+Metrics, [choice] where the paper only names them:
+    U1      share of the policy's decisions that are compliant; Wilson interval
+    U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others actually
+            play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would form), or over all
+            efforts in [0, cap]; 1 where u_best = u_worst
+    U3      cooperative outcome of a game: realised welfare / welfare of the first best (planner)
+    U3 gain (W - W_empty) / (W* - W_empty): 0 for nobody linking at Nash efforts, 1 for the first best; games without
+            a difference are left out
+    belief  graph: share of the others whose choice of the agent was foreseen; effort: mean over the others of
+            max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states one
+The unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not compliant
+plays no links / effort 0, and counts; the columns `| ok` are U2 of compliant decisions and U3 of games in which every
+decision of the policy was compliant. All of it is also reported for round 1 alone where games have more rounds.
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import experts
+import games
+from checkpoint import seeded
+from games import Game, State
+from policy import Policy, load_policy, put_adapter
+from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
+from runs import InputError, positive_int, read_json, refuse_existing, reports_errors, write_json
+from train_sft import add_model_arguments
+
+METRICS = ("U1", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics
+
+
+def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
+    """U2 of the decision that `seat` took among `actions`, all agents' actions of the stage."""
+    game = state.game
+    if state.kind == "G":
+
+        def payoff(row_N):
+            proposals_NN = actions.copy()
+            proposals_NN[seat] = row_N
+            links_NN = games.form_links(proposals_NN)
+            return games.payoffs(game, links_NN, games.nash_efforts(game, links_NN))[seat]
+
+        u = payoff(actions[seat])
+        all_u = [payoff(row_N) for row_N in games.own_rows(game.N, seat)]
+        best, worst = max(all_u), min(all_u)
+    else:
+
+        def payoff(effort):
+            efforts_N = actions.copy()
+            efforts_N[seat] = effort
+            return games.payoffs(game, state.links, efforts_N)[seat]
+
+        u = payoff(actions[seat])
+        best = payoff(games.best_response(game, state.links, actions)[seat])
+        worst = min(payoff(0.0), payoff(game.cap))  # own payoff is concave in the own effort
+    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
+
+
+@lru_cache(maxsize=None)
+def welfare_bounds(game: Game) -> tuple[float, float]:
+    """(W* of the first best, W of nobody linking at Nash efforts)."""
+    empty_NN = games.empty_graph(game.N)
+    return games.efficient_graph(game, "planner")[1], games.welfare(game, empty_NN, games.nash_efforts(game, empty_NN))
+
+
+def belief_accuracy(decision: Decision | None, state: State, seat: int, actions: np.ndarray) -> float:
+    if decision is None or decision.belief is None:
+        return 0.0
+    others = np.arange(state.game.N) != seat
+    if state.kind == "G":
+        return float((decision.belief == actions[:, seat])[others].mean())
+    error_N = np.abs(decision.belief - actions) / np.maximum(actions, 0.05 * state.game.cap)
+    return float(np.maximum(0, 1 - error_N)[others].mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# play
+
+
+@dataclass
+class Turn:
+    """One decision of the policy. decision is None for a reply that is not compliant."""
+
+    round: int
+    kind: str
+    reply: str
+    decision: Decision | None
+    U2: float
+    belief: float
+
+
+@dataclass
+class Played:
+    """One finished game: the policy's turns, and realised welfare by round."""
+
+    game: Game
+    turns: list[Turn]
+    welfares: list[float]
+
+
+def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperature: float, seed: int, batch: int = 32):
+    """A player that answers with the policy: (states, seat, replies so far, stage) -> reply texts."""
+
+    def answer(states, seat, replies, stage):
+        prompts = [policy.encode_prompt(messages(s, seat, r, style)) for s, r in zip(states, replies)]
+        limit = max_new_tokens or default_max_new_tokens(max(s.game.N for s in states))
+        texts = []
+        for start in range(0, len(prompts), batch):
+            generator = seeded(seed, 100, stage, start)
+            groups = policy.sample(prompts[start : start + batch], 1, limit, temperature, generator)
+            texts += [group[0].text for group in groups]
+        return texts
+
+    return answer
+
+
+def expert_player(name: str, style: PromptStyle, seed: int):
+    """A player that answers as an expert, in the same words as a policy would."""
+    expert = experts.make_expert(name)
+
+    def answer(states, seat, replies, stage):
+        rngs = [np.random.default_rng([seed, i, seat, stage]) for i in range(len(states))]
+        return [format_reply(expert(s, seat, rng), style) for s, rng in zip(states, rngs)]
+
+    return answer
+
+
+def default_max_new_tokens(N: int) -> int:
+    """Room for two lines of N entries."""
+    return 20 + 7 * N
+
+
+def play(instances: list[Game], player, seat: int, expert: str, seed: int, label: str = "") -> list[Played]:
+    """All games side by side, stage by stage; they must have the same stages and rounds. Draws of an expert belong to
+    (seed, game, seat, stage), so they do not depend on the policy."""
+    others = experts.make_expert(expert)
+    states, replies = [State(g) for g in instances], [[] for _ in instances]
+    turns: list[list[Turn]] = [[] for _ in instances]
+    stages = len(instances[0].stages) * instances[0].rounds
+    for stage in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False):
+        texts = player(states, seat, replies, stage)
+        for i, (state, text) in enumerate(zip(states, texts)):
+            N = state.game.N
+            decision = parse_reply(text, state.kind, seat, N, state.game.cap)
+            played = [
+                (decision or fallback(state.kind, N))
+                if j == seat
+                else others(state, j, np.random.default_rng([seed, i, j, stage]))
+                for j in range(N)
+            ]
+            actions = np.array([d.action for d in played])
+            efficiency = strategic_efficiency(state, seat, actions)
+            belief = belief_accuracy(decision, state, seat, actions)
+            turns[i].append(Turn(state.round, state.kind, text, decision, efficiency, belief))
+            replies[i].append(text)
+            states[i] = state.step(actions)
+    welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
+    return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def mean_interval(values) -> dict:
+    """Mean and 95 % t interval over instances; nan and None are left out."""
+    x = np.array([v for v in values if v is not None and not math.isnan(v)], float)
+    if len(x) == 0:
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    half = _t95(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    low, high = (None, None) if math.isnan(half) else (float(x.mean() - half), float(x.mean() + half))
+    return {"mean": float(x.mean()), "low": low, "high": high, "n": len(x)}
+
+
+def _t95(df: int) -> float:
+    """The 0.975 quantile of Student's t (Cornish-Fisher expansion; below 5 degrees of freedom a table)."""
+    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
+    if df in table:
+        return table[df]
+    z = 1.959964
+    return (
+        z
+        + (z**3 + z) / (4 * df)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    )
+
+
+def wilson_interval(successes: int, n: int) -> dict:
+    """Share and 95 % Wilson interval."""
+    z = 1.959964
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    return {"mean": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
+
+
+def _mean(values: list[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def per_instance(played: Played, rounds: int | None = None) -> dict:
+    """The metrics of one game, over its first `rounds` rounds."""
+    rounds = rounds or played.game.rounds
+    turns = [t for t in played.turns if t.round <= rounds]
+    first_best, empty = welfare_bounds(played.game)
+    W = float(np.mean(played.welfares[:rounds]))
+    gain = (W - empty) / (first_best - empty) if first_best - empty > 1e-9 else None
+    ok = [t for t in turns if t.decision is not None]
+    return {
+        "U1": len(ok) / len(turns),
+        "U2": float(np.mean([t.U2 for t in turns])),
+        "U3": W / first_best,
+        "U3 gain": gain,
+        "belief": float(np.mean([t.belief for t in turns])),
+        "U2 | ok": _mean([t.U2 for t in ok]),
+        "U3 | ok": W / first_best if len(ok) == len(turns) else None,
+        "U2 graph": float(np.mean([t.U2 for t in turns if t.kind == "G"])),
+        "U2 effort": float(np.mean([t.U2 for t in turns if t.kind == "E"])),
+    }
+
+
+def summarise(games_played: list[Played]) -> dict:
+    """{"all rounds" | "round 1": {metric: mean and interval}, "instances": per instance, "replies": the first ten}."""
+
+    def table(rows, decisions):
+        out = {m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"}
+        return {"U1": wilson_interval(sum(d is not None for d in decisions), len(decisions))} | out
+
+    rows = [per_instance(p) for p in games_played]
+    first = [per_instance(p, 1) for p in games_played]
+    return {
+        "all rounds": table(rows, [t.decision for p in games_played for t in p.turns]),
+        "round 1": table(first, [t.decision for p in games_played for t in p.turns if t.round == 1]),
+        "instances": [p.game.to_json() | row for p, row in zip(games_played, rows)],
+        "replies": [[t.reply for t in p.turns] for p in games_played[:: max(1, len(games_played) // 10)]],
+    }
+
+
+def paired_difference(a: dict, b: dict, metric: str) -> dict:
+    """a - b of two summaries over the same instances: mean and interval of the differences."""
+    pairs = [(x[metric], y[metric]) for x, y in zip(a["instances"], b["instances"])]
+    return mean_interval([x - y for x, y in pairs if x is not None and y is not None])
+
+
+def format_table(results: dict[str, dict], part: str = "all rounds") -> str:
+    """One line per policy: mean [low, high] of every metric."""
+
+    def cell(v):
+        if v["mean"] is None:
+            return "-"
+        return f"{v['mean']:.3f}" + (f" [{v['low']:.2f}, {v['high']:.2f}]" if v["low"] is not None else "")
+
+    width = max(map(len, results)) + 2
+    lines = ["policy".ljust(width) + "".join(m.ljust(21) for m in METRICS)]
+    for name, summary in results.items():
+        lines.append(name.ljust(width) + "".join(cell(summary[part][m]).ljust(21) for m in METRICS))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def report(results: dict[str, dict], rounds: int) -> str:
+    """The tables that are printed, and the paired differences of U3 to the first row."""
+    text = format_table(results)
+    if rounds > 1:
+        text += "\n\nround 1 alone\n" + format_table(results, "round 1")
+    first, *others = results
+    text += f"\n\nU3 minus that of {first}, paired by instance:"
+    for name in others:
+        d = paired_difference(results[name], results[first], "U3")
+        text += f"\n  {name}: {d['mean']:+.3f}" + (f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else "")
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# command line
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--seat", type=int, default=0, help="the policy's seat, from 0 [source: 0]")
+    group.add_argument("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
+    group.add_argument("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
+    group.add_argument("--eval-temperature", type=float, default=1.0, help="0 is greedy; 1 is the law that is trained")
+    group.add_argument("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
+    group.add_argument("--eval-seed", type=int, default=0, help="of sampling and expert draws in evaluation")
+
+
+def held_out_instances(args) -> list[Game]:
+    if not 3 <= args.eval_agents <= games.MAX_AGENTS or not 0 <= args.seat < args.eval_agents:
+        raise InputError(f"--eval-agents must be 3 to {games.MAX_AGENTS}, and --seat one of 0 to agents - 1")
+    grid = games.held_out_grid(args.eval_agents, "GE", args.rounds)
+    chosen = np.linspace(0, len(grid) - 1, min(args.eval_games, len(grid))).round().astype(int)
+    return [grid[i] for i in chosen]
+
+
+def evaluate(args, player, label: str) -> dict:
+    """The summary of one player on the held-out games of these arguments."""
+    return summarise(play(held_out_instances(args), player, args.seat, args.expert, args.eval_seed, label))
+
+
+def evaluate_policy(args, policy: Policy, label: str) -> dict:
+    style = experts.style_of(args)
+    player = policy_player(policy, style, args.max_new_tokens, args.eval_temperature, args.eval_seed)
+    return evaluate(args, player, label)
+
+
+def evaluate_expert(args, name: str) -> dict:
+    return evaluate(args, expert_player(name, experts.style_of(args), args.eval_seed), f"expert:{name}")
+
+
+@reports_errors
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description="Play held-out games with policies in a seat against experts.")
+    add_model_arguments(parser)
+    experts.add_style_arguments(parser)
+    add_eval_arguments(parser)
+    parser.add_argument("--policy", nargs="+", default=["base"], help="base, an adapter folder, or expert:NAME")
+    parser.add_argument("--json", metavar="FILE", help="write the results, per instance too, to a new file")
+    args = parser.parse_args(argv)
+    if args.json:
+        refuse_existing(args.json)
+    held_out_instances(args)  # complains about its flags before a model is loaded
+    names = [*args.policy, f"expert:{args.expert}", "expert:random"]
+    for name in names:
+        if name.startswith("expert:"):
+            experts.make_expert(name.removeprefix("expert:"))
+        elif name != "base" and not Path(name).is_dir():
+            raise InputError(f"--policy {name}: neither base, nor expert:NAME, nor an adapter folder")
+    results = {}
+    for name in dict.fromkeys(names):
+        if name.startswith("expert:"):
+            results[name] = evaluate_expert(args, name.removeprefix("expert:"))
+            continue
+        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+        if name != "base":
+            put_adapter(policy, name)
+        results[name] = evaluate_policy(args, policy, name)
+    print(report(results, args.rounds))
+    if args.json:
+        write_json(args.json, {"arguments": vars(args), "results": results})
+        print(f"\nwritten: {args.json}")
+
+
+if __name__ == "__main__":
+    main()

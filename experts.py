@@ -1,0 +1,301 @@
+"""Experts: the players of the other seats and the teachers of the data. Run it to write the expert data set:
+
+    python experts.py --out expert_games.jsonl --games 126
+
+An expert is a function (state, seat, rng) -> Decision. The exact ones need no model:
+
+    second-best   the efficient graph at Nash efforts, then Nash efforts on the graph that formed (the default)
+    planner       the first best: the efficient graph at planner efforts, then planner efforts
+    nash          the greatest equilibrium graph, Nash efforts
+    myopic        best response to the last round (to efforts alpha and everybody's consent in the first)
+    selfish       the row with the highest own Nash payoff if everybody else were to choose everybody, Nash efforts
+    always-link / never-link   everybody / nobody, Nash efforts
+    random        a coin for every link, a uniform effort
+    noisy:EXPERT:RATE   any of them, with that share of its decisions replaced by `random`
+
+[source] of the paper is GPT-o3 as the expert, 126 games of 4 to 8 agents; the exact experts are a [choice].
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import Callable
+
+import numpy as np
+from tqdm import tqdm
+
+import games
+from games import Game, GameError, State
+from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
+from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, write_atomic
+
+Expert = Callable[[State, int, np.random.Generator], Decision]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exact experts: each is a rule for the graph and a rule for the efforts, solved for all seats at once
+
+
+@lru_cache(maxsize=4096)
+def _selfish_row(game: Game, seat: int) -> tuple[int, ...]:
+    def own_payoff(row_N):
+        proposals_NN = games.complete_graph(game.N)
+        proposals_NN[seat] = row_N
+        links_NN = games.form_links(proposals_NN)
+        return games.payoffs(game, links_NN, games.nash_efforts(game, links_NN))[seat]
+
+    return tuple(max(games.own_rows(game.N, seat).tolist(), key=own_payoff))
+
+
+def _myopic_proposals(state: State) -> np.ndarray:
+    """Link wherever the other end consented last round and delta x_i x_j >= c at the last efforts."""
+    game = state.game
+    x = np.array(game.alpha) if state.efforts is None else state.efforts
+    consent_NN = games.complete_graph(game.N) if state.last("G") is None else state.last("G").T
+    return consent_NN * (game.delta * np.outer(x, x) >= game.c)
+
+
+def _myopic_efforts(state: State) -> np.ndarray:
+    x = np.array(state.game.alpha) if state.efforts is None else state.efforts
+    return games.best_response(state.game, state.links, x)
+
+
+def _nash(state: State) -> np.ndarray:
+    return games.nash_efforts(state.game, state.links)
+
+
+# name -> (state -> proposals (N, N), state -> efforts (N,))
+RULES = {
+    "second-best": (lambda s: games.efficient_graph(s.game, "nash")[0], _nash),
+    "planner": (
+        lambda s: games.efficient_graph(s.game, "planner")[0],
+        lambda s: games.planner_efforts(s.game, s.links),
+    ),
+    "nash": (lambda s: games.nash_graph(s.game), _nash),
+    "myopic": (_myopic_proposals, _myopic_efforts),
+    "selfish": (lambda s: np.array([_selfish_row(s.game, i) for i in range(s.game.N)]), _nash),
+    "always-link": (lambda s: games.complete_graph(s.game.N), _nash),
+    "never-link": (lambda s: games.empty_graph(s.game.N), _nash),
+}
+NAMES = (*RULES, "random")
+
+
+def _exact(name: str, state: State, seat: int, rng: np.random.Generator) -> Decision:
+    """Plays its rule, and believes that everybody else plays it too."""
+    propose, exert = RULES[name]
+    if state.kind == "G":
+        proposals_NN = propose(state)
+        return Decision("G", proposals_NN[seat], proposals_NN[:, seat])
+    efforts_N = np.clip(np.round(exert(state), EFFORT_DIGITS), 0, state.game.cap)
+    belief_N = efforts_N.copy()
+    belief_N[seat] = 0
+    return Decision("E", float(efforts_N[seat]), belief_N)
+
+
+def _random(state: State, seat: int, rng: np.random.Generator) -> Decision:
+    """Coins and uniform efforts; so are its beliefs."""
+    N, cap = state.game.N, state.game.cap
+    if state.kind == "G":
+        row_N, belief_N = rng.integers(0, 2, (2, N))
+        row_N[seat] = belief_N[seat] = 0
+        return Decision("G", row_N, belief_N)
+    belief_N = np.round(rng.uniform(0, cap, N), EFFORT_DIGITS)
+    belief_N[seat] = 0
+    return Decision("E", round(rng.uniform(0, cap), EFFORT_DIGITS), belief_N)
+
+
+def _noisy(expert: Expert, rate: float, state: State, seat: int, rng: np.random.Generator) -> Decision:
+    return (_random if rng.random() < rate else expert)(state, seat, rng)
+
+
+def make_expert(name: str) -> Expert:
+    """The expert of a name. Raises InputError for a name that is none."""
+    if name == "random":
+        return _random
+    if name in RULES:
+        return partial(_exact, name)
+    if name.startswith("noisy:"):
+        inner, _, rate = name[len("noisy:") :].rpartition(":")
+        try:
+            if inner and 0 <= float(rate) <= 1:
+                return partial(_noisy, make_expert(inner), float(rate))
+        except ValueError:
+            pass
+        raise InputError(f"{name!r} is not noisy:EXPERT:RATE with a rate from 0 to 1, for example noisy:nash:0.15")
+    raise InputError(f"unknown expert {name!r}; choose from {', '.join(NAMES)} or noisy:EXPERT:RATE")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole games, and the data set
+
+
+@dataclass(frozen=True)
+class Record:
+    """One decision of one agent in an expert game: one line of the data set.
+
+    prompt: the conversation so far; label: the expert's reply to the state that really arose; reply: the reply that
+    was played, which differs from the label where `replaced` (a share of all decisions is replaced at random, else an
+    agent could learn to copy the last round). proposals, efforts: what all agents played in this stage, links and
+    payoffs: the public result (None where there is none yet).
+    """
+
+    game: int
+    instance: dict
+    round: int
+    stage: int  # counted from 0 over the whole game
+    kind: str  # G or E
+    seat: int
+    prompt: list
+    reply: str
+    label: str
+    replaced: bool
+    proposals: list
+    links: list
+    efforts: list | None
+    payoffs: list | None
+
+
+def simulate(
+    game: Game, expert: Expert, rng: np.random.Generator, style: PromptStyle, noise: float = 0.0, index: int = 0
+) -> list[Record]:
+    """Plays one game with the expert in every seat; T * len(stages) * N records, in order of play."""
+    state, records = State(game), []
+    replies: list[list[str]] = [[] for _ in range(game.N)]
+    while not state.done:
+        seats = range(game.N)
+        labels = [expert(state, i, rng) for i in seats]
+        replaced = [bool(rng.random() < noise) for _ in seats]
+        played = [_random(state, i, rng) if replaced[i] else labels[i] for i in seats]
+        after = state.step(np.array([d.action for d in played]))
+        round_over = len(after.history) % len(game.stages) == 0
+        for i in seats:
+            records.append(
+                Record(
+                    game=index,
+                    instance=game.to_json(),
+                    round=state.round,
+                    stage=len(state.history),
+                    kind=state.kind,
+                    seat=i,
+                    prompt=messages(state, i, replies[i], style),
+                    reply=format_reply(played[i], style),
+                    label=format_reply(labels[i], style),
+                    replaced=replaced[i],
+                    proposals=after.last("G").tolist(),
+                    links=after.links.tolist(),
+                    efforts=after.efforts.tolist() if state.kind == "E" else None,
+                    payoffs=after.round_results()[-1][2].round(6).tolist() if round_over else None,
+                )
+            )
+        for i in seats:
+            replies[i].append(format_reply(played[i], style))
+        state = after
+    return records
+
+
+def simulate_many(
+    count: int,
+    expert: str,
+    seed: int,
+    style: PromptStyle,
+    agents: tuple[int, int] = (4, 4),
+    split: str = "train",
+    kinds=games.ALPHA_KINDS,
+    stages: str = "GE",
+    rounds: int = 1,
+    noise: float = 0.15,
+) -> list[Record]:
+    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents."""
+    rng = np.random.default_rng([seed, split == "held-out"])
+    records = []
+    for index in tqdm(range(count), desc="expert games", disable=count < 1000):
+        N = int(rng.integers(agents[0], agents[1] + 1))
+        game = games.draw_game(rng, N, split, kinds, stages, rounds)
+        records += simulate(game, make_expert(expert), rng, style, noise, index)
+    return records
+
+
+def write_records(path: str, records: list[Record]) -> None:
+    write_atomic(path, "".join(json.dumps(asdict(r)) + "\n" for r in records).encode())
+
+
+def read_records(path: str) -> list[Record]:
+    """Reads and checks a data set. Raises InputError that names the file, the line and what is wrong with it."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read the data set {path}: {e}; write one with: python experts.py --out FILE") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = Record(**json.loads(line))
+            game = Game.from_json(record.instance)
+            if record.kind not in ("G", "E") or not 0 <= record.seat < game.N:
+                raise ValueError("`kind` must be G or E and `seat` one of the game's seats")
+            for field in ("reply", "label"):
+                if parse_reply(getattr(record, field), record.kind, record.seat, game.N, game.cap) is None:
+                    raise ValueError(f"`{field}` is not a compliant reply: {getattr(record, field)!r}")
+            if not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt):
+                raise ValueError("`prompt` must be a list of chat messages")
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise InputError(f"{path} line {number} is not a valid record: {' '.join(str(e).split())}") from None
+        records.append(record)
+    if not records:
+        raise InputError(f"the data set {path} is empty; write one with: python experts.py --out FILE")
+    return records
+
+
+def label_decision(record: Record) -> Decision:
+    """The expert's decision, as written in the label."""
+    game = Game.from_json(record.instance)
+    return parse_reply(record.label, record.kind, record.seat, game.N, game.cap)
+
+
+def add_style_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what is played and how it is told; training and evaluation share them."""
+    group = parser.add_argument_group("game")
+    group.add_argument("--rounds", type=positive_int, default=1, help="rounds T of a game")
+    group.add_argument("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
+    group.add_argument("--information", choices=("full", "local"), default="full", help="whose alpha an agent knows")
+    group.add_argument("--belief", action=argparse.BooleanOptionalAction, default=True, help="ask for a Belief line")
+    group.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True, help="worked numbers in prompts")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which expert games there are."""
+    add_style_arguments(parser)
+    group = parser.add_argument_group("expert games")
+    group.add_argument("--games", type=positive_int, default=126, help="number of expert games [source: 126]")
+    group.add_argument("--agents", type=parse_range, default=(4, 4), metavar="N|A-B", help="agents per game, 4 or 4-8")
+    group.add_argument("--noise", type=float, default=0.15, help="share of decisions replaced at random in the data")
+
+
+def style_of(args: argparse.Namespace) -> PromptStyle:
+    return PromptStyle(args.information, args.belief, args.hints)
+
+
+def simulate_args(args: argparse.Namespace, count: int, seed: int, split: str = "train") -> list[Record]:
+    """`simulate_many` with the flags of `add_data_arguments`."""
+    return simulate_many(
+        count, args.expert, seed, style_of(args), args.agents, split, rounds=args.rounds, noise=args.noise
+    )
+
+
+@reports_errors
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description="Write the expert data set: one decision per line, as JSON.")
+    add_data_arguments(parser)
+    parser.add_argument("--out", default="expert_games.jsonl", help="the file to write")
+    parser.add_argument("--seed", type=int, default=0, help="seed of instances and noise")
+    parser.add_argument("--split", choices=("train", "held-out"), default="train", help="which instances are drawn")
+    args = parser.parse_args(argv)
+    refuse_existing(args.out)
+    records = simulate_args(args, args.games, args.seed, args.split)
+    write_records(args.out, records)
+    print(f"{args.out}: {len(records)} decisions of {args.games} games by {args.expert}")
+
+
+if __name__ == "__main__":
+    main()

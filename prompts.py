@@ -1,0 +1,174 @@
+"""Decisions as text: what an agent is told, how it must answer, and the strict reading of its answer.
+
+[choice] One game is one conversation per agent: the system message states the rules and the numbers the agent knows;
+each stage adds a user message (what was seen since, and the question) and the agent's reply. The prompt of a decision
+is the conversation so far. `messages` is the only place that builds prompts: fine-tuning, reinforcement and evaluation
+all call it.
+
+A reply is two lines, the first of which (the theory-of-mind channel) can be switched off:
+
+    Belief: [1, 0, 1, 0]      graph: whom I expect to choose me     effort: the efforts I expect, own position 0
+    Decision: [1, 0, 1, 0]    graph: whom I choose, own position 0  effort: one number
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from games import Observation, State, observe
+
+EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
+    hints: next to the question, what a link earns at efforts alpha and the best reply to efforts alpha. [choice]: a
+    small model cannot multiply; neither number is the answer, which depends on everybody's efforts in equilibrium."""
+
+    information: str = "full"
+    belief: bool = True
+    hints: bool = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the agent reads
+
+
+def _numbers(values) -> str:
+    return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"
+
+
+def _short(values) -> str:
+    """1, 2.33, 3: no digits that say nothing."""
+    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
+
+
+def system_message(seen: Observation, style: PromptStyle) -> str:
+    stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
+    rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
+    belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
+    return (
+        f"You are agent {seen.seat + 1} of {seen.N}. {rounds}: {stages}. A link forms if both choose it, at cost c "
+        "each. Payoff: alpha x - x^2/2 + delta x (sum of linked efforts) - c (links). "
+        f"delta {seen.delta:.3f}, c {seen.c:.3f}, effort x 0 to {seen.cap:g}. Reply:\n"
+        f"{belief}Decision: [0 or 1 per agent, you 0] or one effort"
+    )
+
+
+def question(seen: Observation, style: PromptStyle) -> str:
+    """The user message of one stage: the results since the agent's last decision, its own numbers, the question."""
+    if seen.kind == "G":
+        text = ""
+        if seen.efforts is not None:
+            text += f"Efforts were {_numbers(seen.efforts)}. "
+            if seen.last_payoff is not None:
+                text += f"Your payoff was {seen.last_payoff:.2f}. "
+        text += f"Round {seen.round} links. Your alpha {seen.own_alpha:g}"
+        if seen.alpha is not None:
+            text += f" of {_short(seen.alpha)}"
+            if style.hints and seen.c > 0:
+                worth = [seen.delta * seen.own_alpha * a / seen.c for a in seen.alpha]
+                worth[seen.seat] = 0
+                text += f". At efforts alpha a link earns {_numbers(worth)} c"
+        return text + ". Whom do you choose?"
+    links_NN, N = seen.links, seen.N
+    own = [j for j in range(N) if links_NN[seen.seat, j]]
+    pairs = [f"{i + 1}-{j + 1}" for i in range(N) for j in range(i + 1, N) if links_NN[i, j]]
+    pairs = {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
+    text = f"Round {seen.round} efforts. Links: {pairs}. Your alpha {seen.own_alpha:g}, {len(own)} links"
+    if seen.alpha is not None and own:
+        text += f" to alphas {_short(seen.alpha[j] for j in own)}"
+        if style.hints:
+            response = seen.own_alpha + seen.delta * sum(seen.alpha[j] for j in own)
+            text += f". Best reply to efforts alpha: {response:.2f}"
+    return text + ". Your effort?"
+
+
+def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle) -> list[dict]:
+    """The prompt of the decision that `seat` takes in `state`, as chat messages.
+
+    own_replies: the texts this agent has answered in the stages before, one for each stage of state.history.
+    """
+    if len(own_replies) != len(state.history):
+        raise ValueError(f"{len(state.history)} stages have passed, but {len(own_replies)} replies are given")
+    chat = [{"role": "system", "content": system_message(observe(state, seat, style.information), style)}]
+    for stage in range(len(state.history) + 1):
+        seen = observe(state.before(stage), seat, style.information)
+        chat.append({"role": "user", "content": question(seen, style)})
+        if stage < len(own_replies):
+            chat.append({"role": "assistant", "content": own_replies[stage]})
+    return chat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the agent answers
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """One agent's decision. action: row (N,) of {0, 1} for `G`, a float for `E`. belief: what is expected of the
+    others, (N,), own position 0; None where there is none."""
+
+    kind: str
+    action: np.ndarray | float
+    belief: np.ndarray | None = None
+
+
+def format_reply(decision: Decision, style: PromptStyle) -> str:
+    graph = decision.kind == "G"
+    lines = []
+    if style.belief:
+        lines.append("Belief: " + (_short if graph else _numbers)(decision.belief))
+    action = _short(decision.action) if graph else f"{decision.action:.{EFFORT_DIGITS}f}"
+    lines.append(f"Decision: {action}")
+    return "\n".join(lines)
+
+
+_NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+_LIST = re.compile(rf"\[\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*\]", re.ASCII)
+_SCALAR = re.compile(_NUMBER, re.ASCII)
+
+
+def _last_line(reply: str, label: str) -> str | None:
+    found = [line.strip() for line in reply.splitlines() if line.strip().startswith(label)]
+    return found[-1][len(label) :].strip() if found else None
+
+
+def _parse_list(text: str | None, N: int) -> np.ndarray | None:
+    match = _LIST.fullmatch(text) if text is not None else None
+    if match is None:
+        return None
+    values = np.array([float(v) for v in match[1].split(",")])
+    return values if len(values) == N and np.isfinite(values).all() else None
+
+
+def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
+    """The decision of a compliant reply, None for any other. A reply is data: parsed, never evaluated or repaired.
+
+    Compliant iff the last `Decision:` line is exactly N entries in {0, 1} with a 0 in the own position (`G`), or one
+    finite number in [0, cap] (`E`). The belief is None unless the last `Belief:` line holds N finite numbers (`G`: in
+    {0, 1}); it does not decide compliance.
+    """
+    decision, belief_N = _last_line(reply, "Decision:"), _parse_list(_last_line(reply, "Belief:"), N)
+    if belief_N is not None:
+        if kind == "G" and not np.isin(belief_N, (0, 1)).all():
+            belief_N = None
+        else:
+            belief_N[seat] = 0
+    if decision is None:
+        return None
+    if kind == "G":
+        row_N = _parse_list(decision, N)
+        if row_N is None or not np.isin(row_N, (0, 1)).all() or row_N[seat] != 0:
+            return None
+        return Decision("G", row_N.astype(int), belief_N)
+    if _SCALAR.fullmatch(decision) is None or not 0 <= float(decision) <= cap:
+        return None
+    return Decision("E", float(decision), belief_N)
+
+
+def fallback(kind: str, N: int) -> Decision:
+    """What a reply that is not compliant plays: no links, effort 0."""
+    return Decision(kind, np.zeros(N, int) if kind == "G" else 0.0)

@@ -1,0 +1,172 @@
+"""Files of a run, and errors a user can mend: what every script shares. Needs neither torch nor transformers."""
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from games import GameError
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line that says what, and how to mend it."""
+
+
+def reports_errors(main):
+    """Decorator for a script's main: an InputError or GameError ends it with one line and exit status 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except (InputError, GameError) as e:
+            print(f"error: {e}", file=sys.stderr)
+            raise SystemExit(2) from None
+        except BrokenPipeError:  # for example `eval.py | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+
+    return wrapped
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`4` -> (4, 4), `4-8` -> (4, 8); for argparse."""
+    low, dash, high = text.partition("-")
+    try:
+        a, b = int(low), int(high) if dash else int(low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4 or a range such as 4-8") from None
+    if not 2 <= a <= b <= 12:
+        raise argparse.ArgumentTypeError(f"{text!r}: a game needs 2 to 12 agents")
+    return a, b
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Writes the whole file or leaves the old one as it was."""
+    path = Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}") from None
+
+
+def write_json(path, value) -> None:
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path):
+    """Raises InputError for a file that is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read {path}: {' '.join(str(e).split())}") from None
+
+
+def refuse_existing(path) -> None:
+    if Path(path).exists():
+        raise InputError(f"{path} exists already and is not overwritten; name another file or remove it")
+
+
+def new_run_folder(folder: str, arguments: dict) -> Path:
+    """Makes the folder of a new run and writes config.json into it. Refuses a folder that holds anything."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{folder} already holds something and is not overwritten; name another --out, or continue a run with "
+            f"--resume {folder}"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"cannot make the run folder {folder}: {e.strerror}") from None
+    write_json(path / "config.json", arguments)
+    return path
+
+
+def resumed_arguments(folder: str, script: str) -> dict:
+    """The arguments of the run in a folder, which are the only settings a resumed run uses."""
+    config = read_json(Path(folder) / "config.json")
+    if not isinstance(config, dict) or config.get("script") != script:
+        raise InputError(f"{folder} is not a run of {script}; its config.json says {config.get('script')!r}")
+    return config
+
+
+class JsonLines:
+    """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no step
+    stands in the log twice."""
+
+    def __init__(self, path: Path, next_step: int = 0):
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] < next_step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError):  # the half line of a run that was killed while writing
+                    pass
+        write_atomic(path, "".join(kept).encode())
+        self.file = open(path, "a", encoding="utf-8")
+
+    def write(self, value: dict) -> None:
+        self.file.write(json.dumps(value) + "\n")
+        self.file.flush()
+
+
+class StopSignal:
+    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once."""
+
+    def __enter__(self):
+        self.requested = False
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step (again to stop at once, without saving) ...", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
+
+
+class Stopwatch:
+    """Wall seconds by stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str) -> "Stopwatch":
+        self.stage = stage
+        return self
+
+    def __enter__(self):
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_):
+        elapsed = time.perf_counter() - self.started
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + elapsed
+        self.last = elapsed

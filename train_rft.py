@@ -1,0 +1,350 @@
+"""The main job: from a pretrained model to a ToMPO policy, its evaluation and its curves.
+
+    python train_rft.py --out runs/tompo            # SFT, then ToMPO, then the table
+    python train_rft.py --algo grpo --out runs/grpo --sft-adapter runs/tompo/sft/adapter
+    python train_rft.py --resume runs/tompo         # after Ctrl-C or a crash: ends in the same adapter, bit for bit
+
+One step, in the symbols of the paper (arXiv 2509.21134):
+1. Take a batch of prompts q: decisions of one agent in expert games, graph and effort.
+2. Sample m replies to each from pi_theta (= pi_old) and record their log-probabilities.
+3. Rewards (rewards.py): compliance, sample level, and graph level with the memory of the game instance.
+4. Advantages (tompo.py): each level normalised within its group, A = w_sample A^S + w_graph A^G.
+5. Minimise -J: clipped ratio times A, minus beta KL(pi, pi_ref), with one denominator for the whole step.
+
+How this departs from the paper, all [choice]: exact experts instead of GPT-o3; prompts come from a fixed set of expert
+games (so the memory of an instance is met again); the reward of an effort decision and the two weights in R^G; a
+135M-parameter model by default (`--preset paper` has the paper's model and values).
+
+pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so "adapter
+off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the plain base model.
+The policy loss at step 0 prints 0, and that is right: rho is 1 and advantages have mean 0; its gradient is not 0.
+"""
+
+import argparse
+import json
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import eval as evaluation
+import experts
+import lora
+import tompo
+from games import Game
+from policy import Policy, Rollout, group_row, load_policy, put_adapter
+from prompts import parse_reply
+from rewards import Memory, Target, group_rewards
+from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, write_json
+from train_sft import (
+    PAPER,
+    add_training_arguments,
+    learning_rate,
+    load_records,
+    make_optimizer,
+    micro_batches,
+    new_adapter,
+    optimizer_step,
+    parse,
+    sft,
+)
+
+
+@dataclass
+class Prompt:
+    """One decision of an expert game, as a prompt of RFT."""
+
+    record: experts.Record
+    ids: list[int]
+    game: Game
+    target: Target
+
+
+def make_prompts(policy: Policy, records: list[experts.Record]) -> list[Prompt]:
+    """Every decision of the data set with what the experts of all agents would do in its place."""
+    stages: dict[tuple[int, int], list] = {}
+    for r in records:
+        stages.setdefault((r.game, r.stage), []).append(r)
+    prompts = []
+    for (game_index, stage), of_stage in stages.items():
+        game = Game.from_json(of_stage[0].instance)
+        if sorted(r.seat for r in of_stage) != list(range(game.N)):
+            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all seats")
+        labels = {r.seat: experts.label_decision(r) for r in of_stage}
+        for r in of_stage:
+            if r.kind == "G":
+                proposals_NN = np.array([labels[i].action for i in range(game.N)])
+                target = Target("G", r.seat, game.cap, proposals_NN=proposals_NN)
+            else:
+                target = Target("E", r.seat, game.cap, effort=labels[r.seat].action)
+            prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
+    return prompts
+
+
+def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
+    """Fills in rewards and advantages of one group, in place."""
+    game, seat, kind = prompt.game, prompt.record.seat, prompt.record.kind
+    decisions = [parse_reply(o.text, kind, seat, game.N, game.cap) for o in group]
+    terms = group_rewards(decisions, prompt.target, memory.get(game.key), args.w_local, args.w_global)
+    r_S_M = torch.tensor([t["r_S"] for t in terms])
+    R_G_M = torch.tensor([t["R_G"] for t in terms]) if kind == "G" else None
+    A, A_S, A_G = tompo.dual_level_advantages(r_S_M, R_G_M, args.algo, args.w_sample, args.w_graph)
+    for i, o in enumerate(group):
+        o.advantage = float(A[i])
+        o.rewards = terms[i] | {"A_S": float(A_S[i]), "A_G": float(A_G[i])}
+
+
+def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, tompo.Sums]:
+    """Adds the gradient of -J over all groups. Returns the loss and its diagnostics."""
+    lengths = [len(o.reply_ids) for group in groups for o in group]
+    limit = args.max_new_tokens or max(lengths)
+    weights = iter(tompo.token_weights(lengths, args.aggregation, limit))
+    loss, sums = 0.0, tompo.Sums()
+    for part in micro_batches(groups, args.micro_batch):
+        rows = [group_row(group[0].prompt_ids, [o.reply_ids for o in group]) for group in part]
+        rollouts = [o for group in part for o in group]
+
+        def by_token(values):  # one value per rollout -> one per reply token
+            return torch.tensor([v for v, o in zip(values, rollouts) for _ in o.reply_ids], device=policy.device)
+
+        ref_logp_T = torch.cat(policy.reference_logps(rows, args.temperature)) if args.beta else None
+        part_loss = tompo.objective_loss(
+            torch.cat(policy.token_logps(rows, args.temperature)),
+            torch.tensor([v for o in rollouts for v in o.sampled_logps], device=policy.device),
+            ref_logp_T,
+            by_token(o.advantage for o in rollouts),
+            by_token(weights),
+            args.clip_eps,
+            args.beta,
+            sums,
+        )
+        part_loss.backward()
+        loss += float(part_loss)
+    return loss, sums
+
+
+def step_metrics(groups: list[list[Rollout]], prompts: list[Prompt], sums: tompo.Sums) -> dict:
+    """What one step's samples look like. Every key is explained in the README's glossary."""
+    everything = [o for group in groups for o in group]
+    graph = [o for p, group in zip(prompts, groups) for o in group if p.record.kind == "G"]
+    effort = [o for p, group in zip(prompts, groups) for o in group if p.record.kind == "E"]
+
+    def mean(rollouts, value):
+        return sum(map(value, rollouts)) / len(rollouts) if rollouts else None
+
+    return {
+        "reward": mean(everything, lambda o: o.rewards["r_S"]),
+        "reward_graph": mean(graph, lambda o: o.rewards["r_S"]),
+        "reward_effort": mean(effort, lambda o: o.rewards["r_S"]),
+        "s": mean(graph, lambda o: o.rewards["s"]),
+        "R_G": mean(graph, lambda o: o.rewards["R_G"]),
+        "U1": mean(everything, lambda o: o.rewards["compliance"] > 0),
+        "kl": sums.kl / sums.tokens,
+        "approx_kl": sums.approx_kl / sums.tokens,
+        "clip_fraction": sums.clipped / sums.tokens,
+        "max_ratio_error": sums.max_ratio_error,
+        "zero_variance_groups": mean(groups, lambda g: all(o.advantage == 0 for o in g)),
+        "distinct_replies": mean(groups, lambda g: len({o.text for o in g}) / len(g)),
+        "reply_tokens": mean(everything, lambda o: len(o.reply_ids)),
+        "entropy": -mean(everything, lambda o: sum(o.sampled_logps)) / mean(everything, lambda o: len(o.reply_ids)),
+    }
+
+
+def sample_lines(step: int, groups: list[list[Rollout]], prompts: list[Prompt]):
+    """One line of samples.jsonl for every sampled reply."""
+    for prompt, group in zip(prompts, groups):
+        r = prompt.record
+        for o in group:
+            where = {"step": step, "game": r.game, "stage": r.stage, "kind": r.kind, "seat": r.seat}
+            yield where | {"reply": o.text, "expert": r.label, **o.rewards, "advantage": o.advantage}
+
+
+def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop: StopSignal) -> bool:
+    """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns False if
+    it was stopped before the end (after saving a checkpoint)."""
+    config = new_adapter(policy, args, purpose=3)
+    prompts, memory = make_prompts(policy, records), Memory()
+    optimizer, done = make_optimizer(policy), 0
+    saved = checkpoint.latest_checkpoint(folder / "checkpoints")
+    if saved:
+        done, adapter, extra = checkpoint.load_checkpoint(saved, optimizer)
+        lora.load_adapter_state(policy.model, adapter)
+        memory = Memory(extra["memory"])
+    metrics, samples = JsonLines(folder / "metrics.jsonl", done), JsonLines(folder / "samples.jsonl", done)
+    steps = min(args.steps, args.max_steps or args.steps)
+    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step")
+    for step in range(done, steps):
+        with clock("sample"):
+            batch = [prompts[i] for i in checkpoint.shuffled(len(prompts), args.prompts, step, args.seed, 4)]
+            limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
+            generator = checkpoint.seeded(args.seed, 5, step)
+            groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator)
+        sample_s = clock.last
+        for prompt, group in zip(batch, groups):
+            reward_and_advantage(args, prompt, group, memory)
+        with clock("update"):
+            lr = learning_rate(step, args.steps, args.lr)
+            for inner in range(args.inner_epochs):
+                loss, sums = update(args, policy, groups)
+                norm = optimizer_step(optimizer, lr, args.max_grad_norm)
+        for prompt, group in zip(batch, groups):  # only now: within a step all groups see the same memory
+            if prompt.record.kind == "G":
+                memory.update(prompt.game.key, [o.rewards["s"] for o in group])
+        line = {"step": step} | step_metrics(groups, batch, sums) | {"loss": loss, "lr": lr, "grad_norm": norm}
+        tokens = sum(len(o.reply_ids) for group in groups for o in group)
+        line |= {"tokens_per_s": tokens / (sample_s + clock.last), "sample_s": sample_s, "update_s": clock.last}
+        metrics.write(line)
+        for sample in sample_lines(step, groups, batch):
+            samples.write(sample)
+        s = "-" if line["s"] is None else f"{line['s']:.2f}"
+        bar.set_postfix_str(
+            f"reward {line['reward']:.2f}, U1 {line['U1']:.2f}, s {s}, KL {line['kl']:.3f}, "
+            f"{line['tokens_per_s']:.0f} reply tok/s"
+        )
+        bar.update()
+        if stop.requested or (step + 1) % args.save_every == 0 or step + 1 == steps:
+            state = lora.adapter_state(policy.model)
+            checkpoint.save_checkpoint(folder / "checkpoints", step + 1, state, optimizer, {"memory": memory.best})
+        if stop.requested:
+            bar.close()
+            return False
+    bar.close()
+    stacked = lora.stack_adapters(*lora.read_adapter(sft_folder(args, folder)), lora.adapter_state(policy.model), config)
+    lora.write_adapter(folder / "adapter", *stacked)
+    return True
+
+
+def sft_folder(args, folder: Path) -> str:
+    return args.sft_adapter or str(folder / "sft" / "adapter")
+
+
+def evaluate_run(args, policy: Policy, folder: Path) -> dict:
+    """Base, SFT and trained policy, the other seats' expert and random play, on the same held-out games."""
+    results = {args.algo: evaluation.evaluate_policy(args, policy, args.algo)}
+    with lora.adapter_off(policy.model):
+        results["sft"] = evaluation.evaluate_policy(args, policy, "sft")
+    base = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+    results["base"] = evaluation.evaluate_policy(args, base, "base")
+    for name in (args.expert, "random"):
+        results[f"expert:{name}"] = evaluation.evaluate_expert(args, name)
+    write_json(folder / "eval.json", {"arguments": vars(args), "results": results})
+    return results
+
+
+def plot_curves(folder: Path, sft_metrics: Path) -> None:
+    """curves.png: what SFT and RFT did, with the steps' own values in light and a running mean of 5 in full."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def read(path):
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def draw(axis, rows, key, label, colour):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if not points:
+            return
+        x, y = np.array(points).T
+        width = min(5, len(y))
+        smooth = [y[max(0, i - width + 1) : i + 1].mean() for i in range(len(y))]
+        axis.plot(x, y, colour, alpha=0.25)
+        axis.plot(x, smooth, colour, label=f"{label}: {smooth[-1]:.2f} at the end")
+        axis.legend(fontsize=8)
+
+    figure, ((a, b, c), (d, e, f)) = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    sft_rows, rows = read(sft_metrics), read(folder / "metrics.jsonl")
+    draw(a, sft_rows, "loss", "SFT reply loss", "C0")
+    draw(b, rows, "reward_graph", "graph decisions", "C0")
+    draw(b, rows, "reward_effort", "effort decisions", "C1")
+    draw(c, rows, "s", "graph score s", "C2")
+    draw(d, rows, "U1", "compliance U1", "C3")
+    draw(e, rows, "kl", "KL(pi, pi_ref) per token", "C4")
+    draw(f, rows, "entropy", "entropy per token", "C5")
+    draw(f, rows, "zero_variance_groups", "groups without variance", "C7")
+    titles = ("SFT: loss", "RFT: reward r^S (at most 2.5)", "RFT: graph score s of sampled replies")
+    titles += ("RFT: compliance of sampled replies", "RFT: distance from the SFT policy", "RFT: variety")
+    for axis, title in zip((a, b, c, d, e, f), titles):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+    c.set_ylim(top=1.02)
+    d.set_ylim(top=1.02)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reinforcement fine-tuning")
+    group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
+    group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
+    group.add_argument("--steps", type=positive_int, default=30, help="optimizer steps (sampling rounds)")
+    group.add_argument("--prompts", type=positive_int, default=4, help="prompts per step")
+    group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
+    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
+    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every log-probability")
+    group.add_argument("--w-sample", type=float, default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
+    group.add_argument("--w-graph", type=float, default=0.2, help="weight of A^G [source: 0.2]")
+    group.add_argument("--w-local", type=float, default=0.5, help="bonus in R^G for the best graph of the group")
+    group.add_argument("--w-global", type=float, default=0.5, help="bonus in R^G for matching the memory's best")
+    group.add_argument("--clip-eps", type=float, default=0.2, help="clip range of the ratio")
+    group.add_argument("--beta", type=float, default=0.02, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    group.add_argument("--aggregation", choices=tompo.AGGREGATIONS, default="sequence", help="see tompo.token_weights")
+
+
+def peak_memory_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+@reports_errors
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement fine-tuning and evaluation in one run.")
+    add_training_arguments(parser)
+    add_rft_arguments(parser)
+    evaluation.add_eval_arguments(parser)
+    parser.add_argument("--out", default="runs/tompo", help="the run folder")
+    args = parse(parser, "train_rft.py", PAPER, argv)
+    if args.temperature <= 0:
+        raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
+    experts.make_expert(args.expert)
+    evaluation.held_out_instances(args)  # complains about its flags before anything is trained
+    clock = Stopwatch()
+    with clock("load"):
+        records = load_records(args)
+        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+        if args.sft_adapter:
+            put_adapter(policy, args.sft_adapter)
+    folder = Path(args.out) if args.resumed else new_run_folder(args.out, vars(args))
+    with StopSignal() as stop:
+        finished = True
+        if not args.sft_adapter:
+            with clock("SFT"):
+                if (folder / "sft" / "adapter" / lora.CONFIG_FILE).exists():
+                    put_adapter(policy, folder / "sft" / "adapter")
+                else:
+                    finished = sft(policy, args, records, folder / "sft", stop)
+        if finished:
+            lora.merge(policy.model)
+            with clock("RFT"):
+                finished = rft(policy, args, records, folder, stop)
+    if not finished:
+        print(f"stopped and saved; continue with: python train_rft.py --resume {folder}")
+        raise SystemExit(130)
+    with clock("evaluation"):
+        results = evaluate_run(args, policy, folder)
+        plot_curves(folder, folder / "sft" / "metrics.jsonl")
+    print("\n" + evaluation.report(results, args.rounds))
+    times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
+    write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})
+    print(f"\ntime: {times}; peak memory {peak_memory_gib():.1f} GiB")
+    print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
+    print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()

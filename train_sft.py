@@ -1,0 +1,205 @@
+"""Supervised fine-tuning (SFT) on expert games: LoRA on the agents' replies.
+
+    python train_sft.py --out runs/sft
+
+[source] LoRA rank 64, alpha 32, learning rate 5e-5, batch 16, on expert effort decisions: `--preset paper`.
+[choice] The small default model trains on both kinds of decision, because it keeps to the reply format in no case
+before any training, and RFT has no signal without some compliant replies.
+
+How it works: all decisions of an agent in a game are one conversation, and one forward pass trains all of them. The
+loss is the mean of -log pi over the reply tokens of the chosen kind (and each reply's end-of-turn token). Where the
+data holds a decision that was replaced at random, the expert's own answer is trained beside it, not the random one.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import experts
+import lora
+from policy import Policy, Row, conversation_rows, load_policy
+from pretrained import DEFAULT_MODEL
+from runs import JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments
+
+# The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
+PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
+PAPER |= dict(agents=(4, 8), train_on="effort")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder of a causal chat model")
+    group.add_argument("--cache", help="folder for the default model (else $TOMPO_CACHE or ~/.cache/tompo)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """What train_sft.py and train_rft.py have in common."""
+    add_model_arguments(parser)
+    experts.add_data_arguments(parser)
+    group = parser.add_argument_group("LoRA")
+    group.add_argument("--rank", type=positive_int, default=32, help="LoRA rank r")
+    group.add_argument("--lora-alpha", type=float, default=64.0, help="LoRA alpha; the scaling is alpha / r")
+    group.add_argument("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
+    group = parser.add_argument_group("supervised fine-tuning")
+    group.add_argument("--train-on", choices=("effort", "graph", "both"), default="both", help="decisions trained on")
+    group.add_argument("--sft-steps", type=positive_int, default=60, help="optimizer steps")
+    group.add_argument("--sft-batch", type=positive_int, default=8, help="conversations per step")
+    group.add_argument("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--sft-held-out", type=positive_int, default=4, help="held-out games for the reply loss")
+    group = parser.add_argument_group("run")
+    group.add_argument("--preset", choices=("small", "paper"), default="small", help="defaults: small, or the paper's")
+    group.add_argument("--data", metavar="FILE", help="expert games written by experts.py (else they are simulated)")
+    group.add_argument("--resume", metavar="RUN", help="continue this run with its own settings")
+    group.add_argument("--seed", type=int, default=0, help="of data, adapters, order and sampling")
+    group.add_argument("--max-steps", type=positive_int, help="end every stage after this many steps")
+    group.add_argument("--micro-batch", type=positive_int, default=2, help="rows per forward pass (memory, not maths)")
+    group.add_argument("--save-every", type=positive_int, default=20, help="steps between checkpoints")
+    group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping")
+
+
+def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) -> argparse.Namespace:
+    """Parses the flags, with the paper's values as defaults under --preset paper; under --resume they are those of
+    the run. Makes the folder of a new run."""
+    known, _ = parser.parse_known_args(argv)
+    if known.preset == "paper":
+        parser.set_defaults(**paper)
+    args = parser.parse_args(argv)
+    if args.resume:
+        return argparse.Namespace(**resumed_arguments(args.resume, script) | {"out": args.resume, "resumed": True})
+    args.script, args.resumed = script, False
+    return args
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 5) -> float:
+    """Linear warm-up, then cosine to 0; `step` from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
+    """A fresh adapter on the policy's model."""
+    config = lora.LoRAConfig(args.rank, args.lora_alpha, tuple(args.targets), policy.name)
+    lora.inject(policy.model, config, checkpoint.seeded(args.seed, purpose))
+    return config
+
+
+def load_records(args) -> list[experts.Record]:
+    return experts.read_records(args.data) if args.data else experts.simulate_args(args, args.games, args.seed)
+
+
+def conversations(policy: Policy, records: list[experts.Record], train_on: str) -> list[Row]:
+    """One row for each (game, seat) of the data set: see `conversation_rows`."""
+    kinds = {"effort": "E", "graph": "G", "both": "GE"}[train_on]
+    turns: dict[tuple[int, int], list] = {}
+    for r in records:
+        label = policy.encode_reply(r.label) if r.kind in kinds else None
+        turn = (policy.encode_prompt(r.prompt), policy.encode_reply(r.reply), label)
+        turns.setdefault((r.game, r.seat), []).append(turn)
+    rows = [row for conversation in turns.values() for row in conversation_rows(conversation)]
+    policy.check_length(max(max(row.positions) for row in rows) + 1, 0)
+    return rows
+
+
+def micro_batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@torch.no_grad()
+def reply_loss(policy: Policy, rows: list[Row], micro_batch: int) -> float:
+    """Mean -log pi of the target tokens."""
+    logps = [logp for batch in micro_batches(rows, micro_batch) for logp in policy.token_logps(batch)]
+    return -float(torch.cat(logps).mean())
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
+    """Clips, steps with exactly this learning rate, clears the gradients. Returns the norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def make_optimizer(policy: Policy) -> torch.optim.AdamW:
+    return torch.optim.AdamW(lora.lora_parameters(policy.model), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop: StopSignal) -> bool:
+    """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER if there
+    is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
+    config = new_adapter(policy, args, purpose=1)
+    rows = conversations(policy, records, args.train_on)
+    held_out = experts.simulate_args(args, args.sft_held_out, args.seed, "held-out")
+    test_rows = {kind: conversations(policy, held_out, kind) for kind in ("graph", "effort")}
+    optimizer, done = make_optimizer(policy), 0
+    saved = checkpoint.latest_checkpoint(folder / "checkpoints")
+    if saved:
+        done, adapter, _ = checkpoint.load_checkpoint(saved, optimizer)
+        lora.load_adapter_state(policy.model, adapter)
+    folder.mkdir(parents=True, exist_ok=True)
+    log = JsonLines(folder / "metrics.jsonl", done)
+    steps = min(args.sft_steps, args.max_steps or args.sft_steps)
+
+    def test(step):
+        losses = {f"held_out_loss_{k}": reply_loss(policy, r, args.micro_batch) for k, r in test_rows.items()}
+        log.write({"step": step} | losses)
+        tqdm.write("SFT held-out reply loss: " + ", ".join(f"{k[14:]} {v:.3f}" for k, v in losses.items()))
+
+    if done == 0:
+        test(0)
+    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc="SFT", unit="step")
+    for step in range(done, steps):
+        with clock("step"):
+            batch = [rows[i] for i in checkpoint.shuffled(len(rows), args.sft_batch, step, args.seed, 2)]
+            targets = sum(len(row.targets) for row in batch)  # one denominator for the whole step
+            loss = 0.0
+            for rows_of_pass in micro_batches(batch, args.micro_batch):
+                part = -torch.cat(policy.token_logps(rows_of_pass)).sum() / targets
+                part.backward()
+                loss += float(part)
+            lr = learning_rate(step, args.sft_steps, args.sft_lr)
+            norm = optimizer_step(optimizer, lr, args.max_grad_norm)
+        speed = sum(len(row.ids) for row in batch) / clock.last
+        log.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": speed})
+        bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tok/s")
+        bar.update()
+        if stop.requested or ((step + 1) % args.save_every == 0 and step + 1 < steps):
+            checkpoint.save_checkpoint(
+                folder / "checkpoints", step + 1, lora.adapter_state(policy.model), optimizer, {}
+            )
+        if stop.requested:
+            bar.close()
+            return False
+    bar.close()
+    test(steps)
+    lora.save_adapter(policy.model, folder / "adapter", config)
+    return True
+
+
+@reports_errors
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description="LoRA fine-tuning on expert games.")
+    add_training_arguments(parser)
+    parser.add_argument("--out", default="runs/sft", help="the run folder")
+    args = parse(parser, "train_sft.py", PAPER, argv)
+    records = load_records(args)
+    policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+    folder = Path(args.out) if args.resumed else new_run_folder(args.out, vars(args))
+    with StopSignal() as stop:
+        finished = sft(policy, args, records, folder, stop)
+    if not finished:
+        print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
+        raise SystemExit(130)
+    print(f"adapter: {folder / 'adapter'}\nnext:    python train_rft.py --sft-adapter {folder / 'adapter'}")
+
+
+if __name__ == "__main__":
+    main()
