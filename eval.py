@@ -8,6 +8,7 @@ the same seat, against the same draws of the experts, so rows can be compared ga
 
 Metrics, [choice] where the paper only names them:
     U1      share of the policy's decisions that are compliant; Wilson interval
+    s       graph score of the policy's graph decisions against the expert's: see rewards.py; 0 if not compliant
     U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others actually
             play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would form), or over all
             efforts in [0, cap]; 1 where u_best = u_worst
@@ -33,14 +34,16 @@ from tqdm import tqdm
 
 import experts
 import games
+import lora
 from checkpoint import seeded
 from games import Game, State
 from policy import Policy, load_policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
-from runs import InputError, positive_int, read_json, refuse_existing, reports_errors, write_json
+from rewards import Target, graph_score
+from runs import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from train_sft import add_model_arguments
 
-METRICS = ("U1", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
+METRICS = ("U1", "s", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,6 +106,7 @@ class Turn:
     kind: str
     reply: str
     decision: Decision | None
+    s: float | None  # graph decisions only
     U2: float
     belief: float
 
@@ -169,7 +173,12 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
             actions = np.array([d.action for d in played])
             efficiency = strategic_efficiency(state, seat, actions)
             belief = belief_accuracy(decision, state, seat, actions)
-            turns[i].append(Turn(state.round, state.kind, text, decision, efficiency, belief))
+            s = None
+            if state.kind == "G":
+                expert_NN = actions.copy()  # what would have been played with the expert in the policy's seat too
+                expert_NN[seat] = others(state, seat, np.random.default_rng([seed, i, seat, stage])).action
+                s = graph_score(decision, Target("G", seat, state.game.cap, expert_NN))
+            turns[i].append(Turn(state.round, state.kind, text, decision, s, efficiency, belief))
             replies[i].append(text)
             states[i] = state.step(actions)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
@@ -191,8 +200,8 @@ def mean_interval(values) -> dict:
 
 
 def _t95(df: int) -> float:
-    """The 0.975 quantile of Student's t (Cornish-Fisher expansion; below 5 degrees of freedom a table)."""
-    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764}
+    """The 0.975 quantile of Student's t (a table below 10 degrees of freedom, then the Cornish-Fisher expansion)."""
+    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
     if df in table:
         return table[df]
     z = 1.959964
@@ -227,6 +236,7 @@ def per_instance(played: Played, rounds: int | None = None) -> dict:
     ok = [t for t in turns if t.decision is not None]
     return {
         "U1": len(ok) / len(turns),
+        "s": float(np.mean([t.s for t in turns if t.kind == "G"])),
         "U2": float(np.mean([t.U2 for t in turns])),
         "U3": W / first_best,
         "U3 gain": gain,
@@ -239,7 +249,7 @@ def per_instance(played: Played, rounds: int | None = None) -> dict:
 
 
 def summarise(games_played: list[Played]) -> dict:
-    """{"all rounds" | "round 1": {metric: mean and interval}, "instances": per instance, "replies": the first ten}."""
+    """{"all rounds" | "round 1": {metric: mean and interval}, "instances": per instance, "replies": of some games, evenly spread}."""
 
     def table(rows, decisions):
         out = {m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"}
@@ -269,24 +279,26 @@ def format_table(results: dict[str, dict], part: str = "all rounds") -> str:
             return "-"
         return f"{v['mean']:.3f}" + (f" [{v['low']:.2f}, {v['high']:.2f}]" if v["low"] is not None else "")
 
-    width = max(map(len, results)) + 2
-    lines = ["policy".ljust(width) + "".join(m.ljust(21) for m in METRICS)]
-    for name, summary in results.items():
-        lines.append(name.ljust(width) + "".join(cell(summary[part][m]).ljust(21) for m in METRICS))
-    return "\n".join(line.rstrip() for line in lines)
+    rows = [["policy", *METRICS]]
+    rows += [[name, *(cell(summary[part][m]) for m in METRICS)] for name, summary in results.items()]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    return "\n".join("".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def report(results: dict[str, dict], rounds: int) -> str:
-    """The tables that are printed, and the paired differences of U3 to the first row."""
+    """The tables that are printed, and the paired differences of the first row to every other."""
     text = format_table(results)
     if rounds > 1:
         text += "\n\nround 1 alone\n" + format_table(results, "round 1")
     first, *others = results
-    text += f"\n\nU3 minus that of {first}, paired by instance:"
+    text += f"\n\n{first} minus the others, paired by instance:"
     for name in others:
-        d = paired_difference(results[name], results[first], "U3")
-        text += f"\n  {name}: {d['mean']:+.3f}" + (f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else "")
-    return text
+        text += f"\n  - {name}: ".ljust(max(map(len, others)) + 6)
+        for metric in ("s", "U2", "U3"):
+            d = paired_difference(results[first], results[name], metric)
+            interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
+            text += f"{metric} {d['mean']:+.3f}{interval}".ljust(30)
+    return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,12 +307,12 @@ def report(results: dict[str, dict], rounds: int) -> str:
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--seat", type=int, default=0, help="the policy's seat, from 0 [source: 0]")
+    group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
     group.add_argument("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
     group.add_argument("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
-    group.add_argument("--eval-temperature", type=float, default=1.0, help="0 is greedy; 1 is the law that is trained")
+    group.add_argument("--eval-temperature", type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")
     group.add_argument("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
-    group.add_argument("--eval-seed", type=int, default=0, help="of sampling and expert draws in evaluation")
+    group.add_argument("--eval-seed", type=seed_int, default=0, help="of sampling and expert draws in evaluation")
 
 
 def held_out_instances(args) -> list[Game]:
@@ -344,15 +356,23 @@ def main(argv=None) -> None:
             experts.make_expert(name.removeprefix("expert:"))
         elif name != "base" and not Path(name).is_dir():
             raise InputError(f"--policy {name}: neither base, nor expert:NAME, nor an adapter folder")
+    names = list(dict.fromkeys(names))
+    adapters = [name for name in names if name != "base" and not name.startswith("expert:")]
+    if adapters or "base" in names:
+        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+    for name in adapters:  # a wrong one is found before the first game, not after the last
+        put_adapter(policy, name)
+        lora.remove(policy.model)
     results = {}
-    for name in dict.fromkeys(names):
+    for name in names:
         if name.startswith("expert:"):
             results[name] = evaluate_expert(args, name.removeprefix("expert:"))
-            continue
-        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
-        if name != "base":
+        elif name == "base":
+            results[name] = evaluate_policy(args, policy, name)
+        else:
             put_adapter(policy, name)
-        results[name] = evaluate_policy(args, policy, name)
+            results[name] = evaluate_policy(args, policy, name)
+            lora.remove(policy.model)
     print(report(results, args.rounds))
     if args.json:
         write_json(args.json, {"arguments": vars(args), "results": results})

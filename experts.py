@@ -28,7 +28,7 @@ from tqdm import tqdm
 import games
 from games import Game, GameError, State
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
-from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, write_atomic
+from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seed_int, share, write_atomic
 
 Expert = Callable[[State, int, np.random.Generator], Decision]
 
@@ -118,11 +118,10 @@ def make_expert(name: str) -> Expert:
     if name.startswith("noisy:"):
         inner, _, rate = name[len("noisy:") :].rpartition(":")
         try:
-            if inner and 0 <= float(rate) <= 1:
-                return partial(_noisy, make_expert(inner), float(rate))
-        except ValueError:
-            pass
-        raise InputError(f"{name!r} is not noisy:EXPERT:RATE with a rate from 0 to 1, for example noisy:nash:0.15")
+            noise = share(rate)
+        except argparse.ArgumentTypeError:
+            raise InputError(f"{name!r} is not noisy:EXPERT:RATE, rate 0 to 1, for example noisy:nash:0.15") from None
+        return partial(_noisy, make_expert(inner), noise)
     raise InputError(f"unknown expert {name!r}; choose from {', '.join(NAMES)} or noisy:EXPERT:RATE")
 
 
@@ -135,9 +134,9 @@ class Record:
     """One decision of one agent in an expert game: one line of the data set.
 
     prompt: the conversation so far; label: the expert's reply to the state that really arose; reply: the reply that
-    was played, which differs from the label where `replaced` (a share of all decisions is replaced at random, else an
-    agent could learn to copy the last round). proposals, efforts: what all agents played in this stage, links and
-    payoffs: the public result (None where there is none yet).
+    was played, a random one where `replaced` (a share of all decisions is replaced at random, else an agent could
+    learn to copy the last round). proposals and links: the latest ones after this stage; efforts: those played in this
+    stage (None in a graph stage); payoffs: of the round that ended with this stage (None if none did).
     """
 
     game: int
@@ -232,14 +231,17 @@ def read_records(path: str) -> list[Record]:
         try:
             record = Record(**json.loads(line))
             game = Game.from_json(record.instance)
-            if record.kind not in ("G", "E") or not 0 <= record.seat < game.N:
+            if record.kind not in ("G", "E") or record.seat not in range(game.N):
                 raise ValueError("`kind` must be G or E and `seat` one of the game's seats")
+            if not all(type(v) is int for v in (record.game, record.seat, record.stage, record.round)):
+                raise ValueError("`game`, `seat`, `stage` and `round` must be whole numbers")
             for field in ("reply", "label"):
                 if parse_reply(getattr(record, field), record.kind, record.seat, game.N, game.cap) is None:
                     raise ValueError(f"`{field}` is not a compliant reply: {getattr(record, field)!r}")
-            if not all(isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt):
+            said = [isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt]
+            if not said or not all(said):
                 raise ValueError("`prompt` must be a list of chat messages")
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise InputError(f"{path} line {number} is not a valid record: {' '.join(str(e).split())}") from None
         records.append(record)
     if not records:
@@ -269,7 +271,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("expert games")
     group.add_argument("--games", type=positive_int, default=126, help="number of expert games [source: 126]")
     group.add_argument("--agents", type=parse_range, default=(4, 4), metavar="N|A-B", help="agents per game, 4 or 4-8")
-    group.add_argument("--noise", type=float, default=0.15, help="share of decisions replaced at random in the data")
+    group.add_argument("--noise", type=share, default=0.15, help="share of decisions replaced at random in the data")
 
 
 def style_of(args: argparse.Namespace) -> PromptStyle:
@@ -288,7 +290,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Write the expert data set: one decision per line, as JSON.")
     add_data_arguments(parser)
     parser.add_argument("--out", default="expert_games.jsonl", help="the file to write")
-    parser.add_argument("--seed", type=int, default=0, help="seed of instances and noise")
+    parser.add_argument("--seed", type=seed_int, default=0, help="seed of instances and noise")
     parser.add_argument("--split", choices=("train", "held-out"), default="train", help="which instances are drawn")
     args = parser.parse_args(argv)
     refuse_existing(args.out)

@@ -390,6 +390,7 @@ class Observation:
     rounds: int
     round: int
     kind: str
+    previous: str | None  # the kind of the stage before, whose result is news
     links: np.ndarray | None
     efforts: np.ndarray | None
     last_payoff: float | None  # own, of the last finished round
@@ -413,6 +414,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         rounds=game.rounds,
         round=state.round,
         kind=state.kind,
+        previous=game.stages[(len(state.history) - 1) % len(game.stages)] if state.history else None,
         links=state.links,
         efforts=state.efforts,
         last_payoff=float(results[-1][2][seat]) if results else None,

@@ -156,7 +156,8 @@ def adapter_off(model: nn.Module):
             layer.disabled = disabled
 
 
-def _unwrap(model: nn.Module) -> None:
+def remove(model: nn.Module) -> None:
+    """Takes the adapter off for good, without merging it: the plain base model again."""
     for name, layer in lora_layers(model).items():
         _set_module(model, name, layer.base)
 
@@ -179,7 +180,7 @@ def merge(model: nn.Module) -> nn.Module:
     for layer in layers.values():
         delta = layer.scaling * layer.B.cpu().double() @ layer.A.cpu().double()
         layer.base.weight.copy_((layer.base.weight.cpu().double() + delta).to(layer.base.weight.dtype))
-    _unwrap(model)
+    remove(model)
     return model
 
 
@@ -364,7 +365,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike, generator: torch.G
                 "merge that one first, in the same dtype)"
             )
     except ValueError as error:
-        _unwrap(model)
+        remove(model)
         base = config.base_model or "an unnamed base model"
         raise ValueError(f"{folder}: this adapter was trained on {base}, not on this model: {error}") from None
     return config

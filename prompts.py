@@ -25,7 +25,8 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
     hints: next to the question, what a link earns at efforts alpha and the best reply to efforts alpha. [choice]: a
-    small model cannot multiply; neither number is the answer, which depends on everybody's efforts in equilibrium."""
+    small model cannot multiply. The answer of an equilibrium depends on everybody's efforts and is another one (only
+    the `myopic` expert's first round is read off them)."""
 
     information: str = "full"
     belief: bool = True
@@ -45,6 +46,13 @@ def _short(values) -> str:
     return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
+def _links(links_NN: np.ndarray) -> str:
+    """`none`, `all`, or the pairs, agents counted from 1 as in the rest of the text."""
+    N = len(links_NN)
+    pairs = [f"{i + 1}-{j + 1}" for i in range(N) for j in range(i + 1, N) if links_NN[i, j]]
+    return {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
+
+
 def system_message(seen: Observation, style: PromptStyle) -> str:
     stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
@@ -59,13 +67,13 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 
 def question(seen: Observation, style: PromptStyle) -> str:
     """The user message of one stage: the results since the agent's last decision, its own numbers, the question."""
+    news = f"Efforts were {_numbers(seen.efforts)}. " if seen.previous == "E" else ""
     if seen.kind == "G":
-        text = ""
-        if seen.efforts is not None:
-            text += f"Efforts were {_numbers(seen.efforts)}. "
-            if seen.last_payoff is not None:
-                text += f"Your payoff was {seen.last_payoff:.2f}. "
-        text += f"Round {seen.round} links. Your alpha {seen.own_alpha:g}"
+        if seen.previous == "G":
+            news += f"Links formed: {_links(seen.links)}. "
+        if seen.last_payoff is not None and seen.previous == "E":
+            news += f"Your payoff was {seen.last_payoff:.2f}. "
+        text = f"{news}Round {seen.round} links. Your alpha {seen.own_alpha:g}"
         if seen.alpha is not None:
             text += f" of {_short(seen.alpha)}"
             if style.hints and seen.c > 0:
@@ -73,12 +81,9 @@ def question(seen: Observation, style: PromptStyle) -> str:
                 worth[seen.seat] = 0
                 text += f". At efforts alpha a link earns {_numbers(worth)} c"
         return text + ". Whom do you choose?"
-    links_NN, N = seen.links, seen.N
-    own = [j for j in range(N) if links_NN[seen.seat, j]]
-    pairs = [f"{i + 1}-{j + 1}" for i in range(N) for j in range(i + 1, N) if links_NN[i, j]]
-    pairs = {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
-    text = f"Round {seen.round} efforts. Links: {pairs}. Your alpha {seen.own_alpha:g}, {len(own)} links"
-    if seen.alpha is not None and own:
+    own = np.flatnonzero(seen.links[seen.seat])
+    text = f"{news}Round {seen.round} efforts. Links: {_links(seen.links)}. Your alpha {seen.own_alpha:g}, {len(own)} links"
+    if seen.alpha is not None and len(own):
         text += f" to alphas {_short(seen.alpha[j] for j in own)}"
         if style.hints:
             response = seen.own_alpha + seen.delta * sum(seen.alpha[j] for j in own)
@@ -128,16 +133,17 @@ def format_reply(decision: Decision, style: PromptStyle) -> str:
 
 _NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LIST = re.compile(rf"\[\s*({_NUMBER}(?:\s*,\s*{_NUMBER})*)\s*\]", re.ASCII)
+_ROW = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\]", re.ASCII)
 _SCALAR = re.compile(_NUMBER, re.ASCII)
 
 
 def _last_line(reply: str, label: str) -> str | None:
-    found = [line.strip() for line in reply.splitlines() if line.strip().startswith(label)]
+    found = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
     return found[-1][len(label) :].strip() if found else None
 
 
-def _parse_list(text: str | None, N: int) -> np.ndarray | None:
-    match = _LIST.fullmatch(text) if text is not None else None
+def _parse_list(text: str | None, N: int, pattern: re.Pattern = _LIST) -> np.ndarray | None:
+    match = pattern.fullmatch(text) if text is not None else None
     if match is None:
         return None
     values = np.array([float(v) for v in match[1].split(",")])
@@ -160,13 +166,13 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
     if decision is None:
         return None
     if kind == "G":
-        row_N = _parse_list(decision, N)
-        if row_N is None or not np.isin(row_N, (0, 1)).all() or row_N[seat] != 0:
+        row_N = _parse_list(decision, N, _ROW)
+        if row_N is None or row_N[seat] != 0:
             return None
         return Decision("G", row_N.astype(int), belief_N)
     if _SCALAR.fullmatch(decision) is None or not 0 <= float(decision) <= cap:
         return None
-    return Decision("E", float(decision), belief_N)
+    return Decision("E", float(decision) + 0.0, belief_N)  # + 0.0: -0 becomes 0
 
 
 def fallback(kind: str, N: int) -> Decision:

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from games import GameError
+from games import MAX_AGENTS, GameError
 
 
 class InputError(ValueError):
@@ -41,16 +42,30 @@ def parse_range(text: str) -> tuple[int, int]:
         a, b = int(low), int(high) if dash else int(low)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4 or a range such as 4-8") from None
-    if not 2 <= a <= b <= 12:
-        raise argparse.ArgumentTypeError(f"{text!r}: a game needs 2 to 12 agents")
+    if not 2 <= a <= b <= MAX_AGENTS:
+        raise argparse.ArgumentTypeError(f"{text!r} must rise, and a game needs 2 to {MAX_AGENTS} agents")
     return a, b
 
 
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def number(kind: type, low: float, high: float = math.inf):
+    """An argparse type: an int or float from low to high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+seed_int = number(int, 0)
+share = number(float, 0, 1)
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -85,8 +100,11 @@ def read_json(path):
 
 
 def refuse_existing(path) -> None:
+    """To be called before any work: an output file that exists, or whose folder does not, is an InputError."""
     if Path(path).exists():
         raise InputError(f"{path} exists already and is not overwritten; name another file or remove it")
+    if not Path(path).parent.is_dir():
+        raise InputError(f"the folder of {path} does not exist; make it first")
 
 
 def new_run_folder(folder: str, arguments: dict) -> Path:

@@ -40,7 +40,8 @@ from games import Game
 from policy import Policy, Rollout, group_row, load_policy, put_adapter
 from prompts import parse_reply
 from rewards import Memory, Target, group_rewards
-from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, write_json
+from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, number, positive_int
+from runs import reports_errors, write_json
 from train_sft import (
     PAPER,
     add_training_arguments,
@@ -86,6 +87,15 @@ def make_prompts(policy: Policy, records: list[experts.Record]) -> list[Prompt]:
     return prompts
 
 
+def next_batch(prompts: list[Prompt], size: int, step: int, seed: int) -> list[Prompt]:
+    """The prompts of a step: as many graph as effort decisions (a graph decision more if the size is odd), each kind
+    in a new random order every epoch."""
+    graph = [p for p in prompts if p.record.kind == "G"]
+    effort = [p for p in prompts if p.record.kind == "E"]
+    batch = [graph[i] for i in checkpoint.shuffled(len(graph), (size + 1) // 2, step, seed, 4)]
+    return batch + [effort[i] for i in checkpoint.shuffled(len(effort), size // 2, step, seed, 5)]
+
+
 def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
     """Fills in rewards and advantages of one group, in place."""
     game, seat, kind = prompt.game, prompt.record.seat, prompt.record.kind
@@ -117,8 +127,8 @@ def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, to
             torch.cat(policy.token_logps(rows, args.temperature)),
             torch.tensor([v for o in rollouts for v in o.sampled_logps], device=policy.device),
             ref_logp_T,
-            by_token(o.advantage for o in rollouts),
-            by_token(weights),
+            by_token([o.advantage for o in rollouts]),
+            by_token([next(weights) for _ in rollouts]),
             args.clip_eps,
             args.beta,
             sums,
@@ -180,9 +190,9 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step")
     for step in range(done, steps):
         with clock("sample"):
-            batch = [prompts[i] for i in checkpoint.shuffled(len(prompts), args.prompts, step, args.seed, 4)]
+            batch = next_batch(prompts, args.prompts, step, args.seed)
             limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
-            generator = checkpoint.seeded(args.seed, 5, step)
+            generator = checkpoint.seeded(args.seed, 6, step)
             groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator)
         sample_s = clock.last
         for prompt, group in zip(batch, groups):
@@ -226,8 +236,8 @@ def sft_folder(args, folder: Path) -> str:
 def evaluate_run(args, policy: Policy, folder: Path) -> dict:
     """Base, SFT and trained policy, the other seats' expert and random play, on the same held-out games."""
     results = {args.algo: evaluation.evaluate_policy(args, policy, args.algo)}
-    with lora.adapter_off(policy.model):
-        results["sft"] = evaluation.evaluate_policy(args, policy, "sft")
+    lora.remove(policy.model)  # what is left is the SFT policy
+    results["sft"] = evaluation.evaluate_policy(args, policy, "sft")
     base = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
     results["base"] = evaluation.evaluate_policy(args, base, "base")
     for name in (args.expert, "random"):
@@ -285,15 +295,15 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=positive_int, default=30, help="optimizer steps (sampling rounds)")
     group.add_argument("--prompts", type=positive_int, default=4, help="prompts per step")
     group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
-    group.add_argument("--lr", type=float, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
-    group.add_argument("--temperature", type=float, default=1.0, help="of sampling and of every log-probability")
-    group.add_argument("--w-sample", type=float, default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
-    group.add_argument("--w-graph", type=float, default=0.2, help="weight of A^G [source: 0.2]")
-    group.add_argument("--w-local", type=float, default=0.5, help="bonus in R^G for the best graph of the group")
-    group.add_argument("--w-global", type=float, default=0.5, help="bonus in R^G for matching the memory's best")
-    group.add_argument("--clip-eps", type=float, default=0.2, help="clip range of the ratio")
-    group.add_argument("--beta", type=float, default=0.02, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
+    group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
+    group.add_argument("--w-graph", type=number(float, 0), default=0.2, help="weight of A^G [source: 0.2]")
+    group.add_argument("--w-local", type=number(float, 0), default=0.5, help="bonus in R^G for the best graph of the group")
+    group.add_argument("--w-global", type=number(float, 0), default=0.5, help="bonus in R^G for matching the memory's best")
+    group.add_argument("--clip-eps", type=number(float, 0), default=0.2, help="clip range of the ratio")
+    group.add_argument("--beta", type=number(float, 0), default=0.02, help="weight of KL(pi, pi_ref); 0 skips the reference")
     group.add_argument("--aggregation", choices=tompo.AGGREGATIONS, default="sequence", help="see tompo.token_weights")
 
 

@@ -23,7 +23,7 @@ import experts
 import lora
 from policy import Policy, Row, conversation_rows, load_policy
 from pretrained import DEFAULT_MODEL
-from runs import JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments
+from runs import JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
@@ -56,7 +56,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", choices=("small", "paper"), default="small", help="defaults: small, or the paper's")
     group.add_argument("--data", metavar="FILE", help="expert games written by experts.py (else they are simulated)")
     group.add_argument("--resume", metavar="RUN", help="continue this run with its own settings")
-    group.add_argument("--seed", type=int, default=0, help="of data, adapters, order and sampling")
+    group.add_argument("--seed", type=seed_int, default=0, help="of data, adapters, order and sampling")
     group.add_argument("--max-steps", type=positive_int, help="end every stage after this many steps")
     group.add_argument("--micro-batch", type=positive_int, default=2, help="rows per forward pass (memory, not maths)")
     group.add_argument("--save-every", type=positive_int, default=20, help="steps between checkpoints")

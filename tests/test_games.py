@@ -646,8 +646,8 @@ BAD = [
     ({"stages": "G"}, "stages"),
     ({"stages": "GXE"}, "GXE"),
     ({"stages": "G\nE"}, "stages"),
-    ({"rounds": 0}, "at least 1 round, got 0"),
-    ({"rounds": -3}, "at least 1 round, got -3"),
+    ({"rounds": 0}, "whole number from 1, got 0"),
+    ({"rounds": -3}, "whole number from 1, got -3"),
     ({"rounds": 1.5}, "round"),
     ({"rounds": math.nan}, "round"),
 ]

@@ -1,0 +1,524 @@
+"""Sampling and scoring against the model's own plain forward passes and transformers' own greedy generate.
+
+The reference never touches the code under test: the model is loaded afresh with its default attention, the adapter is
+added to its weights as W + scaling B A, and every reply gets a forward pass of its own, without batch or padding.
+"""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+import checkpoint
+import experts
+import lora
+from policy import Row, conversation_rows, group_row, load_policy, put_adapter
+from prompts import PromptStyle
+from runs import InputError
+
+END = 2  # <|im_end|> of the tiny tokenizer, which is its padding token too
+PROMPTS = [[65, 70, 100, 33, 80], [90, 41], [5, 200, 17, 65, 65, 31, 120, 77, 9, 300, 42]]  # ragged, without END
+
+
+def add_adapter(policy, seed=1, size=0.05):
+    """An adapter as training would leave it: with B = 0 most of these tests could not fail."""
+    config = lora.LoRAConfig(4, 8.0, lora.DEFAULT_TARGETS, policy.name)
+    lora.inject(policy.model, config, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for layer in lora.lora_layers(policy.model).values():
+            layer.B.copy_(size * torch.randn(layer.B.shape, generator=generator))
+    return config
+
+
+@pytest.fixture(scope="module")
+def ending_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with an end of turn that is likely after PROMPTS[0] and not rare elsewhere."""
+    folder = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+        others = model.lm_head(hidden).logsumexp(-1)
+        model.lm_head.weight[END] = hidden * (others - 1) / hidden.dot(hidden)  # a share of about 1 / (1 + e)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def policy(ending_model_dir):
+    policy = load_policy(str(ending_model_dir))
+    add_adapter(policy)
+    return policy
+
+
+def plain_model(policy):
+    """The reference: the policy's folder loaded afresh, W + scaling B A as its weights (gradients reach A and B)."""
+    model = AutoModelForCausalLM.from_pretrained(policy.name).eval().requires_grad_(False)
+    weights = dict(model.named_parameters())
+    for name, layer in lora.lora_layers(policy.model).items():
+        weights[name + ".weight"] = weights[name + ".weight"] + layer.scaling * layer.B @ layer.A
+    return lambda ids: functional_call(model, weights, (torch.tensor([ids]),)).logits[0]
+
+
+def plain_logps(model, prompt, reply, temperature=1.0):
+    law = (model(prompt + reply) / temperature).log_softmax(-1)
+    return torch.stack([law[len(prompt) - 1 + t, token] for t, token in enumerate(reply)])
+
+
+def gradients(policy):
+    found = [p.grad.clone() for p in lora.lora_parameters(policy.model)]
+    policy.model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(policy, loss, reference_loss):
+    loss.backward()
+    actual = gradients(policy)
+    reference_loss.backward()
+    expected = gradients(policy)
+    largest = max(float(g.abs().max()) for g in expected)
+    assert largest > 1e-3
+    assert sum(bool((g.abs() > 1e-3 * largest).any()) for g in expected) > len(expected) / 2
+    for a, b in zip(actual, expected):
+        assert (a - b).abs().max() <= 1e-4 * largest
+
+
+def flat(groups):
+    return [o for group in groups for o in group]
+
+
+# --- sampling
+
+
+def test_greedy_equals_the_generate_of_transformers(policy):
+    """Ragged prompts in one batch, against generate() of a merged model, one prompt at a time."""
+    merged = load_policy(policy.name)
+    add_adapter(merged)
+    lora.merge(merged.model)
+    merged.model.set_attn_implementation("eager")
+    groups = policy.sample(PROMPTS, 2, 24, temperature=0)
+    for prompt, group in zip(PROMPTS, groups):
+        ids = torch.tensor([prompt])
+        out = merged.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=END, pad_token_id=END
+        )
+        for o in group:
+            assert o.reply_ids == out[0, len(prompt) :].tolist()
+    assert len({tuple(o.reply_ids) for o in flat(groups)}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_logps_are_those_of_a_plain_forward_pass(policy, temperature):
+    groups = policy.sample(PROMPTS, 4, 12, temperature, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model = plain_model(policy)
+        others = 0.0
+        for prompt, group in zip(PROMPTS, groups):
+            for o in group:
+                assert o.prompt_ids == prompt and len(o.sampled_logps) == len(o.reply_ids)
+                expected = plain_logps(model, prompt, o.reply_ids, temperature)
+                assert (torch.tensor(o.sampled_logps) - expected).abs().max() < 1e-4
+                wrong = plain_logps(model, prompt, o.reply_ids, 1.7 - temperature)
+                others = max(others, float((torch.tensor(o.sampled_logps) - wrong).abs().max()))
+    assert others > 0.1  # the other temperature would have been seen
+    assert len({tuple(o.reply_ids) for o in flat(groups)}) > 6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_what_is_sampled_is_scored_alike(policy, temperature):
+    """On the first inner step the ratio is 1."""
+    groups = policy.sample(PROMPTS, 3, 12, temperature, torch.Generator().manual_seed(4))
+    rows = [group_row(p, [o.reply_ids for o in g]) for p, g in zip(PROMPTS, groups)]
+    scored = torch.cat(policy.token_logps(rows, temperature)).detach()
+    sampled = torch.tensor([v for o in flat(groups) for v in o.sampled_logps])
+    assert ((scored - sampled).exp() - 1).abs().max() < 1e-4
+
+
+def chi_square_excess(counts_V, law_V):
+    """(chi^2 - df) / sqrt(2 df) over the tokens that are expected at least 5 times, the rest in one cell."""
+    expected_V = counts_V.sum() * law_V
+    often = expected_V >= 5
+    counts = np.append(counts_V[often], counts_V[~often].sum())
+    expected = np.append(expected_V[often], expected_V[~often].sum())
+    df = len(counts) - 1
+    assert df > 20
+    return (((counts - expected) ** 2 / expected).sum() - df) / math.sqrt(2 * df)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_samples_follow_the_law(policy, temperature):
+    """The first token's frequencies, and the second's over all first ones, against the exact laws."""
+    prompt, M = PROMPTS[1], 8000
+    groups = policy.sample([prompt], M, 2, temperature, torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        model = plain_model(policy)
+        first_V = (model(prompt)[-1] / temperature).double().softmax(-1)
+        V = len(first_V)
+        second_VV = torch.stack([(model([*prompt, v])[-1] / temperature).double().softmax(-1) for v in range(V)])
+    not_ended_V = first_V.clone()
+    not_ended_V[END] = 0
+    second_V = (not_ended_V @ second_VV) / not_ended_V.sum()
+
+    def counts(t):
+        return np.bincount([o.reply_ids[t] for o in groups[0] if len(o.reply_ids) > t], minlength=V)
+
+    assert counts(0).sum() == M
+    for t, law_V in enumerate((first_V, second_V)):
+        law_V = law_V.numpy()
+        assert chi_square_excess(counts(t), law_V) < 5
+        assert chi_square_excess(counts(t), law_V**0.8 / (law_V**0.8).sum()) > 5  # the bound tells laws apart
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_the_batch(policy):
+    """Each reply has its own row of uniforms: the same rows give the same replies, whatever stands beside them."""
+    T = 10
+    together = policy.sample(PROMPTS, 2, T, 1.0, torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    for prompt, group in zip(PROMPTS, together):  # the generator goes on where the prompt before left it
+        (alone,) = policy.sample([prompt], 2, T, 1.0, generator)
+        for a, b in zip(alone, group):
+            assert a.reply_ids == b.reply_ids and a.text == b.text
+            assert np.allclose(a.sampled_logps, b.sampled_logps, atol=1e-5)
+    assert len({tuple(o.reply_ids) for o in flat(together)}) == 6
+    singly = torch.Generator().manual_seed(5)  # and one reply at a time
+    for group in together:
+        for o in group:
+            assert policy.sample([o.prompt_ids], 1, T, 1.0, singly)[0][0].reply_ids == o.reply_ids
+
+
+def test_sampling_is_fixed_by_its_generator_alone(policy):
+    def draw(seed):
+        torch.manual_seed(torch.seed())  # the global state must not matter
+        return [o.reply_ids for o in flat(policy.sample(PROMPTS, 3, 8, 1.0, torch.Generator().manual_seed(seed)))]
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_the_first_end_of_turn_is_part_of_the_reply(policy):
+    assert policy.tokenizer.pad_token_id == policy.tokenizer.eos_token_id == END  # the trap is set
+    (group,) = policy.sample(PROMPTS[:1], 200, 8, 1.0, torch.Generator().manual_seed(2))
+    ended = [o for o in group if o.ended]
+    open_ended = [o for o in group if not o.ended]
+    assert any(len(o.reply_ids) == 1 for o in ended) and any(len(o.reply_ids) > 1 for o in ended) and open_ended
+    for o in ended:
+        assert o.reply_ids.index(END) == len(o.reply_ids) - 1 < 8
+        assert o.text == policy.tokenizer.decode(o.reply_ids[:-1]) and "<|im_end|>" not in o.text
+    for o in open_ended:  # those that hit the limit
+        assert len(o.reply_ids) == 8 and END not in o.reply_ids
+        assert o.text == policy.tokenizer.decode(o.reply_ids)
+    assert all(len(o.sampled_logps) == len(o.reply_ids) for o in group)
+    # the end of turn is scored, though it is the padding token
+    with torch.no_grad():
+        model = plain_model(policy)
+        scored = policy.token_logps([group_row(PROMPTS[0], [o.reply_ids for o in ended[:6]])])[0]
+        expected = torch.cat([plain_logps(model, PROMPTS[0], o.reply_ids) for o in ended[:6]])
+    assert (scored - expected).abs().max() < 1e-4
+    assert sum(t == END for t in group_row(PROMPTS[0], [o.reply_ids for o in ended[:6]]).targets) == 6
+
+
+def test_an_end_of_turn_in_the_prompt_hides_nothing(policy):
+    """pad == eos: prompts with the token in the middle, and padded beside longer ones."""
+    prompts = [[1, 65, END, 70, 1, 80], [80] * 13]
+    groups = policy.sample(prompts, 2, 6, 1.0, torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        model = plain_model(policy)
+        rows = [group_row(p, [o.reply_ids for o in g]) for p, g in zip(prompts, groups)]
+        for p, g, scored in zip(prompts, groups, policy.token_logps(rows)):
+            expected = torch.cat([plain_logps(model, p, o.reply_ids) for o in g])
+            assert (torch.tensor([v for o in g for v in o.sampled_logps]) - expected).abs().max() < 1e-4
+            assert (scored - expected).abs().max() < 1e-4
+
+
+def test_a_reply_that_ends_on_the_last_token_has_ended(policy):
+    (group,) = policy.sample(PROMPTS[:1], 60, 1, 1.0, torch.Generator().manual_seed(2))
+    assert {o.ended for o in group} == {True, False}
+    for o in group:
+        assert o.ended == (o.reply_ids == [END]) and len(o.reply_ids) == 1
+        assert (o.text == "") == o.ended
+
+
+# --- scoring groups
+
+
+GROUPS = [
+    (PROMPTS[0], [[90, 91, END], [77], [30, 31, 32, 33, 34, 35], [90, 91, 92]]),
+    (PROMPTS[1], [[END], [12, 13, 14, END]]),
+    (PROMPTS[2], [[200, 201, 202, 203, END], [200, 201, 202], [9, END], [8, 7]]),
+]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_group_rows_equal_a_forward_pass_per_reply(policy, size, temperature):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    logps = [x for i in range(0, 3, size) for x in policy.token_logps(rows[i : i + size], temperature)]
+    model = plain_model(policy)
+    expected = [torch.cat([plain_logps(model, p, r, temperature) for r in replies]) for p, replies in GROUPS]
+    for a, b in zip(logps, expected, strict=True):
+        assert a.shape == b.shape and (a - b).abs().max() < 1e-4
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(len(x), generator=generator) for x in expected]
+    assert_same_gradients(
+        policy, sum((w * x).sum() for w, x in zip(weights, logps)), sum((w * x).sum() for w, x in zip(weights, expected))
+    )
+
+
+def test_replies_of_a_group_do_not_see_each_other(policy):
+    (one,) = policy.token_logps([group_row(PROMPTS[0], [[90, 91, END], [50, 51]])])
+    (other,) = policy.token_logps([group_row(PROMPTS[0], [[90, 91, END], [310, 12]])])
+    assert torch.allclose(one[:3], other[:3], atol=1e-6) and not torch.allclose(one[3:], other[3:], atol=1e-2)
+
+
+def test_group_row_scores_reply_tokens_only_and_copies_them():
+    prompt, replies = [5, 6, 7], [[10, 11, END], [12]]
+    row = group_row(prompt, replies)
+    assert row.ids == [5, 6, 7, 10, 11]
+    assert row.positions == [0, 1, 2, 3, 4]
+    assert row.segments == [0, 0, 0, 1, 1]
+    assert row.sources == [2, 3, 4, 2] and row.targets == [10, 11, END, 12]
+    row.ids[0] = row.ids[3] = row.targets[0] = row.targets[3] = 99
+    assert prompt == [5, 6, 7] and replies == [[10, 11, END], [12]]
+
+
+def test_scoring_changes_no_row(policy):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    policy.token_logps(rows)[0].sum().backward()
+    policy.reference_logps(rows)
+    assert rows == [group_row(p, replies) for p, replies in GROUPS]
+
+
+# --- scoring conversations
+
+
+def turns_of(labels, prompts=None):
+    """Two rounds of two stages; each prompt goes on from the one before and its played reply."""
+    played = [[10, 11, 12, END], [20, END], [30, 31, END], [40, 41, END]]
+    between = [[65, 70, 100], [80, 81], [90], [77, 78, 79, 80]]
+    turns, line = [], []
+    for new, reply, label in zip(between, played, labels):
+        prompt = line + new
+        turns.append((prompt, reply, label))
+        line = prompt + reply
+    return turns
+
+
+SAME = [[10, 11, 12, END], [20, END], [30, 31, END], [40, 41, END]]
+BRANCHED = [[10, 300, END], [20, END], [201, 202, 203, 204, END], [40, END]]
+PARTLY = [None, [21, 22, END], None, [40, 41, END]]
+
+
+@pytest.mark.parametrize("labels", [SAME, BRANCHED, PARTLY], ids=["no-branches", "branches", "partly-scored"])
+def test_conversation_rows_equal_a_forward_pass_per_decision(policy, labels):
+    turns = turns_of(labels)
+    rows = conversation_rows(turns)
+    assert len(rows) == 1  # two rounds, one pass
+    scored = [(p, label) for p, _, label in turns if label is not None]
+    assert rows[0].targets == [t for _, label in scored for t in label]
+    model = plain_model(policy)
+    expected = torch.cat([plain_logps(model, p, label) for p, label in scored])
+    (logps,) = policy.token_logps(rows)
+    assert logps.shape == expected.shape and (logps - expected).abs().max() < 1e-4
+    assert_same_gradients(policy, -logps.mean(), -expected.mean())
+
+
+def test_conversations_of_other_lengths_can_share_a_batch(policy):
+    rows = conversation_rows(turns_of(BRANCHED)) + conversation_rows(turns_of(SAME)[:1]) + [group_row(*GROUPS[0])]
+    alone = [policy.token_logps([row])[0] for row in rows]
+    for a, b in zip(policy.token_logps(rows), alone, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_only_reply_tokens_are_scored_row_by_hand():
+    """Turn 1: the label 7 2 is a branch beside what was played, 8 2; turn 2 goes on from 8 2 and was played as said."""
+    turns = [([5, 6], [8, END], [7, END]), ([5, 6, 8, END, 9], [4, 3, END], [4, 3, END])]
+    (row,) = conversation_rows(turns)
+    assert row.ids == [5, 6, 7, END, 8, END, 9, 4, 3, END]
+    assert row.positions == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]
+    assert row.segments == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert row.sources == [1, 2, 6, 7, 8] and row.targets == [7, END, 4, 3, END]
+
+
+def test_what_was_played_at_random_is_not_a_target():
+    (row,) = conversation_rows(turns_of(BRANCHED))
+    assert row.targets == [t for label in BRANCHED for t in label]
+    assert 11 not in row.targets and 11 in row.ids and 30 not in row.targets and 30 in row.ids
+
+
+def test_a_conversation_whose_history_is_rewritten_takes_more_rows(policy):
+    turns = turns_of(SAME)
+    rewritten = [*turns[:2], ([1, 1, 1, *turns[2][0][5:]], turns[2][1], turns[2][2])]
+    rows = conversation_rows(rewritten)
+    assert len(rows) == 2
+    model = plain_model(policy)
+    expected = torch.cat([plain_logps(model, p, label) for p, _, label in rewritten])
+    assert (torch.cat(policy.token_logps(rows)) - expected).abs().max() < 1e-4
+
+
+def test_rows_without_a_target_are_left_out():
+    assert conversation_rows(turns_of([None] * 4)) == []
+
+
+def test_conversation_rows_leave_the_turns_as_they_were():
+    turns = turns_of(BRANCHED)
+    (row,) = conversation_rows(turns)
+    for i in range(len(row.targets)):
+        row.targets[i] = 399
+    row.ids[:] = [399] * len(row.ids)
+    assert turns == turns_of(BRANCHED)
+
+
+# --- pi_ref
+
+
+def test_after_the_merge_adapter_off_is_the_sft_policy(ending_model_dir):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    policy = load_policy(str(ending_model_dir))
+    base = torch.cat(policy.token_logps(rows)).detach()
+    add_adapter(policy)
+    sft = torch.cat(policy.token_logps(rows)).detach()
+    lora.merge(policy.model)
+    config = lora.LoRAConfig(3, 6.0, lora.DEFAULT_TARGETS, policy.name)
+    lora.inject(policy.model, config, torch.Generator().manual_seed(9))
+
+    reference, now = torch.cat(policy.reference_logps(rows)), torch.cat(policy.token_logps(rows))
+    assert torch.equal(reference, now.detach())  # so KL(pi, pi_ref) is exactly 0 at step 0
+    assert (reference - sft).abs().max() < 1e-4
+    assert (reference - base).abs().max() > 0.1
+    assert not reference.requires_grad and now.requires_grad
+
+    with torch.no_grad():  # a trained adapter moves pi and not pi_ref
+        for layer in lora.lora_layers(policy.model).values():
+            layer.B.fill_(0.05)
+    assert torch.equal(torch.cat(policy.reference_logps(rows)), reference)
+    assert (torch.cat(policy.token_logps(rows)) - reference).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_reference_has_the_same_temperature(policy, temperature):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    base = load_policy(policy.name)
+    expected = torch.cat(base.token_logps(rows, temperature)).detach()
+    assert torch.equal(torch.cat(policy.reference_logps(rows, temperature)), expected)
+
+
+def test_there_is_no_dropout(tiny_model_dir, tmp_path):
+    """Even where the model's config asks for it: what is sampled is what is scored."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    policy = load_policy(str(folder))
+    add_adapter(policy)
+    assert policy.model.config.attention_dropout == 0.5
+    rows = [group_row(*GROUPS[0])]
+    a, b = (policy.token_logps(rows)[0].detach() for _ in range(2))
+    assert torch.equal(a, b)
+    (group,) = policy.sample([PROMPTS[0]], 4, 6, 1.0, torch.Generator().manual_seed(0))
+    (scored,) = policy.token_logps([group_row(PROMPTS[0], [o.reply_ids for o in group])])
+    assert (scored - torch.tensor([v for o in group for v in o.sampled_logps])).abs().max() < 1e-4
+
+
+def test_put_adapter_gives_the_saved_policy(policy, tmp_path):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    lora.save_adapter(policy.model, tmp_path / "adapter", lora.LoRAConfig(4, 8.0, lora.DEFAULT_TARGETS, policy.name))
+    loaded = load_policy(policy.name)
+    put_adapter(loaded, str(tmp_path / "adapter"))
+    assert torch.equal(torch.cat(loaded.token_logps(rows)), torch.cat(policy.token_logps(rows)))
+
+
+# --- limits, text and tokens
+
+
+def one_line_error(call):
+    with pytest.raises(InputError) as error:
+        call()
+    assert "\n" not in str(error.value) and str(error.value)
+    return str(error.value)
+
+
+def test_a_prompt_longer_than_the_context_is_an_input_error(tiny_model_dir, tmp_path):
+    folder = tmp_path / "short"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 16}))
+    policy = load_policy(str(folder))
+    generator = torch.Generator().manual_seed(0)
+    assert len(policy.sample([[65] * 10, [65]], 1, 6, 1.0, generator)) == 2  # 16 tokens fit
+    message = one_line_error(lambda: policy.sample([[65], [65] * 11], 1, 6, 1.0, generator))
+    assert "11" in message and "16" in message
+    one_line_error(lambda: policy.token_logps([group_row([65] * 14, [[1, 2, 3, 4]])]))
+    assert policy.token_logps([group_row([65] * 10, [[1, 2, 3, 4, 5, 6]] * 3)])[0].shape == (18,)  # a row may be longer
+
+
+@pytest.fixture(scope="module")
+def records():
+    return experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), rounds=2, noise=0.5)
+
+
+def test_a_prompt_and_its_reply_are_a_prefix_of_the_next_prompt(policy, records):
+    """What play appends token by token is what the chat template makes of the whole conversation."""
+    lines = {}
+    for r in records:
+        prompt, reply = policy.encode_prompt(r.prompt), policy.encode_reply(r.reply)
+        assert prompt[: len(lines.get((r.game, r.seat), []))] == lines.get((r.game, r.seat), [])
+        lines[r.game, r.seat] = prompt + reply
+        text = policy.tokenizer.apply_chat_template(r.prompt, add_generation_prompt=True, tokenize=False)
+        assert policy.tokenizer.decode(prompt) == text
+        whole = policy.tokenizer.apply_chat_template([*r.prompt, {"role": "assistant", "content": r.reply}], tokenize=False)
+        assert whole.startswith(policy.tokenizer.decode(prompt + reply))
+    assert len(records) == 2 * 2 * 2 * 3 and len(lines) == 6
+
+
+def test_encoded_replies_end_their_turn_and_read_back(policy, records):
+    for r in records:
+        ids = policy.encode_reply(r.label)
+        assert ids[-1] == END and END not in ids[:-1]
+        assert policy.tokenizer.decode(ids[:-1]) == r.label
+
+
+def test_a_whole_game_is_one_row_and_equals_plain_forward_passes(policy, records):
+    of_seat = [r for r in records if (r.game, r.seat) == (0, 1)]
+    turns = [(policy.encode_prompt(r.prompt), policy.encode_reply(r.reply), policy.encode_reply(r.label)) for r in of_seat]
+    rows = conversation_rows(turns)
+    assert len(rows) == 1 and len(turns) == 4
+    assert any(r.label != r.reply for r in records if r.game == 0)
+    with torch.no_grad():
+        model = plain_model(policy)
+        expected = torch.cat([plain_logps(model, p, label) for p, _, label in turns])
+        assert (policy.token_logps(rows)[0] - expected).abs().max() < 1e-4
+
+
+# --- what checkpoints build on
+
+
+def test_seeded_generators_differ_in_every_number():
+    def draw(*numbers):
+        return tuple(torch.rand(4, generator=checkpoint.seeded(*numbers)).tolist())
+
+    keys = [(s, p, t) for s in range(3) for p in range(3) for t in range(3)]
+    assert len({draw(*k) for k in keys}) == len(keys)
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+
+
+@pytest.mark.parametrize(("count", "size"), [(7, 3), (3, 7), (4, 4), (1, 2)])
+def test_shuffled_goes_through_everything_once_an_epoch(count, size):
+    steps = 3 * count  # that is 3 * size epochs
+    indices = [i for step in range(steps) for i in checkpoint.shuffled(count, size, step, 0, 2)]
+    epochs = [indices[k : k + count] for k in range(0, len(indices), count)]
+    assert len(epochs) == 3 * size and all(sorted(e) == list(range(count)) for e in epochs)
+    if count == 7:
+        assert len({tuple(e) for e in epochs}) > 1
+        assert indices != [i for step in range(steps) for i in checkpoint.shuffled(count, size, step, 1, 2)]
+
+
+def test_a_row_is_a_record_of_positions_not_of_token_values():
+    """The same rows for a prompt and replies that are nothing but the padding token."""
+    row = group_row([END, END], [[END, END], [END]])
+    assert row == Row([END] * 3, [0, 1, 2], [0, 0, 1], [1, 2, 1], [END] * 3)

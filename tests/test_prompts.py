@@ -1,0 +1,462 @@
+"""Prompts by their content (not their wording), and the strict reading of replies."""
+
+import itertools
+import re
+import time
+
+import numpy as np
+import pytest
+
+from games import Game, State, form_links, make_game, payoffs
+from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
+
+STYLES = [PromptStyle(i, b, h) for i in ("full", "local") for b in (True, False) for h in (True, False)]
+ALPHA = (1.37, 2.91, 0.83, 1.79)  # numbers that occur nowhere else in a prompt
+GAME = Game(ALPHA, 0.047, 0.213, 9.0, rounds=2)
+
+
+def random_state(game, stages, rng):
+    """A state after that many stages of random actions; efforts have two decimals."""
+    state = State(game)
+    for _ in range(stages):
+        if state.kind == "G":
+            actions = rng.integers(0, 2, (game.N, game.N))
+            np.fill_diagonal(actions, 0)
+        else:
+            actions = rng.integers(1, int(game.cap * 100), game.N) / 100
+        state = state.step(actions)
+    return state
+
+
+def text_of(chat):
+    return "\n".join(m["content"] for m in chat)
+
+
+def numbers_in(text):
+    return {float(v) for v in re.findall(r"\d+(?:\.\d+)?", text)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+
+@pytest.mark.parametrize("style", STYLES, ids=str)
+@pytest.mark.parametrize("seat", range(4))
+def test_an_agent_reads_its_own_numbers(style, seat):
+    state = State(GAME)
+    numbers = numbers_in(text_of(messages(state, seat, [], style)))
+    assert {GAME.delta, GAME.c, GAME.cap, ALPHA[seat], 4.0, float(seat + 1)} <= numbers
+
+
+@pytest.mark.parametrize("seat", range(4))
+def test_full_information_tells_everybodys_alpha_and_local_only_ones_own(seat):
+    full = numbers_in(text_of(messages(State(GAME), seat, [], PromptStyle("full"))))
+    local = numbers_in(text_of(messages(State(GAME), seat, [], PromptStyle("local"))))
+    assert set(ALPHA) <= full
+    assert local & set(ALPHA) == {ALPHA[seat]}
+
+
+@pytest.mark.parametrize("hints", (True, False))
+def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(hints):
+    """The strongest form: no stage of two rounds lets any function of the others' alphas through."""
+    style, compared = PromptStyle("local", hints=hints), 0
+    state = random_state(GAME, 3, np.random.default_rng(0))
+    for seat in range(4):
+        alpha = [5.55, 6.66, 7.77, 8.88]
+        alpha[seat] = ALPHA[seat]
+        other = State(Game(tuple(alpha), GAME.delta, GAME.c, GAME.cap, rounds=2), state.history)
+        replies = ["Decision: 0"] * 3
+        chats = [messages(s, seat, replies, style) for s in (state, other)]
+        assert chats[0] == chats[1]
+        full = [messages(s, seat, replies, PromptStyle("full", hints=hints)) for s in (state, other)]
+        assert full[0] != full[1]
+        compared += len(chats[0])
+    assert compared == 4 * (1 + 4 + 3)
+
+
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_the_belief_line_is_asked_for_iff_it_is_on(style):
+    for stages in range(4):
+        state = random_state(GAME, stages, np.random.default_rng(stages))
+        text = text_of(messages(state, 1, ["x"] * stages, style))
+        assert ("belief" in text.lower()) == style.belief
+        assert "Decision:" in text
+
+
+def test_hints_give_the_worked_numbers_and_nothing_else_does():
+    """Seat 1: a link to j at efforts alpha earns delta alpha_1 alpha_j / c units of c; the best reply to alphas."""
+    d, c = GAME.delta, GAME.c
+    worth = {round(d * ALPHA[1] * a / c, 2) for i, a in enumerate(ALPHA) if i != 1}
+    assert worth == {0.88, 0.53, 1.15}  # 0.047 * 2.91 = 0.13677; / 0.213 = 0.64211; times 1.37, 0.83, 1.79
+    graph = {h: numbers_in(text_of(messages(State(GAME), 1, [], PromptStyle(hints=h)))) for h in (True, False)}
+    assert worth <= graph[True] and not worth & graph[False]
+
+    links = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])  # 1-2 and 2-4: seat 1 has 0 and 3
+    state = State(GAME).step(links)
+    best = 3.06  # 2.91 + 0.047 * (1.37 + 1.79) = 3.05852
+    effort = {h: numbers_in(messages(state, 1, ["x"], PromptStyle(hints=h))[-1]["content"]) for h in (True, False)}
+    assert best in effort[True] and best not in effort[False]
+    assert graph[False] <= graph[True] and effort[False] <= effort[True]
+
+
+def test_hints_change_nothing_under_local_information():
+    state = random_state(GAME, 3, np.random.default_rng(1))
+    chats = [messages(state, 2, ["x"] * 3, PromptStyle("local", hints=h)) for h in (True, False)]
+    assert chats[0] == chats[1]
+
+
+def test_a_cost_of_zero_does_not_break_the_hint():
+    game = Game((1.0, 1.0, 1.0), 0.1, 0.0, 3.0)
+    assert len(messages(State(game), 0, [], PromptStyle())) == 2
+
+
+@pytest.mark.parametrize("information", ("full", "local"))
+def test_every_graph_reads_differently_before_the_efforts(information):
+    texts = set()
+    for bits in itertools.product((0, 1), repeat=6):
+        links = np.zeros((4, 4), int)
+        links[np.triu_indices(4, 1)] = bits
+        state = State(GAME).step(links + links.T)
+        texts.add(messages(state, 0, ["x"], PromptStyle(information))[-1]["content"])
+    assert len(texts) == 64
+
+
+def test_the_second_round_tells_all_efforts_and_the_own_payoff():
+    state = random_state(GAME, 2, np.random.default_rng(2))
+    proposals, efforts = state.history
+    for seat in range(4):
+        numbers = numbers_in(messages(state, seat, ["x", "y"], PromptStyle("local"))[-1]["content"])
+        assert set(efforts) <= numbers
+        x, G = efforts, form_links(proposals)
+        pay = ALPHA[seat] * x[seat] - x[seat] ** 2 / 2
+        pay += sum(GAME.delta * x[seat] * x[j] - GAME.c for j in range(4) if G[seat, j])
+        assert round(abs(pay), 2) in numbers
+
+
+@pytest.mark.parametrize("stages", ("GGE", "GEE"))
+def test_the_result_of_a_stage_is_told_before_the_next_of_the_same_kind(stages):
+    """After each stage everybody sees the result: two different results, two different prompts."""
+    game = Game(ALPHA, 0.047, 0.213, 9.0, stages=stages)
+    first = State(game)
+    links = 1 - np.eye(4, dtype=int)
+    if stages == "GGE":
+        a, b, replies = first.step(links), first.step(0 * links), ["x"]
+    else:
+        a, b, replies = first.step(links).step([1.11] * 4), first.step(links).step([2.22] * 4), ["x", "y"]
+    for seat in range(4):
+        chats = [messages(s, seat, replies, PromptStyle()) for s in (a, b)]
+        assert chats[0][-1]["content"] != chats[1][-1]["content"]
+
+
+@pytest.mark.parametrize("N", range(3, 9))
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_prompts_of_all_sizes_over_two_rounds_grow_as_prefixes(N, style):
+    """prompt of stage k+1 = prompt of stage k + the reply + one user message: play may reuse its cache, and
+    fine-tuning may train all decisions of a game in one pass."""
+    rng = np.random.default_rng(N)
+    game = make_game(rng.permutation(np.linspace(1, 3, N)), 0.25, 1.0, rounds=2)
+    end = random_state(game, 4, rng)
+    for seat in range(N):
+        replies, before = [], None
+        for k in range(4):
+            chat = messages(end.before(k), seat, replies, style)
+            assert [m["role"] for m in chat] == ["system"] + ["user", "assistant"] * k + ["user"]
+            if before is not None:
+                assert chat[:-1] == before + [{"role": "assistant", "content": replies[-1]}]
+            before = chat
+            replies = replies + [f"Decision: reply {k} of seat {seat}"]
+
+
+@pytest.mark.parametrize("given", (0, 1, 3))
+def test_a_wrong_number_of_replies_is_refused(given):
+    state = random_state(GAME, 2, np.random.default_rng(3))
+    with pytest.raises(ValueError, match="2 stages"):
+        messages(state, 0, ["x"] * given, PromptStyle())
+
+
+def test_unknown_information_is_refused():
+    with pytest.raises(ValueError):
+        messages(State(GAME), 0, [], PromptStyle("none"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# replies that are compliant
+
+
+@pytest.mark.parametrize(
+    "reply, row",
+    [
+        ("Decision: [0, 1, 0, 1]", [0, 1, 0, 1]),
+        ("Decision:[0,1,0,1]", [0, 1, 0, 1]),
+        ("  Decision:   [ 0 ,1 ,  0,1 ]  ", [0, 1, 0, 1]),
+        ("Decision: [0, 1, 0, 1]\n", [0, 1, 0, 1]),
+        ("Belief: [0, 1, 1, 1]\r\nDecision: [0, 0, 0, 0]\r\n", [0, 0, 0, 0]),
+        ("thinking ...\nDecision: [0, 1, 1, 1]\nno, wait\nDecision: [0, 0, 1, 0]\nthank you", [0, 0, 1, 0]),
+        ("Decision: nonsense\nDecision: [0, 1, 0, 0]", [0, 1, 0, 0]),
+        ("Decision: [0, 1, 0, 1]\nThe decision: [1, 1, 1, 1]", [0, 1, 0, 1]),
+    ],
+)
+def test_compliant_graph_replies(reply, row):
+    decision = parse_reply(reply, "G", 0, 4, 3.0)
+    assert decision.kind == "G" and decision.action.tolist() == row
+    assert decision.action.dtype.kind == "i"
+
+
+@pytest.mark.parametrize(
+    "reply, effort",
+    [
+        ("Decision: 1.54", 1.54),
+        ("Decision:1.54", 1.54),
+        ("\tDecision:  1.54\t", 1.54),
+        ("Decision: 0", 0.0),
+        ("Decision: 3", 3.0),  # the cap itself
+        ("Decision: 3.00", 3.0),
+        ("Decision: 2.9999999", 2.9999999),
+        ("Decision: 15e-1", 1.5),
+        ("Decision: 1e-999", 0.0),
+        ("Decision: 2\nDecision: 1", 1.0),
+        ("Decision: 99\nDecision: 1", 1.0),
+        ("Belief: junk\nDecision: 1", 1.0),
+    ],
+)
+def test_compliant_effort_replies(reply, effort):
+    decision = parse_reply(reply, "E", 0, 4, 3.0)
+    assert decision.kind == "E" and decision.action == effort and isinstance(decision.action, float)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# replies that are not
+
+
+NEVER = [
+    "",
+    "\n\n",
+    "I choose everybody.",
+    "Decision:",
+    "Decision: ",
+    "Decision: none",
+    "Belief: [0, 1, 0, 1]",
+    "decision: [0, 1, 0, 1]\ndecision: 1",
+    "My Decision: 1",
+    "Decision 1",
+    "Decision: nan",
+    "Decision: [nan, 0, 0, 0]",
+    "Decision: inf",
+    "Decision: -inf",
+    "Decision: Infinity",
+    "Decision: 1e999",
+    "Decision: [0, 1e999, 0, 0]",
+    "Decision: " + "9" * 5000,
+    "Decision: [0, " + "9" * 5000 + ", 0, 0]",
+    "Decision: __import__('os').system('true')",
+    "Decision: [0, __import__('os'), 0, 0]",
+    "Decision: [0] * 4",
+    "Decision: [0, 1, 0, 1] + []",
+    "Decision: 1 + 1",
+    "Decision: True",
+    "Decision: [False, True, False, True]",
+    "Decision: (0, 1, 0, 1)",
+    "Decision: [[0, 1, 0, 1]]",
+    "Decision: \u0661",  # ARABIC-INDIC DIGIT ONE: int() and float() would read it
+    "Decision: \uff11",  # FULLWIDTH DIGIT ONE
+    "Decision: \u00b2",  # SUPERSCRIPT TWO
+    "Decision: [0, \u0661, 0, \uff11]",
+    "Decision: 1_0",
+    "Decision: 0x1",
+    "Decision: 1,5",
+    "Decision: 1.2.3",
+    "Decision: .",
+    "Decision: e1",
+    "Decision: 1e",
+    "Decision: \x001",
+]
+
+
+@pytest.mark.parametrize("kind", "GE")
+@pytest.mark.parametrize("reply", NEVER)
+def test_never_compliant(reply, kind):
+    assert parse_reply(reply, kind, 0, 4, 30.0) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[0, 1, 0]",
+        "[0, 1, 0, 1, 0]",
+        "[]",
+        "[1, 1, 0, 1]",  # own position
+        "[0, 2, 0, 1]",
+        "[0, -1, 0, 1]",
+        "[0, 0.5, 0, 1]",
+        "[0, 0.999999, 0, 1]",
+        "[0, 1e-9, 0, 1]",
+        "[0, 1, 0, 1],",
+        "[0, 1, 0, 1].",
+        "[0, 1, 0, 1] because they pay",
+        "row [0, 1, 0, 1]",
+        "[0, 1, 0, 1",
+        "0, 1, 0, 1]",
+        "0, 1, 0, 1",
+        "0 1 0 1",
+        "[0 1 0 1]",
+        "[0, , 0, 1]",
+        "[0, 1, 0, 1,]",
+        "[,0, 1, 0, 1]",
+        "[0; 1; 0; 1]",
+        "1",
+        "0101",
+    ],
+)
+def test_rows_that_are_refused(line):
+    assert parse_reply(f"Decision: {line}", "G", 0, 4, 3.0) is None
+    # and a bad last line is not mended by a good one before it
+    assert parse_reply(f"Decision: [0, 1, 1, 0]\nDecision: {line}", "G", 0, 4, 3.0) is None
+
+
+@pytest.mark.parametrize("seat", range(4))
+def test_the_own_position_is_that_of_the_seat(seat):
+    for code in range(16):
+        row = [code >> k & 1 for k in range(4)]
+        decision = parse_reply(f"Decision: {row}", "G", seat, 4, 3.0)
+        assert (decision is None) == (row[seat] == 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-0.01",
+        "-1",
+        "3.0000001",
+        "3.01",
+        "4",
+        "1e9",
+        "1.5 is my effort",
+        "1.5.",
+        "1.5,",
+        "about 1.5",
+        "[1.5]",
+        "[1.5, 1, 1, 1]",
+        "1.5 1.5",
+        "1.5 / 2",
+        "$1.5",
+        "--1",
+        "+-1",
+    ],
+)
+def test_efforts_that_are_refused(line):
+    assert parse_reply(f"Decision: {line}", "E", 0, 4, 3.0) is None
+    assert parse_reply(f"Decision: 1\nDecision: {line}", "E", 0, 4, 3.0) is None
+
+
+def test_a_reply_is_never_evaluated(tmp_path):
+    target = tmp_path / "touched"
+    code = f"open({str(target)!r}, 'w')"
+    for kind in "GE":
+        assert parse_reply(f"Belief: {code}\nDecision: {code}", kind, 0, 4, 3.0) is None
+    assert not target.exists()
+
+
+M = 10**6
+LONG = {
+    "prose": "word " * (M // 5),
+    "digits": "Decision: " + "1" * M,
+    "decimals": "Decision: 0." + "1" * M + "x",
+    "open list": "Decision: [0" + ", 1" * (M // 3),
+    "spaces": "Decision: [0" + " " * M + "x",
+    "spaced list": "Decision: [" + "0   ,   " * (M // 8),
+    "long entry": "Decision: [" + "1" * M,
+    "exponent": "Decision: 1e" + "9" * M + "x",
+    "many lines": "Decision: [0, 1, 0, 1]\n" * (M // 23) + "Decision: x",
+    "empty lines": "\n" * M,
+    "belief": "Belief: [" + "1, " * (M // 3) + "\nDecision: x",
+    "indent": " " * M + "x",
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_replies_take_linear_time(name):
+    """A million characters: quadratic time would be hours."""
+    start = time.perf_counter()
+    for kind in "GE":
+        assert parse_reply(LONG[name], kind, 0, 4, 3.0) is None
+    assert time.perf_counter() - start < 5
+
+
+def test_a_long_reply_with_a_good_last_line_is_compliant():
+    assert parse_reply("hm " * M + "\nDecision: 1.5", "E", 0, 4, 3.0).action == 1.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# beliefs
+
+
+@pytest.mark.parametrize(
+    "belief, kind, read",
+    [
+        ("[0, 1, 0, 1]", "G", [0, 1, 0, 1]),
+        ("[1, 1, 0, 1]", "G", [0, 1, 0, 1]),  # one's own position says nothing
+        ("[0, 1, 0]", "G", None),
+        ("[0, 2, 0, 1]", "G", None),
+        ("[0, 0.5, 0, 1]", "G", None),
+        ("[0, 1, 0, 1] I think", "G", None),
+        ("they will", "G", None),
+        ("", "G", None),
+        ("[0, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
+        ("[9, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
+        ("[0, 1.2, 0.8]", "E", None),
+        ("[0, nan, 0.8, 2]", "E", None),
+        ("[0, 1e999, 0.8, 2]", "E", None),
+        ("1.2", "E", None),
+        ("[0, 1, 0, 0]\nBelief: [0, 0, 1, 1]", "G", [0, 0, 1, 1]),  # the last line here too
+        ("[0, 1, 0, 0]\nBelief: ?", "G", None),
+    ],
+)
+def test_the_belief_does_not_decide_compliance(belief, kind, read):
+    reply = f"Belief: {belief}\nDecision: " + {"G": "[0, 0, 1, 0]", "E": "1.25"}[kind]
+    decision = parse_reply(reply, kind, 0, 4, 3.0)
+    assert np.array_equal(decision.action, [0, 0, 1, 0] if kind == "G" else 1.25)
+    assert decision.belief is None if read is None else decision.belief.tolist() == read
+
+
+def test_a_belief_may_follow_the_decision_or_be_missing():
+    assert parse_reply("Decision: 1\nBelief: [0, 1, 2]", "E", 0, 3, 3.0).belief.tolist() == [0, 1, 2]
+    assert parse_reply("Decision: 1", "E", 0, 3, 3.0).belief is None
+
+
+def test_a_good_belief_does_not_mend_a_bad_decision():
+    assert parse_reply("Belief: [0, 1, 0, 1]\nDecision: [0, 1]", "G", 0, 4, 3.0) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing replies
+
+
+@pytest.mark.parametrize("belief", (True, False))
+def test_what_is_written_is_read_back(belief):
+    rng, style, read = np.random.default_rng(4), PromptStyle(belief=belief), 0
+    for _ in range(500):
+        N = int(rng.integers(2, 13))
+        seat, cap = int(rng.integers(N)), float(rng.integers(1, 30))
+        row, expected = rng.integers(0, 2, (2, N))
+        efforts = rng.integers(0, int(cap * 100) + 1, N) / 100
+        row[seat] = expected[seat] = efforts[seat] = 0
+        x = int(rng.integers(0, int(cap * 100) + 1)) / 100
+        for kind, action, b in (("G", row, expected), ("E", x, efforts)):
+            text = format_reply(Decision(kind, action, b), style)
+            back = parse_reply(text, kind, seat, N, cap)
+            assert text.count("\n") == belief and np.array_equal(back.action, action)
+            assert np.array_equal(back.belief, b) if belief else back.belief is None
+            read += 1
+    assert read == 1000
+
+
+@pytest.mark.parametrize("N", (3, 8))
+def test_the_fallback_is_no_links_and_no_effort(N):
+    row = fallback("G", N)
+    assert row.action.shape == (N,) and not row.action.any() and row.belief is None
+    effort = fallback("E", N)
+    assert effort.action == 0 and effort.belief is None
+    # both are actions that the rules allow
+    game = make_game(np.ones(N), 0.2, 1.0)
+    state = State(game).step(np.array([fallback("G", N).action] * N)).step(np.array([effort.action] * N))
+    assert state.done and payoffs(game, state.links, state.efforts).tolist() == [0] * N
