@@ -75,6 +75,7 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, 
     try:
         tensors = load_file(path / "tensors.safetensors")
         state = json.loads((path / "state.json").read_text())
+        step, extra = state["step"], state["extra"]
     except Exception as e:  # safetensors raises its own error type for a damaged file
         raise InputError(f"the checkpoint {path} cannot be read ({e}); remove it to continue from the one before") from None
     moments: dict[int, dict] = {}
@@ -85,4 +86,4 @@ def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, 
     full = optimizer.state_dict()
     optimizer.load_state_dict({"state": moments, "param_groups": full["param_groups"]})
     adapter = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-    return state["step"], adapter, state["extra"]
+    return step, adapter, extra

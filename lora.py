@@ -274,7 +274,7 @@ def write_adapter(folder: str | os.PathLike, state: dict[str, torch.Tensor], con
         header["base_fingerprint"] = config.base_fingerprint
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     files = {  # in this order: the config comes last, so a new folder that has one is complete
-        WEIGHTS_FILE: safetensors_bytes(state, metadata=header),
+        WEIGHTS_FILE: _sorted_header(safetensors_bytes(state, metadata=header)),
         CONFIG_FILE: (json.dumps(fields, indent=2) + "\n").encode(),
     }
     os.makedirs(folder, exist_ok=True)
@@ -285,6 +285,14 @@ def write_adapter(folder: str | os.PathLike, state: dict[str, torch.Tensor], con
             os.fsync(file.fileno())
     for name in files:
         os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    """The same safetensors file with its header in a fixed order: safetensors writes metadata in a random one, and the
+    same adapter is to be the same file. Layout: length of the header (8 bytes), JSON header, tensors."""
+    n = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + n]), sort_keys=True, separators=(",", ":")).encode()
+    return data[:8] + header.ljust(n) + data[8 + n :]
 
 
 # What a PEFT config may hold without a change to h = W x + scaling * B A x in evaluation. The rule is the safe way

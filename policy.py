@@ -305,7 +305,10 @@ class Policy:
 
 def load_policy(name: str, cache: str | None = None, dtype=torch.float32, device: str = "cpu") -> Policy:
     """The base model as a policy. Raises InputError."""
-    model, tokenizer = pretrained.load(name, cache, dtype, device)
+    try:
+        model, tokenizer = pretrained.load(name, cache, dtype, device)
+    except pretrained.ModelError as e:
+        raise InputError(str(e)) from None
     return Policy(model, tokenizer, name)
 
 

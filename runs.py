@@ -28,6 +28,9 @@ def reports_errors(main):
         except (InputError, GameError) as e:
             print(f"error: {e}", file=sys.stderr)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted; what was saved before can be continued with --resume", file=sys.stderr)
+            raise SystemExit(130) from None
         except BrokenPipeError:  # for example `eval.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
@@ -110,7 +113,8 @@ def refuse_existing(path) -> None:
 def new_run_folder(folder: str, arguments: dict) -> Path:
     """Makes the folder of a new run and writes config.json into it. Refuses a folder that holds anything."""
     path = Path(folder)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # (A folder with nothing but a config.json is that of a run that failed before its first step: nothing is lost.)
+    if path.exists() and (not path.is_dir() or any(entry.name != "config.json" for entry in path.iterdir())):
         raise InputError(
             f"{folder} already holds something and is not overwritten; name another --out, or continue a run with "
             f"--resume {folder}"
@@ -127,7 +131,7 @@ def resumed_arguments(folder: str, script: str) -> dict:
     """The arguments of the run in a folder, which are the only settings a resumed run uses."""
     config = read_json(Path(folder) / "config.json")
     if not isinstance(config, dict) or config.get("script") != script:
-        raise InputError(f"{folder} is not a run of {script}; its config.json says {config.get('script')!r}")
+        raise InputError(f"{folder} is not a run of {script}: its config.json is not of that script")
     return config
 
 

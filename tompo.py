@@ -72,11 +72,14 @@ class Sums:
     approx_kl: float = 0.0  # k3 of pi_old against pi_theta: how far this step has moved
     clipped: int = 0
     max_ratio_error: float = 0.0  # max |rho - 1|
+    has_reference: bool = False  # else kl was not measured
 
     def add(self, logp, old_logp, ref_logp, ratio, clipped) -> None:
         with torch.no_grad():
             self.tokens += logp.numel()
-            self.kl += float(k3(logp, ref_logp).sum()) if ref_logp is not None else 0.0
+            if ref_logp is not None:
+                self.kl += float(k3(logp, ref_logp).sum())
+                self.has_reference = True
             self.approx_kl += float(k3(old_logp, logp).sum())
             self.clipped += int(clipped.sum())
             self.max_ratio_error = max(self.max_ratio_error, float((ratio - 1).abs().max()))

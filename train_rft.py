@@ -88,12 +88,11 @@ def make_prompts(policy: Policy, records: list[experts.Record]) -> list[Prompt]:
 
 
 def next_batch(prompts: list[Prompt], size: int, step: int, seed: int) -> list[Prompt]:
-    """The prompts of a step: as many graph as effort decisions (a graph decision more if the size is odd), each kind
-    in a new random order every epoch."""
-    graph = [p for p in prompts if p.record.kind == "G"]
-    effort = [p for p in prompts if p.record.kind == "E"]
-    batch = [graph[i] for i in checkpoint.shuffled(len(graph), (size + 1) // 2, step, seed, 4)]
-    return batch + [effort[i] for i in checkpoint.shuffled(len(effort), size // 2, step, seed, 5)]
+    """The prompts of a step: as many graph as effort decisions, each kind in a new random order every epoch."""
+    by_kind = [[p for p in prompts if p.record.kind == kind] for kind in "GE"]
+    by_kind = [of_kind for of_kind in by_kind if of_kind]  # a data set may hold one kind only
+    part = size // len(by_kind)
+    return [p[i] for k, p in enumerate(by_kind) for i in checkpoint.shuffled(len(p), part, step, seed, 4, k)]
 
 
 def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
@@ -134,7 +133,7 @@ def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, to
             sums,
         )
         part_loss.backward()
-        loss += float(part_loss)
+        loss += part_loss.item()
     return loss, sums
 
 
@@ -154,7 +153,7 @@ def step_metrics(groups: list[list[Rollout]], prompts: list[Prompt], sums: tompo
         "s": mean(graph, lambda o: o.rewards["s"]),
         "R_G": mean(graph, lambda o: o.rewards["R_G"]),
         "U1": mean(everything, lambda o: o.rewards["compliance"] > 0),
-        "kl": sums.kl / sums.tokens,
+        "kl": sums.kl / sums.tokens if sums.has_reference else None,
         "approx_kl": sums.approx_kl / sums.tokens,
         "clip_fraction": sums.clipped / sums.tokens,
         "max_ratio_error": sums.max_ratio_error,
@@ -185,6 +184,8 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         done, adapter, extra = checkpoint.load_checkpoint(saved, optimizer)
         lora.load_adapter_state(policy.model, adapter)
         memory = Memory(extra["memory"])
+    longest = max(prompts, key=lambda p: len(p.ids))
+    policy.check_length(len(longest.ids), args.max_new_tokens or evaluation.default_max_new_tokens(longest.game.N))
     metrics, samples = JsonLines(folder / "metrics.jsonl", done), JsonLines(folder / "samples.jsonl", done)
     steps = min(args.steps, args.max_steps or args.steps)
     clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step")
@@ -211,11 +212,9 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         metrics.write(line)
         for sample in sample_lines(step, groups, batch):
             samples.write(sample)
-        s = "-" if line["s"] is None else f"{line['s']:.2f}"
-        bar.set_postfix_str(
-            f"reward {line['reward']:.2f}, U1 {line['U1']:.2f}, s {s}, KL {line['kl']:.3f}, "
-            f"{line['tokens_per_s']:.0f} reply tok/s"
-        )
+        live = {"reward": "reward", "U1": "U1", "s": "s", "KL": "kl"}
+        live = ", ".join(f"{name} {line[key]:.3f}" for name, key in live.items() if line[key] is not None)
+        bar.set_postfix_str(f"{live}, {line['tokens_per_s']:.0f} reply tok/s")
         bar.update()
         if stop.requested or (step + 1) % args.save_every == 0 or step + 1 == steps:
             state = lora.adapter_state(policy.model)
@@ -292,10 +291,10 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reinforcement fine-tuning")
     group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
-    group.add_argument("--steps", type=positive_int, default=30, help="optimizer steps (sampling rounds)")
-    group.add_argument("--prompts", type=positive_int, default=4, help="prompts per step")
-    group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
-    group.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--steps", type=positive_int, default=20, help="optimizer steps (sampling rounds)")
+    group.add_argument("--prompts", type=positive_int, default=4, help="prompts per step, half graph and half effort")
+    group.add_argument("--m", type=positive_int, default=12, help="replies per prompt: the group")
+    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
     group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
@@ -318,7 +317,9 @@ def main(argv=None) -> None:
     add_rft_arguments(parser)
     evaluation.add_eval_arguments(parser)
     parser.add_argument("--out", default="runs/tompo", help="the run folder")
-    args = parse(parser, "train_rft.py", PAPER, argv)
+    args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
+    if args.prompts % 2:
+        raise InputError(f"--prompts {args.prompts} must be even: half of them are graph, half effort decisions")
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
     experts.make_expert(args.expert)

@@ -23,7 +23,7 @@ import experts
 import lora
 from policy import Policy, Row, conversation_rows, load_policy
 from pretrained import DEFAULT_MODEL
-from runs import JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
+from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
@@ -48,8 +48,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
     group = parser.add_argument_group("supervised fine-tuning")
     group.add_argument("--train-on", choices=("effort", "graph", "both"), default="both", help="decisions trained on")
-    group.add_argument("--sft-steps", type=positive_int, default=60, help="optimizer steps")
-    group.add_argument("--sft-batch", type=positive_int, default=8, help="conversations per step")
+    group.add_argument("--sft-steps", type=positive_int, default=36, help="optimizer steps")
+    group.add_argument("--sft-batch", type=positive_int, default=4, help="conversations per step")
     group.add_argument("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--sft-held-out", type=positive_int, default=4, help="held-out games for the reply loss")
     group = parser.add_argument_group("run")
@@ -85,8 +85,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 5) -> float:
 
 def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
     """A fresh adapter on the policy's model."""
-    config = lora.LoRAConfig(args.rank, args.lora_alpha, tuple(args.targets), policy.name)
-    lora.inject(policy.model, config, checkpoint.seeded(args.seed, purpose))
+    try:
+        config = lora.LoRAConfig(args.rank, args.lora_alpha, tuple(args.targets), policy.name)
+        lora.inject(policy.model, config, checkpoint.seeded(args.seed, purpose))
+    except ValueError as e:
+        raise InputError(str(e)) from None
     return config
 
 
@@ -164,7 +167,7 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
             for rows_of_pass in micro_batches(batch, args.micro_batch):
                 part = -torch.cat(policy.token_logps(rows_of_pass)).sum() / targets
                 part.backward()
-                loss += float(part)
+                loss += part.item()
             lr = learning_rate(step, args.sft_steps, args.sft_lr)
             norm = optimizer_step(optimizer, lr, args.max_grad_norm)
         speed = sum(len(row.ids) for row in batch) / clock.last

@@ -105,9 +105,8 @@ def test_greedy_equals_the_generate_of_transformers(policy):
     groups = policy.sample(PROMPTS, 2, 24, temperature=0)
     for prompt, group in zip(PROMPTS, groups):
         ids = torch.tensor([prompt])
-        out = merged.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, eos_token_id=END, pad_token_id=END
-        )
+        limits = dict(do_sample=False, max_new_tokens=24, eos_token_id=END, pad_token_id=END)
+        out = merged.model.generate(ids, attention_mask=torch.ones_like(ids), **limits)
         for o in group:
             assert o.reply_ids == out[0, len(prompt) :].tolist()
     assert len({tuple(o.reply_ids) for o in flat(groups)}) == len(PROMPTS)
@@ -265,9 +264,8 @@ def test_group_rows_equal_a_forward_pass_per_reply(policy, size, temperature):
         assert a.shape == b.shape and (a - b).abs().max() < 1e-4
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(len(x), generator=generator) for x in expected]
-    assert_same_gradients(
-        policy, sum((w * x).sum() for w, x in zip(weights, logps)), sum((w * x).sum() for w, x in zip(weights, expected))
-    )
+    losses = [sum((w * x).sum() for w, x in zip(weights, values)) for values in (logps, expected)]
+    assert_same_gradients(policy, *losses)
 
 
 def test_replies_of_a_group_do_not_see_each_other(policy):
@@ -471,7 +469,8 @@ def test_a_prompt_and_its_reply_are_a_prefix_of_the_next_prompt(policy, records)
         lines[r.game, r.seat] = prompt + reply
         text = policy.tokenizer.apply_chat_template(r.prompt, add_generation_prompt=True, tokenize=False)
         assert policy.tokenizer.decode(prompt) == text
-        whole = policy.tokenizer.apply_chat_template([*r.prompt, {"role": "assistant", "content": r.reply}], tokenize=False)
+        answered = [*r.prompt, {"role": "assistant", "content": r.reply}]
+        whole = policy.tokenizer.apply_chat_template(answered, tokenize=False)
         assert whole.startswith(policy.tokenizer.decode(prompt + reply))
     assert len(records) == 2 * 2 * 2 * 3 and len(lines) == 6
 
@@ -485,7 +484,8 @@ def test_encoded_replies_end_their_turn_and_read_back(policy, records):
 
 def test_a_whole_game_is_one_row_and_equals_plain_forward_passes(policy, records):
     of_seat = [r for r in records if (r.game, r.seat) == (0, 1)]
-    turns = [(policy.encode_prompt(r.prompt), policy.encode_reply(r.reply), policy.encode_reply(r.label)) for r in of_seat]
+    encode = policy.encode_reply
+    turns = [(policy.encode_prompt(r.prompt), encode(r.reply), encode(r.label)) for r in of_seat]
     rows = conversation_rows(turns)
     assert len(rows) == 1 and len(turns) == 4
     assert any(r.label != r.reply for r in records if r.game == 0)
