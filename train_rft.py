@@ -110,6 +110,7 @@ def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Mem
 
 def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, tompo.Sums]:
     """Adds the gradient of -J over all groups. Returns the loss and its diagnostics."""
+    groups = sorted(groups, key=lambda group: len(group[0].prompt_ids))  # less padding in a micro-batch
     lengths = [len(o.reply_ids) for group in groups for o in group]
     limit = args.max_new_tokens or max(lengths)
     weights = iter(tompo.token_weights(lengths, args.aggregation, limit))
@@ -291,10 +292,10 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reinforcement fine-tuning")
     group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
-    group.add_argument("--steps", type=positive_int, default=20, help="optimizer steps (sampling rounds)")
-    group.add_argument("--prompts", type=positive_int, default=4, help="prompts per step, half graph and half effort")
-    group.add_argument("--m", type=positive_int, default=12, help="replies per prompt: the group")
-    group.add_argument("--lr", type=number(float, 0), default=5e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--steps", type=positive_int, default=14, help="optimizer steps (sampling rounds)")
+    group.add_argument("--prompts", type=positive_int, default=8, help="prompts per step, half graph and half effort")
+    group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
+    group.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
     group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")

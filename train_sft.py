@@ -13,6 +13,7 @@ data holds a decision that was replaced at random, the expert's own answer is tr
 
 import argparse
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
     group = parser.add_argument_group("supervised fine-tuning")
     group.add_argument("--train-on", choices=("effort", "graph", "both"), default="both", help="decisions trained on")
-    group.add_argument("--sft-steps", type=positive_int, default=36, help="optimizer steps")
+    group.add_argument("--sft-steps", type=positive_int, default=60, help="optimizer steps")
     group.add_argument("--sft-batch", type=positive_int, default=4, help="conversations per step")
     group.add_argument("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--sft-held-out", type=positive_int, default=4, help="held-out games for the reply loss")
@@ -65,19 +66,24 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) -> argparse.Namespace:
     """Parses the flags, with the paper's values as defaults under --preset paper; under --resume they are those of
-    the run. Makes the folder of a new run."""
+    the run."""
     known, _ = parser.parse_known_args(argv)
     if known.preset == "paper":
         parser.set_defaults(**paper)
     args = parser.parse_args(argv)
     if args.resume:
+        print(f"continuing {args.resume} with the settings in its config.json (other flags do not count)")
         return argparse.Namespace(**resumed_arguments(args.resume, script) | {"out": args.resume, "resumed": True})
     args.script, args.resumed = script, False
+    for name in ("data", "sft_adapter"):  # a run may be resumed from another working directory
+        if getattr(args, name, None):
+            setattr(args, name, os.path.abspath(getattr(args, name)))
     return args
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 5) -> float:
-    """Linear warm-up, then cosine to 0; `step` from 0."""
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over a tenth of the steps, then cosine to 0; `step` from 0."""
+    warmup = max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
@@ -162,6 +168,7 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     for step in range(done, steps):
         with clock("step"):
             batch = [rows[i] for i in checkpoint.shuffled(len(rows), args.sft_batch, step, args.seed, 2)]
+            batch.sort(key=lambda row: len(row.ids))  # less padding in a micro-batch
             targets = sum(len(row.targets) for row in batch)  # one denominator for the whole step
             loss = 0.0
             for rows_of_pass in micro_batches(batch, args.micro_batch):
