@@ -307,7 +307,6 @@ def report(results: dict[str, dict], rounds: int) -> str:
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
     group.add_argument("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
     group.add_argument("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
     group.add_argument("--eval-temperature", type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")

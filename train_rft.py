@@ -45,6 +45,7 @@ from runs import reports_errors, write_json
 from train_sft import (
     PAPER,
     add_training_arguments,
+    in_trained_seats,
     learning_rate,
     load_records,
     make_optimizer,
@@ -66,8 +67,9 @@ class Prompt:
     target: Target
 
 
-def make_prompts(policy: Policy, records: list[experts.Record]) -> list[Prompt]:
-    """Every decision of the data set with what the experts of all agents would do in its place."""
+def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Prompt]:
+    """The decisions in the trained seats, with what the experts of all agents would do in their place."""
+    trained = {(r.game, r.stage, r.seat) for r in in_trained_seats(args, records)}
     stages: dict[tuple[int, int], list] = {}
     for r in records:
         stages.setdefault((r.game, r.stage), []).append(r)
@@ -83,7 +85,8 @@ def make_prompts(policy: Policy, records: list[experts.Record]) -> list[Prompt]:
                 target = Target("G", r.seat, game.cap, proposals_NN=proposals_NN)
             else:
                 target = Target("E", r.seat, game.cap, effort=labels[r.seat].action)
-            prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
+            if (r.game, r.stage, r.seat) in trained:
+                prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
     return prompts
 
 
@@ -178,7 +181,7 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns False if
     it was stopped before the end (after saving a checkpoint)."""
     config = new_adapter(policy, args, purpose=3)
-    prompts, memory = make_prompts(policy, records), Memory()
+    prompts, memory = make_prompts(policy, records, args), Memory()
     optimizer, done = make_optimizer(policy), 0
     saved = checkpoint.latest_checkpoint(folder / "checkpoints")
     if saved:
@@ -292,10 +295,10 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reinforcement fine-tuning")
     group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
-    group.add_argument("--steps", type=positive_int, default=14, help="optimizer steps (sampling rounds)")
+    group.add_argument("--steps", type=positive_int, default=11, help="optimizer steps (sampling rounds)")
     group.add_argument("--prompts", type=positive_int, default=8, help="prompts per step, half graph and half effort")
     group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
-    group.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--lr", type=number(float, 0), default=3e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
     group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")

@@ -49,10 +49,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
     group = parser.add_argument_group("supervised fine-tuning")
     group.add_argument("--train-on", choices=("effort", "graph", "both"), default="both", help="decisions trained on")
-    group.add_argument("--sft-steps", type=positive_int, default=60, help="optimizer steps")
+    group.add_argument("--sft-steps", type=positive_int, default=50, help="optimizer steps")
     group.add_argument("--sft-batch", type=positive_int, default=4, help="conversations per step")
     group.add_argument("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
-    group.add_argument("--sft-held-out", type=positive_int, default=4, help="held-out games for the reply loss")
+    group.add_argument("--sft-held-out", type=positive_int, default=12, help="held-out games for the reply loss")
     group = parser.add_argument_group("run")
     group.add_argument("--preset", choices=("small", "paper"), default="small", help="defaults: small, or the paper's")
     group.add_argument("--data", metavar="FILE", help="expert games written by experts.py (else they are simulated)")
@@ -75,6 +75,8 @@ def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) 
         print(f"continuing {args.resume} with the settings in its config.json (other flags do not count)")
         return argparse.Namespace(**resumed_arguments(args.resume, script) | {"out": args.resume, "resumed": True})
     args.script, args.resumed = script, False
+    if args.seat >= args.agents[0]:
+        raise InputError(f"--seat {args.seat} must be below the number of agents, which is {args.agents[0]} in some games")
     for name in ("data", "sft_adapter"):  # a run may be resumed from another working directory
         if getattr(args, name, None):
             setattr(args, name, os.path.abspath(getattr(args, name)))
@@ -101,6 +103,11 @@ def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
 
 def load_records(args) -> list[experts.Record]:
     return experts.read_records(args.data) if args.data else experts.simulate_args(args, args.games, args.seed)
+
+
+def in_trained_seats(args, records: list[experts.Record]) -> list[experts.Record]:
+    """Those of the decisions that are trained on: the policy's seat [source: seat 0], or every seat."""
+    return [r for r in records if args.all_seats or r.seat == args.seat]
 
 
 def conversations(policy: Policy, records: list[experts.Record], train_on: str) -> list[Row]:
@@ -145,8 +152,8 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER if there
     is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
     config = new_adapter(policy, args, purpose=1)
-    rows = conversations(policy, records, args.train_on)
-    held_out = experts.simulate_args(args, args.sft_held_out, args.seed, "held-out")
+    rows = conversations(policy, in_trained_seats(args, records), args.train_on)
+    held_out = in_trained_seats(args, experts.simulate_args(args, args.sft_held_out, args.seed, "held-out"))
     test_rows = {kind: conversations(policy, held_out, kind) for kind in ("graph", "effort")}
     optimizer, done = make_optimizer(policy), 0
     saved = checkpoint.latest_checkpoint(folder / "checkpoints")
