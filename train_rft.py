@@ -295,10 +295,10 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reinforcement fine-tuning")
     group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
-    group.add_argument("--steps", type=positive_int, default=11, help="optimizer steps (sampling rounds)")
+    group.add_argument("--steps", type=positive_int, default=12, help="optimizer steps (sampling rounds)")
     group.add_argument("--prompts", type=positive_int, default=8, help="prompts per step, half graph and half effort")
     group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
-    group.add_argument("--lr", type=number(float, 0), default=3e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--lr", type=number(float, 0), default=1e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
     group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
@@ -306,7 +306,7 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--w-local", type=number(float, 0), default=0.5, help="bonus in R^G for the best graph of the group")
     group.add_argument("--w-global", type=number(float, 0), default=0.5, help="bonus in R^G for matching the memory's best")
     group.add_argument("--clip-eps", type=number(float, 0), default=0.2, help="clip range of the ratio")
-    group.add_argument("--beta", type=number(float, 0), default=0.02, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    group.add_argument("--beta", type=number(float, 0), default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
     group.add_argument("--aggregation", choices=tompo.AGGREGATIONS, default="sequence", help="see tompo.token_weights")
 
 

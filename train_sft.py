@@ -84,8 +84,12 @@ def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) 
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over a tenth of the steps, then cosine to 0; `step` from 0."""
-    warmup = max(1, steps // 10)
+    """Linear warm-up over a tenth of the steps, but at least 3, then cosine to 0; `step` from 0.
+
+    Adam's first steps are the sign of the gradient at full length: without a warm-up the first batch of RFT alone can
+    push a policy to one answer for everything.
+    """
+    warmup = max(3, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -56,6 +56,9 @@ RFT_ONLY = dict(
 )  # fmt: skip
 
 
+ALL_SEATS = argparse.Namespace(all_seats=True, seat=0)
+
+
 def flags(values):
     argv = []
     for name, value in values.items():
@@ -64,11 +67,11 @@ def flags(values):
 
 
 def sft_flags(model, out, **changes):
-    return flags(SHARED | {"model": model, "out": out} | changes)
+    return ["--all-seats", *flags(SHARED | {"model": model, "out": out} | changes)]
 
 
 def rft_flags(model, out, **changes):
-    return flags(SHARED | RFT_ONLY | {"model": model, "out": out} | changes)
+    return ["--all-seats", *flags(SHARED | RFT_ONLY | {"model": model, "out": out} | changes)]
 
 
 def fake_parse(text, kind, seat, N, cap):
@@ -613,8 +616,19 @@ def test_first_update_has_loss_zero_and_the_gradient_of_reinforce(model_dir):
 
 def prompt_of(model_dir, kind, expert, seat=0):
     records = experts.simulate_many(1, expert, 0, PromptStyle(), (3, 3), noise=0.0)
-    prompts = train_rft.make_prompts(load_policy(model_dir), records)
+    prompts = train_rft.make_prompts(load_policy(model_dir), records, ALL_SEATS)
     return next(p for p in prompts if p.record.kind == kind and p.record.seat == seat)
+
+
+def test_only_the_decisions_of_the_policys_seat_are_trained_unless_all_seats_are_asked_for(model_dir):
+    """3 games of 3 agents, 1 round: 6 decisions of one seat, 18 of all; every prompt still knows all seats' labels."""
+    records, policy = experts.simulate_many(3, "second-best", 0, PromptStyle(), (3, 3)), load_policy(model_dir)
+    one = argparse.Namespace(all_seats=False, seat=2)
+    assert [r.seat for r in train_sft.in_trained_seats(one, records)] == [2] * 6
+    assert len(train_sft.in_trained_seats(ALL_SEATS, records)) == 18
+    prompts = train_rft.make_prompts(policy, records, one)
+    assert [p.record.seat for p in prompts] == [2] * 6
+    assert all(p.target.proposals_NN.shape == (3, 3) for p in prompts if p.record.kind == "G")
 
 
 def rollouts_of(texts):
@@ -670,7 +684,7 @@ def test_a_group_without_variance_gets_advantage_zero(model_dir):
 def test_every_decision_becomes_a_prompt_with_the_labels_of_all_experts(model_dir):
     records = experts.simulate_many(3, "second-best", 1, PromptStyle(), (3, 4), rounds=2, noise=0.6)
     policy = load_policy(model_dir)
-    prompts = train_rft.make_prompts(policy, records)
+    prompts = train_rft.make_prompts(policy, records, ALL_SEATS)
     assert [p.record for p in prompts] == records
     assert sum(r.label != r.reply for r in records) > 10
     for p in prompts:
@@ -986,5 +1000,5 @@ def test_records_are_not_changed_by_what_is_made_of_them(model_dir):
     copies = [replace(r, prompt=[dict(m) for m in r.prompt]) for r in records]
     policy = load_policy(model_dir)
     train_sft.conversations(policy, records, "both")
-    train_rft.make_prompts(policy, records)
+    train_rft.make_prompts(policy, records, ALL_SEATS)
     assert records == copies
