@@ -302,13 +302,13 @@ def test_metrics_are_those_of_the_samples(full):
 
 def test_learning_rate_by_hand():
     def rate(step):
-        return train_sft.learning_rate(step, 20, 2.0, warmup=4)
+        return train_sft.learning_rate(step, 40, 2.0)  # a tenth of 40 steps is warm-up
 
     assert [rate(i) for i in range(4)] == [0.5, 1.0, 1.5, 2.0]
-    assert rate(4) == 2.0 and rate(12) == pytest.approx(1.0) and rate(20) == pytest.approx(0.0)
-    assert rate(8) == pytest.approx(1 + math.sqrt(0.5))
-    assert train_sft.learning_rate(1, 2, 1.0, warmup=2) == 1.0  # no division by 0 where all is warm-up
-    assert train_sft.learning_rate(2, 2, 1.0, warmup=2) == 1.0
+    assert rate(4) == 2.0 and rate(22) == pytest.approx(1.0) and rate(40) == pytest.approx(0.0)
+    assert rate(13) == pytest.approx(1 + math.sqrt(0.5))
+    assert train_sft.learning_rate(0, 10, 3.0) == 1.0  # never less than 3 steps of warm-up
+    assert train_sft.learning_rate(2, 3, 1.0) == 1.0 and train_sft.learning_rate(3, 3, 1.0) == 1.0  # no division by 0
 
 
 def test_the_logged_learning_rate_is_the_one_that_was_used(full):
