@@ -293,7 +293,7 @@ def report(results: dict[str, dict], rounds: int) -> str:
     first, *others = results
     text += f"\n\n{first} minus the others, paired by instance:"
     for name in others:
-        text += f"\n  - {name}: ".ljust(max(map(len, others)) + 6)
+        text += f"\n  - {name}: ".ljust(max(map(len, others)) + 7)
         for metric in ("s", "U2", "U3"):
             d = paired_difference(results[first], results[name], metric)
             interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
