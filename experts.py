@@ -26,7 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import games
-from games import Game, GameError, State
+from games import Game, State
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
 from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seed_int, share, write_atomic
 

@@ -11,12 +11,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import checkpoint
 import experts
 import lora
+from reference import plain_logps, plain_model, take_gradients
 from policy import Row, conversation_rows, group_row, load_policy, put_adapter
 from prompts import PromptStyle
 from runs import InputError
@@ -57,31 +57,11 @@ def policy(ending_model_dir):
     return policy
 
 
-def plain_model(policy):
-    """The reference: the policy's folder loaded afresh, W + scaling B A as its weights (gradients reach A and B)."""
-    model = AutoModelForCausalLM.from_pretrained(policy.name).eval().requires_grad_(False)
-    weights = dict(model.named_parameters())
-    for name, layer in lora.lora_layers(policy.model).items():
-        weights[name + ".weight"] = weights[name + ".weight"] + layer.scaling * layer.B @ layer.A
-    return lambda ids: functional_call(model, weights, (torch.tensor([ids]),)).logits[0]
-
-
-def plain_logps(model, prompt, reply, temperature=1.0):
-    law = (model(prompt + reply) / temperature).log_softmax(-1)
-    return torch.stack([law[len(prompt) - 1 + t, token] for t, token in enumerate(reply)])
-
-
-def gradients(policy):
-    found = [p.grad.clone() for p in lora.lora_parameters(policy.model)]
-    policy.model.zero_grad(set_to_none=True)
-    return found
-
-
 def assert_same_gradients(policy, loss, reference_loss):
     loss.backward()
-    actual = gradients(policy)
+    actual = take_gradients(policy)
     reference_loss.backward()
-    expected = gradients(policy)
+    expected = take_gradients(policy)
     largest = max(float(g.abs().max()) for g in expected)
     assert largest > 1e-3
     assert sum(bool((g.abs() > 1e-3 * largest).any()) for g in expected) > len(expected) / 2
@@ -116,7 +96,7 @@ def test_greedy_equals_the_generate_of_transformers(policy):
 def test_sampled_logps_are_those_of_a_plain_forward_pass(policy, temperature):
     groups = policy.sample(PROMPTS, 4, 12, temperature, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model = plain_model(policy)
+        model = plain_model(policy.name, policy)
         others = 0.0
         for prompt, group in zip(PROMPTS, groups):
             for o in group:
@@ -156,7 +136,7 @@ def test_samples_follow_the_law(policy, temperature):
     prompt, M = PROMPTS[1], 8000
     groups = policy.sample([prompt], M, 2, temperature, torch.Generator().manual_seed(11))
     with torch.no_grad():
-        model = plain_model(policy)
+        model = plain_model(policy.name, policy)
         first_V = (model(prompt)[-1] / temperature).double().softmax(-1)
         V = len(first_V)
         second_VV = torch.stack([(model([*prompt, v])[-1] / temperature).double().softmax(-1) for v in range(V)])
@@ -215,7 +195,7 @@ def test_the_first_end_of_turn_is_part_of_the_reply(policy):
     assert all(len(o.sampled_logps) == len(o.reply_ids) for o in group)
     # the end of turn is scored, though it is the padding token
     with torch.no_grad():
-        model = plain_model(policy)
+        model = plain_model(policy.name, policy)
         scored = policy.token_logps([group_row(PROMPTS[0], [o.reply_ids for o in ended[:6]])])[0]
         expected = torch.cat([plain_logps(model, PROMPTS[0], o.reply_ids) for o in ended[:6]])
     assert (scored - expected).abs().max() < 1e-4
@@ -227,7 +207,7 @@ def test_an_end_of_turn_in_the_prompt_hides_nothing(policy):
     prompts = [[1, 65, END, 70, 1, 80], [80] * 13]
     groups = policy.sample(prompts, 2, 6, 1.0, torch.Generator().manual_seed(8))
     with torch.no_grad():
-        model = plain_model(policy)
+        model = plain_model(policy.name, policy)
         rows = [group_row(p, [o.reply_ids for o in g]) for p, g in zip(prompts, groups)]
         for p, g, scored in zip(prompts, groups, policy.token_logps(rows)):
             expected = torch.cat([plain_logps(model, p, o.reply_ids) for o in g])
@@ -258,7 +238,7 @@ GROUPS = [
 def test_group_rows_equal_a_forward_pass_per_reply(policy, size, temperature):
     rows = [group_row(p, replies) for p, replies in GROUPS]
     logps = [x for i in range(0, 3, size) for x in policy.token_logps(rows[i : i + size], temperature)]
-    model = plain_model(policy)
+    model = plain_model(policy.name, policy)
     expected = [torch.cat([plain_logps(model, p, r, temperature) for r in replies]) for p, replies in GROUPS]
     for a, b in zip(logps, expected, strict=True):
         assert a.shape == b.shape and (a - b).abs().max() < 1e-4
@@ -319,7 +299,7 @@ def test_conversation_rows_equal_a_forward_pass_per_decision(policy, labels):
     assert len(rows) == 1  # two rounds, one pass
     scored = [(p, label) for p, _, label in turns if label is not None]
     assert rows[0].targets == [t for _, label in scored for t in label]
-    model = plain_model(policy)
+    model = plain_model(policy.name, policy)
     expected = torch.cat([plain_logps(model, p, label) for p, label in scored])
     (logps,) = policy.token_logps(rows)
     assert logps.shape == expected.shape and (logps - expected).abs().max() < 1e-4
@@ -354,7 +334,7 @@ def test_a_conversation_whose_history_is_rewritten_takes_more_rows(policy):
     rewritten = [*turns[:2], ([1, 1, 1, *turns[2][0][5:]], turns[2][1], turns[2][2])]
     rows = conversation_rows(rewritten)
     assert len(rows) == 2
-    model = plain_model(policy)
+    model = plain_model(policy.name, policy)
     expected = torch.cat([plain_logps(model, p, label) for p, _, label in rewritten])
     assert (torch.cat(policy.token_logps(rows)) - expected).abs().max() < 1e-4
 
@@ -490,7 +470,7 @@ def test_a_whole_game_is_one_row_and_equals_plain_forward_passes(policy, records
     assert len(rows) == 1 and len(turns) == 4
     assert any(r.label != r.reply for r in records if r.game == 0)
     with torch.no_grad():
-        model = plain_model(policy)
+        model = plain_model(policy.name, policy)
         expected = torch.cat([plain_logps(model, p, label) for p, _, label in turns])
         assert (policy.token_logps(rows)[0] - expected).abs().max() < 1e-4
 

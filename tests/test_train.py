@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
@@ -37,6 +36,7 @@ import lora
 import train_rft
 import train_sft
 from policy import Rollout, load_policy, put_adapter
+from reference import plain_logps, plain_model, take_gradients
 from prompts import Decision, PromptStyle
 from rewards import Memory
 from runs import InputError
@@ -162,26 +162,6 @@ def policy_with_adapter(model_dir, seed=1, size=0.05):
         for k, layer in enumerate(lora.lora_layers(policy.model).values()):
             layer.B.copy_(size * torch.randn(layer.B.shape, generator=checkpoint.seeded(seed, k)))
     return policy
-
-
-def plain_model(model_dir, policy=None):
-    """The reference: transformers' model with its default attention, and W + scaling B A for its weights."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir).eval().requires_grad_(False)
-    weights = dict(model.named_parameters())
-    for name, layer in lora.lora_layers(policy.model).items() if policy else ():
-        weights[name + ".weight"] = weights[name + ".weight"] + layer.scaling * layer.B @ layer.A
-    return lambda ids: functional_call(model, weights, (torch.tensor([ids]),)).logits[0]
-
-
-def plain_logps(model, prompt, reply, temperature=1.0):
-    law = (model(prompt + reply) / temperature).log_softmax(-1)
-    return torch.stack([law[len(prompt) - 1 + t, token] for t, token in enumerate(reply)])
-
-
-def take_gradients(policy):
-    found = [p.grad.clone() for p in lora.lora_parameters(policy.model)]
-    policy.model.zero_grad(set_to_none=True)
-    return found
 
 
 def assert_close_gradients(actual, expected, tolerance=1e-4):
