@@ -9,6 +9,8 @@ the same seat, against the same draws of the experts, so rows can be compared ga
 Metrics, [choice] where the paper only names them:
     U1      share of the policy's decisions that are compliant; Wilson interval
     s       graph score of the policy's graph decisions against the expert's: see rewards.py; 0 if not compliant
+    row     share of the N-1 other agents for whom a graph decision is the expert's; 0 if not compliant. Unlike s it sees
+            proposals that nobody answers
     U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others actually
             play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would form), or over all
             efforts in [0, cap]; 1 where u_best = u_worst
@@ -39,11 +41,11 @@ from checkpoint import seeded
 from games import Game, State
 from policy import Policy, load_policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
-from rewards import Target, graph_score
+from rewards import Target, accuracy, graph_score
 from runs import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from train_sft import add_model_arguments
 
-METRICS = ("U1", "s", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
+METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,6 +109,7 @@ class Turn:
     reply: str
     decision: Decision | None
     s: float | None  # graph decisions only
+    row: float | None  # graph decisions only
     U2: float
     belief: float
 
@@ -120,7 +123,7 @@ class Played:
     welfares: list[float]
 
 
-def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperature: float, seed: int, batch: int = 32):
+def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperature: float, seed: int, batch: int = 64):
     """A player that answers with the policy: (states, seat, replies so far, stage) -> reply texts."""
 
     def answer(states, seat, replies, stage):
@@ -173,12 +176,13 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
             actions = np.array([d.action for d in played])
             efficiency = strategic_efficiency(state, seat, actions)
             belief = belief_accuracy(decision, state, seat, actions)
-            s = None
+            s = row = None
             if state.kind == "G":
                 expert_NN = actions.copy()  # what would have been played with the expert in the policy's seat too
                 expert_NN[seat] = others(state, seat, np.random.default_rng([seed, i, seat, stage])).action
                 s = graph_score(decision, Target("G", seat, state.game.cap, expert_NN))
-            turns[i].append(Turn(state.round, state.kind, text, decision, s, efficiency, belief))
+                row = accuracy(decision.action, expert_NN[seat], seat) if decision else 0.0
+            turns[i].append(Turn(state.round, state.kind, text, decision, s, row, efficiency, belief))
             replies[i].append(text)
             states[i] = state.step(actions)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
@@ -237,6 +241,7 @@ def per_instance(played: Played, rounds: int | None = None) -> dict:
     return {
         "U1": len(ok) / len(turns),
         "s": float(np.mean([t.s for t in turns if t.kind == "G"])),
+        "row": float(np.mean([t.row for t in turns if t.kind == "G"])),
         "U2": float(np.mean([t.U2 for t in turns])),
         "U3": W / first_best,
         "U3 gain": gain,
@@ -294,7 +299,7 @@ def report(results: dict[str, dict], rounds: int) -> str:
     text += f"\n\n{first} minus the others, paired by instance:"
     for name in others:
         text += f"\n  - {name}: ".ljust(max(map(len, others)) + 7)
-        for metric in ("s", "U2", "U3"):
+        for metric in ("s", "row", "U2", "U3"):
             d = paired_difference(results[first], results[name], metric)
             interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
             text += f"{metric} {d['mean']:+.3f}{interval}".ljust(30)

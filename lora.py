@@ -11,6 +11,7 @@ is "adapter off" the SFT policy and not the model before SFT.
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
+    with merged(model): ...                      W + scaling * B A in one, for decoding
     merge(model)                                 W += scaling * B A, plain model again
     save_adapter / load_adapter                  the folder format of PEFT, both ways
     stack_adapters(sft, ..., rft, ...)           SFT + RFT as one adapter on the plain base, for PEFT and vLLM
@@ -64,6 +65,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
+        self.merged: torch.Tensor | None = None  # W + scaling B A, while `merged` lends it
         # Drawn on the generator's device and then moved, so that a seed gives the same A on every device. fp32 also
         # on a bf16 base: an optimizer step is often below bf16's resolution of 1/256 and would be rounded away.
         A = torch.empty(r, base.in_features, device=generator.device, dtype=torch.float32)
@@ -74,9 +76,23 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
+        if self.merged is not None:
+            return _linear(x, self.merged, self.base.bias)
         # Right to left, so B A is never built; the scaling falls on the r-wide tensor, the narrowest of the three.
         z = F.linear(x, self.A.to(x.dtype)) * self.scaling
         return self.base(x) + F.linear(z, self.B.to(x.dtype))
+
+
+def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """F.linear. On a CPU, MKL takes half the time for W x^T of what it takes for x W^T where x has few rows."""
+    if x.device.type != "cpu" or bias is not None or x.numel() >= 56 * x.shape[-1]:
+        return F.linear(x, W, bias)
+    return (W @ x.reshape(-1, x.shape[-1]).T).T.contiguous().view(*x.shape[:-1], -1)
+
+
+def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
+    """layer(x), the fast way for few rows if the layer is a plain nn.Linear."""
+    return _linear(x, layer.weight, layer.bias) if type(layer) is nn.Linear else layer(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,6 +170,22 @@ def adapter_off(model: nn.Module):
     finally:
         for layer, disabled in zip(layers, before):
             layer.disabled = disabled
+
+
+@contextmanager
+def merged(model: nn.Module):
+    """Inside, W + scaling B A stands ready as one working copy per layer, for many forward passes without gradients
+    (decoding). The same function as before, up to rounding in fp32; weights of a lower precision stay apart, because
+    the rounded sum would be another policy. A model without an adapter stays as it is."""
+    layers = [layer for layer in lora_layers(model).values() if layer.base.weight.dtype == torch.float32]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.merged = torch.addmm(layer.base.weight, layer.B, layer.A, alpha=layer.scaling)
+        yield model
+    finally:
+        for layer in layers:
+            layer.merged = None
 
 
 def remove(model: nn.Module) -> None:

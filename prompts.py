@@ -54,14 +54,14 @@ def _links(links_NN: np.ndarray) -> str:
 
 
 def system_message(seen: Observation, style: PromptStyle) -> str:
+    """First what all games have in common, then the numbers: the common beginning is computed once for all."""
     stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
     belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
     return (
-        f"You are agent {seen.seat + 1} of {seen.N}. {rounds}: {stages}. A link forms if both choose it, at cost c "
-        "each. Payoff: alpha x - x^2/2 + delta x (sum of linked efforts) - c (links). "
-        f"delta {seen.delta:.3f}, c {seen.c:.3f}, effort x 0 to {seen.cap:g}. Reply:\n"
-        f"{belief}Decision: [0 or 1 per agent, you 0] or one effort"
+        f"{rounds}: {stages}. A link forms if both choose it, at cost c each. Payoff: alpha x - x^2/2 + delta x (sum "
+        f"of linked efforts) - c (links). Reply:\n{belief}Decision: [0 or 1 per agent, you 0] or one effort\n"
+        f"You are agent {seen.seat + 1} of {seen.N}. delta {seen.delta:.3f}, c {seen.c:.3f}, effort x 0 to {seen.cap:g}."
     )
 
 

@@ -37,11 +37,12 @@ import experts
 import lora
 import tompo
 from games import Game
-from policy import Policy, Rollout, group_row, load_policy, put_adapter
+from policy import Policy, Rollout, load_policy, put_adapter
 from prompts import parse_reply
 from rewards import Memory, Target, group_rewards
 from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, number, positive_int
 from runs import reports_errors, write_json
+from shared_prefix import pack
 from train_sft import (
     PAPER,
     add_training_arguments,
@@ -87,15 +88,29 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
                 target = Target("E", r.seat, game.cap, effort=labels[r.seat].action)
             if (r.game, r.stage, r.seat) in trained:
                 prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
+    kinds: dict[tuple[int, int], set[str]] = {}
+    for p in prompts:
+        kinds.setdefault((p.record.game, p.record.seat), set()).add(p.record.kind)
+    for kind, name, count in (("G", "graph", args.graph_prompts), ("E", "effort", args.effort_prompts)):
+        if count and not all(kind in of_game for of_game in kinds.values()):
+            raise InputError(f"the data set has games without {name} decisions; set --{name}-prompts 0 or give other data")
     return prompts
 
 
-def next_batch(prompts: list[Prompt], size: int, step: int, seed: int) -> list[Prompt]:
-    """The prompts of a step: as many graph as effort decisions, each kind in a new random order every epoch."""
-    by_kind = [[p for p in prompts if p.record.kind == kind] for kind in "GE"]
-    by_kind = [of_kind for of_kind in by_kind if of_kind]  # a data set may hold one kind only
-    part = size // len(by_kind)
-    return [p[i] for k, p in enumerate(by_kind) for i in checkpoint.shuffled(len(p), part, step, seed, 4, k)]
+def next_batch(prompts: list[Prompt], graph: int, effort: int, step: int, seed: int) -> list[Prompt]:
+    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the same
+    conversations (an agent in a game; drawn in a new random order every epoch), which share most of their tokens."""
+    conversations: dict[tuple[int, int], dict[str, list[Prompt]]] = {}
+    for p in prompts:
+        conversations.setdefault((p.record.game, p.record.seat), {"G": [], "E": []})[p.record.kind].append(p)
+    drawn = list(conversations.values())
+    rng = np.random.default_rng([seed, 7, step])
+    batch = []
+    for k, i in enumerate(checkpoint.shuffled(len(drawn), max(graph, effort), step, seed, 4)):
+        for kind, count in (("G", graph), ("E", effort)):
+            if k < count:
+                batch.append(drawn[i][kind][rng.integers(len(drawn[i][kind]))])
+    return batch
 
 
 def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
@@ -113,25 +128,25 @@ def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Mem
 
 def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, tompo.Sums]:
     """Adds the gradient of -J over all groups. Returns the loss and its diagnostics."""
-    groups = sorted(groups, key=lambda group: len(group[0].prompt_ids))  # less padding in a micro-batch
     lengths = [len(o.reply_ids) for group in groups for o in group]
     limit = args.max_new_tokens or max(lengths)
-    weights = iter(tompo.token_weights(lengths, args.aggregation, limit))
+    weights = tompo.token_weights(lengths, args.aggregation, limit)
+    weight_of = {id(o): w for o, w in zip((o for group in groups for o in group), weights)}
+    rows = pack([group[0].prompt_ids for group in groups], [[o.reply_ids for o in group] for group in groups])
     loss, sums = 0.0, tompo.Sums()
-    for part in micro_batches(groups, args.micro_batch):
-        rows = [group_row(group[0].prompt_ids, [o.reply_ids for o in group]) for group in part]
-        rollouts = [o for group in part for o in group]
+    for part in micro_batches(rows, args.micro_batch):
+        rollouts = [o for row in part for i in row.prompts for o in groups[i]]  # in the order of the targets
 
         def by_token(values):  # one value per rollout -> one per reply token
             return torch.tensor([v for v, o in zip(values, rollouts) for _ in o.reply_ids], device=policy.device)
 
-        ref_logp_T = torch.cat(policy.reference_logps(rows, args.temperature)) if args.beta else None
+        ref_logp_T = torch.cat(policy.reference_logps(part, args.temperature)) if args.beta else None
         part_loss = tompo.objective_loss(
-            torch.cat(policy.token_logps(rows, args.temperature)),
+            torch.cat(policy.token_logps(part, args.temperature)),
             torch.tensor([v for o in rollouts for v in o.sampled_logps], device=policy.device),
             ref_logp_T,
             by_token([o.advantage for o in rollouts]),
-            by_token([next(weights) for _ in rollouts]),
+            by_token([weight_of[id(o)] for o in rollouts]),
             args.clip_eps,
             args.beta,
             sums,
@@ -195,7 +210,7 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step")
     for step in range(done, steps):
         with clock("sample"):
-            batch = next_batch(prompts, args.prompts, step, args.seed)
+            batch = next_batch(prompts, args.graph_prompts, args.effort_prompts, step, args.seed)
             limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
             generator = checkpoint.seeded(args.seed, 6, step)
             groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator)
@@ -295,8 +310,9 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reinforcement fine-tuning")
     group.add_argument("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     group.add_argument("--sft-adapter", metavar="FOLDER", help="start from this SFT adapter instead of training one")
-    group.add_argument("--steps", type=positive_int, default=12, help="optimizer steps (sampling rounds)")
-    group.add_argument("--prompts", type=positive_int, default=8, help="prompts per step, half graph and half effort")
+    group.add_argument("--steps", type=positive_int, default=16, help="optimizer steps (sampling rounds)")
+    group.add_argument("--graph-prompts", type=number(int, 0), default=8, help="graph decisions per step")
+    group.add_argument("--effort-prompts", type=number(int, 0), default=2, help="effort decisions per step")
     group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
     group.add_argument("--lr", type=number(float, 0), default=1e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
@@ -322,8 +338,8 @@ def main(argv=None) -> None:
     evaluation.add_eval_arguments(parser)
     parser.add_argument("--out", default="runs/tompo", help="the run folder")
     args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
-    if args.prompts % 2:
-        raise InputError(f"--prompts {args.prompts} must be even: half of them are graph, half effort decisions")
+    if args.graph_prompts + args.effort_prompts == 0:
+        raise InputError("--graph-prompts and --effort-prompts are both 0: a step needs prompts")
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
     experts.make_expert(args.expert)

@@ -22,9 +22,10 @@ from tqdm import tqdm
 import checkpoint
 import experts
 import lora
-from policy import Policy, Row, conversation_rows, load_policy
+from policy import Policy, load_policy
 from pretrained import DEFAULT_MODEL
 from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
+from shared_prefix import Row, pack
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
@@ -114,16 +115,22 @@ def in_trained_seats(args, records: list[experts.Record]) -> list[experts.Record
     return [r for r in records if args.all_seats or r.seat == args.seat]
 
 
-def conversations(policy: Policy, records: list[experts.Record], train_on: str) -> list[Row]:
-    """One row for each (game, seat) of the data set: see `conversation_rows`."""
+def conversations(policy: Policy, records: list[experts.Record], train_on: str) -> list[tuple[Row, str]]:
+    """One row for each (game, seat) of the data set (more, should the chat template rewrite history), and the kind of
+    decision, G or E, of each of its targets. Its decisions of the trained kind are prompts with the expert's answer as
+    their one reply; what was really played, where that was something else, stands in the later prompts."""
     kinds = {"effort": "E", "graph": "G", "both": "GE"}[train_on]
     turns: dict[tuple[int, int], list] = {}
     for r in records:
-        label = policy.encode_reply(r.label) if r.kind in kinds else None
-        turn = (policy.encode_prompt(r.prompt), policy.encode_reply(r.reply), label)
-        turns.setdefault((r.game, r.seat), []).append(turn)
-    rows = [row for conversation in turns.values() for row in conversation_rows(conversation)]
-    policy.check_length(max(max(row.positions) for row in rows) + 1, 0)
+        if r.kind in kinds:
+            turn = (policy.encode_prompt(r.prompt), [policy.encode_reply(r.label)], r.kind)
+            turns.setdefault((r.game, r.seat), []).append(turn)
+    rows = []
+    for conversation in turns.values():
+        prompts, replies, kind = zip(*conversation)
+        for row in pack(prompts, replies):
+            rows.append((row, "".join(kind[i] * len(replies[i][0]) for i in row.prompts)))
+    policy.check_length(max((max(row.positions()) for row, _ in rows), default=0) + 1, 0)
     return rows
 
 
@@ -132,10 +139,14 @@ def micro_batches(items: list, size: int) -> list[list]:
 
 
 @torch.no_grad()
-def reply_loss(policy: Policy, rows: list[Row], micro_batch: int) -> float:
-    """Mean -log pi of the target tokens."""
-    logps = [logp for batch in micro_batches(rows, micro_batch) for logp in policy.token_logps(batch)]
-    return -float(torch.cat(logps).mean())
+def reply_loss(policy: Policy, rows: list[tuple[Row, str]], rows_per_pass: int = 12) -> dict[str, float]:
+    """Mean -log pi of the target tokens, by kind of decision."""
+    losses: dict[str, list[float]] = {}
+    for part in micro_batches(rows, rows_per_pass):
+        logps = torch.cat(policy.token_logps([row for row, _ in part])).tolist()
+        for kind, logp in zip("".join(kinds for _, kinds in part), logps, strict=True):
+            losses.setdefault(kind, []).append(-logp)
+    return {kind: sum(values) / len(values) for kind, values in losses.items()}
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
@@ -156,9 +167,9 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER if there
     is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
     config = new_adapter(policy, args, purpose=1)
-    rows = conversations(policy, in_trained_seats(args, records), args.train_on)
+    rows = [row for row, _ in conversations(policy, in_trained_seats(args, records), args.train_on)]
     held_out = in_trained_seats(args, experts.simulate_args(args, args.sft_held_out, args.seed, "held-out"))
-    test_rows = {kind: conversations(policy, held_out, kind) for kind in ("graph", "effort")}
+    test_rows = conversations(policy, held_out, "both")
     optimizer, done = make_optimizer(policy), 0
     saved = checkpoint.latest_checkpoint(folder / "checkpoints")
     if saved:
@@ -169,9 +180,9 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     steps = min(args.sft_steps, args.max_steps or args.sft_steps)
 
     def test(step):
-        losses = {f"held_out_loss_{k}": reply_loss(policy, r, args.micro_batch) for k, r in test_rows.items()}
-        log.write({"step": step} | losses)
-        tqdm.write("SFT held-out reply loss: " + ", ".join(f"{k[14:]} {v:.3f}" for k, v in losses.items()))
+        losses = {{"G": "graph", "E": "effort"}[kind]: loss for kind, loss in reply_loss(policy, test_rows).items()}
+        log.write({"step": step} | {f"held_out_loss_{kind}": loss for kind, loss in losses.items()})
+        tqdm.write("SFT held-out reply loss: " + ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
 
     if done == 0:
         test(0)
@@ -179,7 +190,6 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     for step in range(done, steps):
         with clock("step"):
             batch = [rows[i] for i in checkpoint.shuffled(len(rows), args.sft_batch, step, args.seed, 2)]
-            batch.sort(key=lambda row: len(row.ids))  # less padding in a micro-batch
             targets = sum(len(row.targets) for row in batch)  # one denominator for the whole step
             loss = 0.0
             for rows_of_pass in micro_batches(batch, args.micro_batch):

@@ -219,13 +219,14 @@ def test_effort_beliefs():
 # metrics of a game
 
 
-def turn(round, kind, U2, belief=0.0, ok=True, s=1.0):
+def turn(round, kind, U2, belief=0.0, ok=True, s=1.0, row=1.0):
     return Turn(
         round=round,
         kind=kind,
         reply="text",
         decision=Decision(kind, 0.0) if ok else None,
         s=s if kind == "G" else None,
+        row=row if kind == "G" else None,
         U2=U2,
         belief=belief,
     )
@@ -235,21 +236,21 @@ def test_metrics_of_one_game_by_hand():
     played = Played(
         TRIO_2,
         [
-            turn(1, "G", 1.0, 0.5, s=0.75),
+            turn(1, "G", 1.0, 0.5, s=0.75, row=0.5),
             turn(1, "E", 0.8, 1.0),
-            turn(2, "G", 0.0, ok=False, s=0.0),
+            turn(2, "G", 0.0, ok=False, s=0.0, row=0.0),
             turn(2, "E", 0.6, 0.1),
         ],
         [1.85, 2.2],
     )
     row = per_instance(played)
     expected = {"U1": 3 / 4, "U2": 0.6, "U3": 2.025 / 2.2, "U3 gain": 0.525 / 0.7, "belief": 0.4, "U2 | ok": 0.8}
-    expected |= {"U2 graph": 0.5, "U2 effort": 0.7, "s": 0.375}
+    expected |= {"U2 graph": 0.5, "U2 effort": 0.7, "s": 0.375, "row": 0.25}
     assert row.pop("U3 | ok") is None
     assert row == pytest.approx(expected)
     first = per_instance(played, 1)
     expected = {"U1": 1, "U2": 0.9, "U3": 1.85 / 2.2, "U3 gain": 0.5, "belief": 0.75, "U2 | ok": 0.9}
-    expected |= {"U2 graph": 1.0, "U2 effort": 0.8, "U3 | ok": 1.85 / 2.2, "s": 0.75}
+    expected |= {"U2 graph": 1.0, "U2 effort": 0.8, "U3 | ok": 1.85 / 2.2, "s": 0.75, "row": 0.5}
     assert first == pytest.approx(expected)
 
 
@@ -330,19 +331,25 @@ def test_one_bad_reply_does_not_spoil_the_other():
     assert row["U2 | ok"] == row["U2 graph"] == 1
 
 
-def test_the_graph_score_compares_with_the_expert_in_the_same_seat():
-    """Among three planners the expert graph is complete; one link fewer is 2 of 6 entries."""
-    for text, s in (("[0, 1, 1]", 1), ("[0, 1, 0]", 2 / 3), ("[0, 0, 0]", 1 / 3), ("[1, 0, 0]", 0), ("none", 0)):
+def test_the_graph_score_and_the_row_compare_with_the_expert_in_the_same_seat():
+    """Among three planners the expert graph is complete; one link fewer is 2 of 6 entries, and 1 of 2 of the row."""
+    cases = [("[0, 1, 1]", 1, 1), ("[0, 1, 0]", 2 / 3, 1 / 2), ("[0, 0, 0]", 1 / 3, 0), ("[1, 0, 0]", 0, 0), ("no", 0, 0)]
+    for text, s, row in cases:
         (played,) = play([TRIO], constant(f"Decision: {text}"), 0, "planner", 0)
-        assert [t.s for t in played.turns] == [pytest.approx(s), None]
-        assert per_instance(played)["s"] == pytest.approx(s)
+        assert [(t.s, t.row) for t in played.turns] == [(pytest.approx(s), row), (None, None)]
+        assert per_instance(played)["s"] == pytest.approx(s) and per_instance(played)["row"] == row
+
+
+def test_links_that_nobody_answers_show_in_the_row_and_not_in_the_graph():
+    (played,) = play([TRIO], constant("Decision: [0, 1, 1]"), 0, "never-link", 0)
+    assert (played.turns[0].s, played.turns[0].row) == (1, 0)
 
 
 def test_the_others_expert_scores_1_also_where_it_errs_at_random():
     instances = list(games.held_out_grid(4, "GE", 2))[::6]
     for name in ("second-best", "noisy:nash:0.5", "random"):
         rows = summarise(play(instances, expert(name, 2), 1, name, 2))["instances"]
-        assert len(rows) == 10 and all(row["s"] == 1 for row in rows)
+        assert len(rows) == 10 and all(row["s"] == row["row"] == 1 for row in rows)
     assert any(row["s"] < 1 for row in summarise(play(instances, expert("random", 9), 1, "random", 2))["instances"])
 
 

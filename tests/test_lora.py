@@ -1,6 +1,5 @@
 """LoRA against the formula written out by hand, against the base model, and against PEFT in both directions."""
 
-import copy
 import json
 import os
 import re

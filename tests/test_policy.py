@@ -17,9 +17,10 @@ import checkpoint
 import experts
 import lora
 from reference import plain_logps, plain_model, take_gradients
-from policy import Row, conversation_rows, group_row, load_policy, put_adapter
+from policy import load_policy, put_adapter
 from prompts import PromptStyle
 from runs import InputError
+from shared_prefix import Pass, common_beginning, pack
 
 END = 2  # <|im_end|> of the tiny tokenizer, which is its padding token too
 PROMPTS = [[65, 70, 100, 33, 80], [90, 41], [5, 200, 17, 65, 65, 31, 120, 77, 9, 300, 42]]  # ragged, without END
@@ -50,6 +51,17 @@ def ending_model_dir(tiny_model_dir, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def model_with_own_head(tiny_model_dir, tmp_path_factory):
+    """The tiny model with an output head that is not tied to its embeddings."""
+    folder = tmp_path_factory.mktemp("untied") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, tie_word_embeddings=False)
+    model.save_pretrained(folder)
+    assert not model.config.tie_word_embeddings
+    return str(folder)
+
+
 @pytest.fixture
 def policy(ending_model_dir):
     policy = load_policy(str(ending_model_dir))
@@ -67,6 +79,17 @@ def assert_same_gradients(policy, loss, reference_loss):
     assert sum(bool((g.abs() > 1e-3 * largest).any()) for g in expected) > len(expected) / 2
     for a, b in zip(actual, expected):
         assert (a - b).abs().max() <= 1e-4 * largest
+
+
+def group_row(prompt, replies):
+    (row,) = pack([prompt], [replies])
+    return row
+
+
+def conversation_rows(turns):
+    """What train_sft makes of (prompt, what was played, label or None)."""
+    scored = [(prompt, [label]) for prompt, _, label in turns if label is not None]
+    return pack(*zip(*scored))
 
 
 def flat(groups):
@@ -223,6 +246,72 @@ def test_a_reply_that_ends_on_the_last_token_has_ended(policy):
         assert (o.text == "") == o.ended
 
 
+NESTED_PROMPTS = [PROMPTS[0] + [77, 78, 79], PROMPTS[1], PROMPTS[0], PROMPTS[0] + [77, 12], PROMPTS[0]]
+
+
+def test_prompts_that_begin_alike_are_read_once_and_sampled_alike(policy, monkeypatch):
+    """Also in another order, with ragged groups of prompts: a sample belongs to its prompt and its uniform numbers."""
+    read = []
+    handle = policy.model.get_decoder().register_forward_pre_hook(lambda m, args: read.append(args[0].numel()))
+    groups = policy.sample(NESTED_PROMPTS, 3, 10, 1.0, torch.Generator().manual_seed(5))
+    handle.remove()
+    assert read[0] == 8 + 7 + 2  # the two longest and the one that is like no other
+    with torch.no_grad():
+        model = plain_model(policy.name, policy)
+        for prompt, group in zip(NESTED_PROMPTS, groups):
+            for o in group:
+                assert o.prompt_ids == prompt
+                expected = plain_logps(model, prompt, o.reply_ids)
+                assert (torch.tensor(o.sampled_logps) - expected).abs().max() < 1e-4
+    uniforms = torch.rand(5, 3, 10, generator=torch.Generator().manual_seed(5))
+    for i, prompt in enumerate(NESTED_PROMPTS):  # the same numbers, one prompt at a time
+        monkeypatch.setattr(torch, "rand", lambda *size, generator: uniforms[i : i + 1])
+        (alone,) = policy.sample([prompt], 3, 10, 1.0)
+        assert [o.reply_ids for o in alone] == [o.reply_ids for o in groups[i]]
+
+
+def test_a_decoding_step_reads_one_token_for_what_differs_and_goes_on(policy):
+    """Replies to one prompt that have said the same so far are one, and those that have ended are none."""
+    read, policy.end_ids = [], list(range(60))
+    handle = policy.model.get_decoder().register_forward_pre_hook(lambda m, args: read.append(args[0].numel()))
+    groups = policy.sample(PROMPTS, 20, 8, 1.0, torch.Generator().manual_seed(1))
+    handle.remove()
+    assert read[0] == sum(map(len, PROMPTS))
+    going = [
+        {(i, *o.reply_ids[:t]) for i, group in enumerate(groups) for o in group if len(o.reply_ids) > t}
+        for t in range(1, max(len(o.reply_ids) for o in flat(groups)))
+    ]
+    assert read[1:] == [len(different) for different in going]
+    assert read[1] < sum(len(o.reply_ids) > 1 for o in flat(groups)) and min(read[1:]) < max(read[1:])
+
+
+def test_replies_that_part_late_keep_what_they_had_in_common(policy):
+    """At a low temperature replies part after several tokens; from there each goes on from a copy of the same past."""
+    groups = policy.sample(NESTED_PROMPTS, 30, 12, 0.35, torch.Generator().manual_seed(3))
+    parted_late = 0
+    with torch.no_grad():
+        model = plain_model(policy.name, policy)
+        for prompt, group in zip(NESTED_PROMPTS, groups):
+            different = {tuple(o.reply_ids): o for o in group}
+            for ids, o in different.items():
+                expected = plain_logps(model, prompt, o.reply_ids, 0.35)
+                assert (torch.tensor(o.sampled_logps) - expected).abs().max() < 3e-4  # logits / 0.35
+                parted_late += any(ids[:5] == other[:5] and ids[:9] != other[:9] for other in different)
+    assert parted_late >= 5
+
+
+def test_decoding_uses_merged_weights_and_leaves_the_model_as_it_was(policy):
+    state = {name: p.clone() for name, p in policy.model.named_parameters()}
+    seen = []
+    layer = next(iter(lora.lora_layers(policy.model).values()))
+    handle = layer.register_forward_pre_hook(lambda m, args: seen.append(m.merged is not None))
+    policy.sample(PROMPTS, 2, 3, 1.0, torch.Generator().manual_seed(1))
+    handle.remove()
+    assert seen and all(seen) and layer.merged is None
+    for name, p in policy.model.named_parameters():
+        assert torch.equal(p, state[name])
+
+
 # --- scoring groups
 
 
@@ -254,15 +343,106 @@ def test_replies_of_a_group_do_not_see_each_other(policy):
     assert torch.allclose(one[:3], other[:3], atol=1e-6) and not torch.allclose(one[3:], other[3:], atol=1e-2)
 
 
-def test_group_row_scores_reply_tokens_only_and_copies_them():
-    prompt, replies = [5, 6, 7], [[10, 11, END], [12]]
+def test_a_row_scores_reply_tokens_only_and_copies_them():
+    prompt, replies = [5, 6, 7], [[10, 11, END], [12], [10, 13, 14], [10, 11, END]]
     row = group_row(prompt, replies)
-    assert row.ids == [5, 6, 7, 10, 11]
-    assert row.positions == [0, 1, 2, 3, 4]
-    assert row.segments == [0, 0, 0, 1, 1]
-    assert row.sources == [2, 3, 4, 2] and row.targets == [10, 11, END, 12]
+    assert row.ids == [5, 6, 7, 10, 11, 13]  # replies that begin alike share tokens; nobody's last token is read
+    assert row.parents == [-1, 0, 1, 2, 3, 3]
+    assert row.positions() == [0, 1, 2, 3, 4, 4]
+    assert row.sources == [2, 3, 4, 2, 2, 3, 5, 2, 3, 4]
+    assert row.targets == [10, 11, END, 12, 10, 13, 14, 10, 11, END]
     row.ids[0] = row.ids[3] = row.targets[0] = row.targets[3] = 99
-    assert prompt == [5, 6, 7] and replies == [[10, 11, END], [12]]
+    assert prompt == [5, 6, 7] and replies == [[10, 11, END], [12], [10, 13, 14], [10, 11, END]]
+
+
+NESTED = [
+    ([65, 70, 100, 33], [[90, 91, END], [80, 81, END], [80, 82], [90, 91, END]]),  # the trunk goes on with 80 81 END
+    ([65, 70, 100, 33, 80, 81, END, 60, 61], [[77, 78, END], [77, 79], [END]]),
+    ([65, 70, 100, 34, 80], [[90], [90, 91, END]]),
+    ([65, 70, 100, 34], [[80, 92, END]]),
+    ([65, 70, 100, 34, 80], [[12, 13]]),  # the same prompt once more
+]
+
+
+def test_prompts_that_go_on_from_each_other_share_a_row():
+    rows = pack([p for p, _ in NESTED], [r for _, r in NESTED])
+    assert [row.prompts for row in rows] == [[0, 1], [2, 3, 4]]
+    for row in rows:
+        assert row.targets == [t for i in row.prompts for reply in NESTED[i][1] for t in reply]
+        line = {-1: []}  # the tokens up to every node
+        for node, (token, parent) in enumerate(zip(row.ids, row.parents)):
+            assert parent < node
+            line[node] = line[parent] + [token]
+        assert len({tuple(v) for v in line.values()}) == len(line)  # no token is computed twice
+        ends = iter(row.sources)
+        for i in row.prompts:
+            for reply in NESTED[i][1]:
+                for t in range(len(reply)):
+                    assert line[next(ends)] == NESTED[i][0] + reply[:t]
+    assert len(rows[0].ids) == 9 + 2 + 1 + 1  # trunk; 90 91; 82 is a last token; 77
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_shared_rows_equal_a_forward_pass_per_reply(policy, size):
+    rows = pack([p for p, _ in NESTED], [r for _, r in NESTED])
+    assert common_beginning(rows) == 3
+    logps = torch.cat([x for i in range(0, 2, size) for x in policy.token_logps(rows[i : i + size])])
+    model = plain_model(policy.name, policy)
+    expected = torch.cat([plain_logps(model, NESTED[i][0], r) for row in rows for i in row.prompts for r in NESTED[i][1]])
+    assert (logps - expected).abs().max() < 1e-4
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(0))
+    assert_same_gradients(policy, (weights * logps).sum(), (weights * expected).sum())
+
+
+@pytest.mark.parametrize(
+    ("rows", "C"),
+    [
+        ([([1, 2, 3], [[4, 5]])], 0),  # a row alone has nothing to share
+        ([([1, 2, 3], [[4, 5]]), ([1, 2, 9], [[4, 5]])], 2),
+        ([([1, 2, 3], [[4, 5]]), ([7, 2, 9], [[4, 5]])], 0),
+        ([([1, 2, 3], [[4, 5]]), ([1, 2, 3], [[4, 5]])], 3),  # every row keeps a token of its own
+        ([([1, 2, 3], [[4, 5], [6, 7]]), ([1, 2, 3], [[4, 5], [6, 7]])], 3),  # up to where branches leave
+        ([([1], [[6, 7]]), ([1, 2, 3, 4], [[4, 5]])], 1),
+    ],
+)
+def test_the_beginning_that_rows_have_in_common(policy, rows, C):
+    packed = [group_row(*row) for row in rows]
+    assert common_beginning(packed) == C
+    tokens = Pass(packed, "cpu", torch.float32)
+    assert tokens.ids.shape[1] == sum(len(row.ids) - C for row in packed) + C
+    model = plain_model(policy.name, policy)
+    for (prompt, replies), logps in zip(rows, policy.token_logps(packed)):
+        expected = torch.cat([plain_logps(model, prompt, reply) for reply in replies])
+        assert (logps - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+def test_the_vocabulary_is_visited_in_chunks(policy, monkeypatch, chunk):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    whole = torch.cat(policy.token_logps(rows))
+    seen = []
+    monkeypatch.setattr("policy._TargetLogps.CHUNK", chunk)
+    handle = policy.model.get_output_embeddings().register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    again = torch.cat(policy.token_logps(rows))
+    handle.remove()
+    pairs = {(r, *pair) for r, row in enumerate(rows) for pair in zip(row.sources, row.targets)}
+    assert sum(seen) == len(pairs) < len(whole) and max(seen) <= chunk
+    assert (whole - again).abs().max() < 1e-5
+    weights = torch.randn(len(whole), generator=torch.Generator().manual_seed(0))
+    assert_same_gradients(policy, (weights * again).sum(), (weights * whole).sum())
+
+
+def test_an_adapter_on_the_head_is_trained_too(model_with_own_head):
+    policy = load_policy(model_with_own_head)
+    config = lora.LoRAConfig(3, 6.0, ("lm_head", "v_proj"), policy.name)
+    lora.inject(policy.model, config, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for layer in lora.lora_layers(policy.model).values():
+            layer.B.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    model = plain_model(policy.name, policy)
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    expected = torch.cat([plain_logps(model, p, r) for p, replies in GROUPS for r in replies])
+    assert_same_gradients(policy, torch.cat(policy.token_logps(rows)).sum(), expected.sum())
 
 
 def test_scoring_changes_no_row(policy):
@@ -317,10 +497,10 @@ def test_only_reply_tokens_are_scored_row_by_hand():
     """Turn 1: the label 7 2 is a branch beside what was played, 8 2; turn 2 goes on from 8 2 and was played as said."""
     turns = [([5, 6], [8, END], [7, END]), ([5, 6, 8, END, 9], [4, 3, END], [4, 3, END])]
     (row,) = conversation_rows(turns)
-    assert row.ids == [5, 6, 7, END, 8, END, 9, 4, 3, END]
-    assert row.positions == [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]
-    assert row.segments == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0]
-    assert row.sources == [1, 2, 6, 7, 8] and row.targets == [7, END, 4, 3, END]
+    assert row.ids == [5, 6, 8, END, 9, 7, 4, 3]
+    assert row.parents == [-1, 0, 1, 2, 3, 1, 4, 6]
+    assert row.positions() == [0, 1, 2, 3, 4, 2, 5, 6]
+    assert row.sources == [1, 5, 4, 6, 7] and row.targets == [7, END, 4, 3, END]
 
 
 def test_what_was_played_at_random_is_not_a_target():
@@ -335,12 +515,9 @@ def test_a_conversation_whose_history_is_rewritten_takes_more_rows(policy):
     rows = conversation_rows(rewritten)
     assert len(rows) == 2
     model = plain_model(policy.name, policy)
-    expected = torch.cat([plain_logps(model, p, label) for p, _, label in rewritten])
+    expected = [plain_logps(model, p, label) for p, _, label in rewritten]
+    expected = torch.cat([expected[i] for row in rows for i in row.prompts])
     assert (torch.cat(policy.token_logps(rows)) - expected).abs().max() < 1e-4
-
-
-def test_rows_without_a_target_are_left_out():
-    assert conversation_rows(turns_of([None] * 4)) == []
 
 
 def test_conversation_rows_leave_the_turns_as_they_were():
@@ -501,4 +678,5 @@ def test_shuffled_goes_through_everything_once_an_epoch(count, size):
 def test_a_row_is_a_record_of_positions_not_of_token_values():
     """The same rows for a prompt and replies that are nothing but the padding token."""
     row = group_row([END, END], [[END, END], [END]])
-    assert row == Row([END] * 3, [0, 1, 2], [0, 0, 1], [1, 2, 1], [END] * 3)
+    assert (row.ids, row.parents) == ([END] * 3, [-1, 0, 1])
+    assert (row.sources, row.targets) == ([1, 2, 1], [END] * 3)

@@ -50,13 +50,13 @@ SHARED = dict(
     sft_lr=1e-3, sft_held_out=1, seed=3, micro_batch=2, save_every=2, max_grad_norm=1.0,
 )  # fmt: skip
 RFT_ONLY = dict(
-    algo="tompo", steps=6, prompts=4, m=4, lr=5e-3, inner_epochs=1, temperature=1.0, w_sample=0.8, w_graph=0.2,
+    algo="tompo", steps=6, graph_prompts=2, effort_prompts=2, m=4, lr=5e-3, inner_epochs=1, temperature=1.0, w_sample=0.8, w_graph=0.2,
     w_local=0.5, w_global=0.5, clip_eps=0.2, beta=0.02, aggregation="sequence", seat=0, eval_agents=3, eval_games=2,
     eval_temperature=1.0, max_new_tokens=14, eval_seed=0,
 )  # fmt: skip
 
 
-ALL_SEATS = argparse.Namespace(all_seats=True, seat=0)
+ALL_SEATS = argparse.Namespace(all_seats=True, seat=0, graph_prompts=1, effort_prompts=1)
 
 
 def flags(values):
@@ -603,12 +603,41 @@ def prompt_of(model_dir, kind, expert, seat=0):
 def test_only_the_decisions_of_the_policys_seat_are_trained_unless_all_seats_are_asked_for(model_dir):
     """3 games of 3 agents, 1 round: 6 decisions of one seat, 18 of all; every prompt still knows all seats' labels."""
     records, policy = experts.simulate_many(3, "second-best", 0, PromptStyle(), (3, 3)), load_policy(model_dir)
-    one = argparse.Namespace(all_seats=False, seat=2)
+    one = argparse.Namespace(all_seats=False, seat=2, graph_prompts=1, effort_prompts=1)
     assert [r.seat for r in train_sft.in_trained_seats(one, records)] == [2] * 6
     assert len(train_sft.in_trained_seats(ALL_SEATS, records)) == 18
     prompts = train_rft.make_prompts(policy, records, one)
     assert [p.record.seat for p in prompts] == [2] * 6
     assert all(p.target.proposals_NN.shape == (3, 3) for p in prompts if p.record.kind == "G")
+
+
+@pytest.mark.parametrize(("graph", "effort"), [(3, 3), (3, 1), (1, 2), (4, 0), (0, 2)])
+def test_a_batch_has_the_asked_decisions_of_as_few_conversations_as_possible(model_dir, graph, effort):
+    """6 conversations of 2 rounds. An epoch draws each once, every decision has its turn."""
+    records, policy = experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), rounds=2), load_policy(model_dir)
+    prompts = train_rft.make_prompts(policy, records, ALL_SEATS)
+    drawn, seen = [], set()
+    for step in range(60):
+        batch = train_rft.next_batch(prompts, graph, effort, step, 1)
+        kinds = [p.record.kind for p in batch]
+        assert (kinds.count("G"), kinds.count("E")) == (graph, effort)
+        of_batch = [(p.record.game, p.record.seat) for p in batch]
+        drawn += dict.fromkeys(of_batch)
+        seen |= {(p.record.game, p.record.seat, p.record.stage) for p in batch}
+        if graph == effort == 3 and step % 2:  # two steps are an epoch
+            assert len(set(drawn[-6:])) == 6
+    # (a batch that spans the end of an epoch may draw a conversation twice)
+    assert len(drawn) == 60 * max(graph, effort) or (graph == 4 and 200 < len(drawn) < 240)
+    assert len(seen) == (24 if graph and effort else 12)
+
+
+def test_data_without_a_kind_of_decision_is_refused_if_it_is_asked_for(model_dir):
+    records = [r for r in experts.simulate_many(1, "second-best", 0, PromptStyle(), (3, 3)) if r.kind == "G"]
+    policy = load_policy(model_dir)
+    with pytest.raises(InputError, match="effort-prompts 0"):
+        train_rft.make_prompts(policy, records, ALL_SEATS)
+    no_effort = argparse.Namespace(all_seats=True, seat=0, graph_prompts=1, effort_prompts=0)
+    assert len(train_rft.make_prompts(policy, records, no_effort)) == 3
 
 
 def rollouts_of(texts):

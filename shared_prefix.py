@@ -1,0 +1,248 @@
+"""Prompts and replies as trees of tokens, and attention over them: every token is computed once.
+
+All prompts begin with the same rules, the prompt of a decision goes on from that of the decision before, the m replies
+to one prompt follow it and begin alike. So they form trees:
+- a `Row` is a trunk (the longest prompt) from which replies branch off; a token sees its ancestors (`pack`);
+- a `Pass` packs rows for one forward pass: without padding, with the beginning that all rows have in common read once;
+- a `SharedKV` holds the keys and values of the prompts once for all replies that are being sampled. Each reply has a
+  small store of its own, and one softmax runs over both.
+
+It hooks into any Hugging Face decoder through transformers' AttentionInterface; the model's own code is untouched.
+
+Dimensions: R rows, C tokens of the common beginning, X tokens of a row after it, n tokens of a pass, K replies of a row,
+S reply tokens, U replies that are computed in a decoding step, T targets, D head size.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from runs import InputError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rows: prompts and replies as trees of tokens
+
+
+@dataclass
+class Row:
+    """A tree of tokens that one forward pass reads, and the reply tokens that it scores.
+
+    ids (n,): tokens; parents (n,): index of the token before, -1 for the first, always smaller than the own index;
+    sources (T,): index of the token whose output predicts each target; targets (T,): reply tokens; prompts: which of
+    the prompts it was packed from, in the order in which their replies stand in `targets`. Recorded indices, never
+    token values, say what is a reply: the end-of-turn token may be the padding token too.
+    """
+
+    ids: list[int]
+    parents: list[int]
+    sources: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    prompts: list[int] = field(default_factory=list)
+
+    def positions(self) -> list[int]:
+        depth: list[int] = []
+        for parent in self.parents:
+            depth.append(0 if parent < 0 else depth[parent] + 1)
+        return depth
+
+
+def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
+    """Prompts and the replies to each (none, one or many) in as few rows as possible.
+
+    A prompt that is the beginning of another shares its row. Where replies begin alike, with each other or with what
+    stands in the trunk, they share tokens. The last token of a reply predicts nothing, so it is not read.
+    """
+    rows: list[Row] = []
+    trunks: list[list[int]] = []
+    for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
+        prompt = prompts[i]
+        r = next((r for r, trunk in enumerate(trunks) if trunk[: len(prompt)] == prompt), None)
+        if r is None:
+            r = len(rows)
+            rows.append(Row(list(prompt), list(range(-1, len(prompt) - 1))))
+            trunks.append(prompt)
+        rows[r].prompts.append(i)
+    for row in rows:
+        row.prompts.sort()
+        child = {(node - 1, token): node for node, token in enumerate(row.ids)}  # (node, next token) -> node
+        for i in row.prompts:
+            for reply in replies[i]:
+                node = len(prompts[i]) - 1
+                for t, token in enumerate(reply):
+                    row.sources.append(node)
+                    row.targets.append(token)
+                    if t + 1 < len(reply):
+                        if (node, token) not in child:
+                            child[node, token] = len(row.ids)
+                            row.ids.append(token)
+                            row.parents.append(node)
+                        node = child[node, token]
+    return rows
+
+
+def common_beginning(rows: list[Row]) -> int:
+    """C: how many tokens all rows begin with, before any branch. 0 for a single row; every row keeps one token."""
+    if len(rows) < 2:
+        return 0
+    limit = min(len(row.ids) - 1 for row in rows)
+    for row in rows:
+        limit = min([limit, *(parent + 1 for node, parent in enumerate(row.parents) if parent != node - 1)])
+    tokens = zip(*(row.ids[:limit] for row in rows))
+    return next((C for C, alternatives in enumerate(tokens) if len(set(alternatives)) > 1), limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+class Pass:
+    """Rows packed for one forward pass: the common beginning, then what is left of row 1, of row 2, ..., no padding.
+    Only the attention sees rows side by side, padded to X tokens each."""
+
+    def __init__(self, rows: list[Row], device, dtype):
+        self.C = C = common_beginning(rows)
+        lengths = [len(row.ids) - C for row in rows]
+        self.R, self.X = R, X = len(rows), max(lengths)
+        self.starts = np.cumsum([C, *lengths])  # where each row's own tokens begin in the packed order
+        self.ids = torch.tensor([rows[0].ids[:C] + [t for row in rows for t in row.ids[C:]]], device=device)
+        depths = [row.positions() for row in rows]
+        self.positions = torch.tensor([depths[0][:C] + [p for depth in depths for p in depth[C:]]], device=device)
+
+        places_RX, visible_RXX = np.full((R, X), C), np.zeros((R, X, X), bool)  # padding reads token C, unseen
+        visible_RXX[:, range(X), range(X)] = True  # padding sees itself, or its softmax would be 0/0
+        for r, row in enumerate(rows):
+            places_RX[r, : lengths[r]] = np.arange(lengths[r]) + self.starts[r]
+            for i, parent in enumerate(row.parents[C:]):
+                if parent >= C:
+                    visible_RXX[r, i] |= visible_RXX[r, parent - C]
+        real_RX = np.arange(X) < np.array(lengths)[:, None]
+        self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
+        self.back = torch.tensor(np.flatnonzero(real_RX), device=device)  # packed index (after C) -> padded place
+        self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
+        bias_RXX = torch.zeros(R, X, X, dtype=dtype).masked_fill(torch.tensor(~visible_RXX), -torch.inf)
+        self.bias = F.pad(bias_RXX, (C, 0))[:, None].to(device)  # (R, 1, X, C + X): everybody sees the beginning
+
+    def index(self, r: int, nodes: list[int]) -> list[int]:
+        """Packed indices of tokens of row r."""
+        return [node if node < self.C else int(self.starts[r]) + node - self.C for node in nodes]
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+        """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
+        each row after the beginning, (R, kv heads, C + X, D)."""
+        (_, heads, n, D), C = query.shape, self.C
+
+        def by_row(x):  # (1, heads, n, D) -> (R, heads, X, D)
+            x = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self)
+            return x.view(self.R, self.X, -1, D).transpose(1, 2)
+
+        row_k, row_v = (torch.cat([x[:, :, :C].expand(self.R, -1, -1, -1), by_row(x)], 2) for x in (key, value))
+        out = sdpa_attention_forward(module, by_row(query), row_k, row_v, self.bias, scaling=scaling)[0]
+        out = _Packed.apply(out.reshape(self.R * self.X, -1), self)
+        if C:
+            beginning = (x[:, :, :C] for x in (query, key, value))
+            begin = sdpa_attention_forward(module, *beginning, None, scaling=scaling, is_causal=True)[0]
+            out = torch.cat([begin.reshape(C, -1), out])
+        return out.view(1, n, heads, D), row_k, row_v
+
+
+class _ByRow(torch.autograd.Function):
+    """Packed tokens (n, ...) -> padded places (R * X, ...). Each token after the beginning has one place, so the
+    gradient is a gather too, and not a slow scatter-add; padding passes none back."""
+
+    @staticmethod
+    def forward(ctx, x, rows: Pass):
+        ctx.rows = rows
+        return x.index_select(0, rows.places)
+
+    @staticmethod
+    def backward(ctx, grad):
+        beginning = grad.new_zeros(ctx.rows.C, grad.shape[1])
+        return torch.cat([beginning, grad.index_select(0, ctx.rows.back)]), None
+
+
+class _Packed(torch.autograd.Function):
+    """And back: padded places -> packed tokens after the beginning."""
+
+    @staticmethod
+    def forward(ctx, x, rows: Pass):
+        ctx.rows = rows
+        return x.index_select(0, rows.back)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.index_select(0, ctx.rows.places - ctx.rows.C)
+        return grad.index_fill_(0, ctx.rows.padding, 0), None
+
+
+class SharedKV:
+    """Keys and values in decoding: those of the prompts once for all replies, those of each reply apart."""
+
+    def __init__(self, rows: Pass, prompt_lengths: list[list[int]], max_new_tokens: int):
+        """prompt_lengths: for each row, the tokens of the prompt of each of its replies (at most K)."""
+        K, C_X = max(map(len, prompt_lengths)), rows.C + rows.X
+        seen_RK = torch.tensor([of_row + [0] * (K - len(of_row)) for of_row in prompt_lengths])
+        hidden = torch.arange(C_X) >= seen_RK[:, :, None]
+        bias = torch.zeros(hidden.shape, dtype=rows.bias.dtype).masked_fill(hidden, -torch.inf)
+        device = rows.bias.device
+        self.bias = bias[:, None, :, None].to(device)  # (R, 1, K, 1, C + X)
+        self.rows, self.K, self.max_new_tokens = rows, K, max_new_tokens
+        self.row_U = self.slot_U = torch.empty(0, dtype=torch.long, device=device)  # where what is computed stands
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, C + X, D)
+        self.reply: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, K, S, D)
+        self.length = 0  # reply tokens stored so far
+
+    def go_on(self, origin_U: Tensor, row_U: Tensor, slot_U: Tensor) -> None:
+        """From now on the replies at (row, slot) are computed; each continues what the origin-th of those computed so
+        far has stored, which may be another slot of its row (never one that is overwritten here)."""
+        if self.length:
+            origin_slot_U = self.slot_U[origin_U]
+            moved = slot_U != origin_slot_U
+            row, to, origin = row_U[moved], slot_U[moved], origin_slot_U[moved]
+            for store in (store for stores in self.reply.values() for store in stores):
+                store[row, :, to, : self.length] = store[row, :, origin, : self.length]
+        self.row_U, self.slot_U = row_U, slot_U
+
+    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
+        """First the prompts, as a Pass; then one new token per reply: (U, heads, 1, D) -> (U, 1, heads, D)."""
+        layer = module.layer_idx
+        if layer not in self.prompt:
+            out, *self.prompt[layer] = self.rows.attend(module, query, key, value, scaling)
+            return (out,)
+        R, K, t = self.rows.R, self.K, self.length + 1
+        (U, heads, _, D), kv_heads = query.shape, key.shape[1]
+        if layer not in self.reply:
+            shape = (R, kv_heads, K, self.max_new_tokens, D)
+            self.reply[layer] = key.new_zeros(shape), value.new_zeros(shape)
+        prompt_k, prompt_v = self.prompt[layer]
+        reply_k, reply_v = self.reply[layer]
+        reply_k[self.row_U, :, self.slot_U, t - 1] = key[:, :, 0]
+        reply_v[self.row_U, :, self.slot_U, t - 1] = value[:, :, 0]
+        q = query.new_zeros(R, kv_heads, K, heads // kv_heads, D)
+        q[self.row_U, :, self.slot_U] = query.view(U, kv_heads, -1, D) * scaling
+        on_prompt = (q.flatten(2, 3) @ prompt_k.transpose(2, 3)).unflatten(2, q.shape[2:4]) + self.bias
+        on_reply = q @ reply_k[..., :t, :].transpose(3, 4)
+        weights = torch.cat([on_prompt, on_reply], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        w_prompt, w_reply = weights.split([prompt_k.shape[2], t], -1)
+        out = (w_prompt.flatten(2, 3) @ prompt_v).view_as(q) + w_reply @ reply_v[..., :t, :]
+        return (out[self.row_U, :, self.slot_U].reshape(U, 1, heads, D),)
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tokens=None, **kwargs):
+    """What the model's attention layers call. tokens: the Pass or SharedKV that says who sees whom, whatever mask
+    transformers made of the position ids; without it (somebody calls the model itself) it is plain attention."""
+    if tokens is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise InputError("models whose attention has a soft cap or sinks are not supported; choose another --model")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return tokens.attend(module, query, key, value, scaling)[0], None
+
+
+AttentionInterface.register("shared_prefix", _attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
