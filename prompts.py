@@ -24,9 +24,9 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 @dataclass(frozen=True)
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
-    hints: next to the question, what a link earns at efforts alpha and the best reply to efforts alpha. [choice]: a
-    small model cannot multiply. The answer of an equilibrium depends on everybody's efforts and is another one (only
-    the `myopic` expert's first round is read off them)."""
+    hints: next to the question, what a link would earn if all link and reply once to efforts alpha, and the best reply
+    to efforts alpha. [choice]: a small model cannot multiply. These are one step of reasoning about the others, not
+    the answer: "link where it earns at least its cost" is wrong about one in ten of the efficient graph's links."""
 
     information: str = "full"
     belief: bool = True
@@ -77,9 +77,10 @@ def question(seen: Observation, style: PromptStyle) -> str:
         if seen.alpha is not None:
             text += f" of {_short(seen.alpha)}"
             if style.hints and seen.c > 0:
-                worth = [seen.delta * seen.own_alpha * a / seen.c for a in seen.alpha]
+                reply_N = [a + seen.delta * (sum(seen.alpha) - a) for a in seen.alpha]  # if all link
+                worth = [seen.delta * reply_N[seen.seat] * x / seen.c for x in reply_N]
                 worth[seen.seat] = 0
-                text += f". At efforts alpha a link earns {_numbers(worth)} c"
+                text += f". If all link, at best replies to alpha a link earns {_numbers(worth)} c"
         return text + ". Whom do you choose?"
     own = np.flatnonzero(seen.links[seen.seat])
     text = f"{news}Round {seen.round} efforts. Links: {_links(seen.links)}. Your alpha {seen.own_alpha:g}, {len(own)} links"

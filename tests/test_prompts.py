@@ -84,10 +84,9 @@ def test_the_belief_line_is_asked_for_iff_it_is_on(style):
 
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():
-    """Seat 1: a link to j at efforts alpha earns delta alpha_1 alpha_j / c units of c; the best reply to alphas."""
-    d, c = GAME.delta, GAME.c
-    worth = {round(d * ALPHA[1] * a / c, 2) for i, a in enumerate(ALPHA) if i != 1}
-    assert worth == {0.88, 0.53, 1.15}  # 0.047 * 2.91 = 0.13677; / 0.213 = 0.64211; times 1.37, 0.83, 1.79
+    """Seat 1: a link to j earns delta x_1 x_j / c units of c, x the best replies to alphas if all link."""
+    # x = (1.62991, 3.09753, 1.11529, 2.03017), e.g. 1.37 + 0.047 * (2.91 + 0.83 + 1.79); 0.047 * 3.09753 / 0.213 = 0.68349
+    worth = {1.11, 0.76, 1.39}  # 0.68349 times 1.62991, 1.11529, 2.03017
     graph = {h: numbers_in(text_of(messages(State(GAME), 1, [], PromptStyle(hints=h)))) for h in (True, False)}
     assert worth <= graph[True] and not worth & graph[False]
 
