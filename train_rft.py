@@ -314,7 +314,7 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--graph-prompts", type=number(int, 0), default=8, help="graph decisions per step")
     group.add_argument("--effort-prompts", type=number(int, 0), default=2, help="effort decisions per step")
     group.add_argument("--m", type=positive_int, default=8, help="replies per prompt: the group")
-    group.add_argument("--lr", type=number(float, 0), default=1e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    group.add_argument("--lr", type=number(float, 0), default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
     group.add_argument("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     group.add_argument("--temperature", type=number(float, 0), default=1.0, help="of sampling and of every log-probability")
     group.add_argument("--w-sample", type=number(float, 0), default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
