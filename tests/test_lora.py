@@ -142,6 +142,49 @@ def test_adapter_off_is_exact_nests_and_survives_exceptions():
     assert torch.equal(logits(model), on)
 
 
+def test_merged_lends_working_copies_and_gives_them_back():
+    """The same function inside, also with few and many rows; adapter_off still wins; nothing is left afterwards."""
+    model = adapted()
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    expected = logits(model)
+    with lora.adapter_off(model):
+        base = logits(model)
+    with pytest.raises(KeyError), lora.merged(model):
+        assert (logits(model) - expected).abs().max() < 1e-4
+        with lora.adapter_off(model):
+            assert torch.equal(logits(model), base)
+        many = TOKENS_BT.repeat(10, 1)  # 140 rows
+        assert (model(many).logits[:2] - expected).abs().max() < 1e-4
+        raise KeyError
+    assert all(layer.merged is None for layer in lora.lora_layers(model).values())
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    plain = tiny()
+    with lora.merged(plain):
+        assert torch.equal(logits(plain), logits(tiny()))
+
+
+def test_weights_below_fp32_are_not_merged_for_decoding():
+    """The rounded sum would be another policy than the one that is scored."""
+    model = randomize(adapted(model=tiny().bfloat16()))
+    expected = logits(model)
+    with lora.merged(model):
+        assert all(layer.merged is None for layer in lora.lora_layers(model).values())
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (3,), (7, 1), (2, 40), (200,)])
+def test_linear_is_the_layer_for_few_rows_and_for_many(bias, shape):
+    layer = torch.nn.Linear(6, 9, bias=bias)
+    x = torch.randn(*shape, 6)
+    y = lora.linear(x, layer)
+    assert y.shape == (*shape, 9) and y.is_contiguous() and torch.allclose(y, layer(x), atol=1e-6)
+    adapter = LoRALinear(layer, 2, 0.5, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(adapter.B)
+    assert torch.equal(lora.linear(x, adapter), adapter(x)) and not torch.allclose(adapter(x), layer(x), atol=1e-3)
+
+
 def test_merge_is_adapter_on_and_leaves_a_plain_model():
     model = adapted()
     on, names = logits(model), list(tiny().state_dict())
