@@ -2,6 +2,8 @@
 
     python eval.py --policy base runs/rft/sft/adapter runs/rft/adapter --json results.json
 
+    python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
+
 --policy takes `base` (the model without an adapter), adapter folders and `expert:NAME`. The rows `expert:random` and
 that of the other seats' expert are always added. Every policy plays the same instances (the fixed held-out grid), in
 the same seat, against the same draws of the experts, so rows can be compared game by game.
@@ -42,10 +44,11 @@ from games import Game, State
 from policy import Policy, load_policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from rewards import Target, accuracy, graph_score
-from runs import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
+from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seed_int, write_json
 from train_sft import add_model_arguments
 
 METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
+COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -296,14 +299,38 @@ def report(results: dict[str, dict], rounds: int) -> str:
     if rounds > 1:
         text += "\n\nround 1 alone\n" + format_table(results, "round 1")
     first, *others = results
-    text += f"\n\n{first} minus the others, paired by instance:"
-    for name in others:
-        text += f"\n  - {name}: ".ljust(max(map(len, others)) + 7)
-        for metric in ("s", "row", "U2", "U3"):
-            d = paired_difference(results[first], results[name], metric)
+    differences = {
+        name: {metric: paired_difference(results[first], results[name], metric) for metric in COMPARED} for name in others
+    }
+    return text + f"\n\n{first} minus the others, paired by instance:" + _difference_lines(differences)
+
+
+def _difference_lines(differences: dict[str, dict[str, dict]]) -> str:
+    text = ""
+    for name, of_metric in differences.items():
+        line = f"\n  - {name}: ".ljust(max(map(len, differences)) + 7)
+        for metric, d in of_metric.items():
             interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
-            text += f"{metric} {d['mean']:+.3f}{interval}".ljust(30)
-    return "\n".join(line.rstrip() for line in text.splitlines())
+            line += f"{metric} {d['mean']:+.3f}{interval}".ljust(30)
+        text += line.rstrip()
+    return text
+
+
+def report_seeds(runs: list[dict[str, dict]]) -> str:
+    """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over the runs'
+    means, so they speak of training, not of one adapter. runs: the results of each."""
+    names = [name for name in runs[0] if all(name in run for run in runs)]
+    part, (first, *others) = "all rounds", names
+
+    def over_runs(value):
+        return mean_interval([value(run)["mean"] for run in runs])
+
+    table = {name: {part: {m: over_runs(lambda run: run[name][part][m]) for m in METRICS}} for name in names}
+    differences = {
+        name: {m: over_runs(lambda run: paired_difference(run[first], run[name], m)) for m in COMPARED} for name in others
+    }
+    text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n" + format_table(table)
+    return text + f"\n\n{first} minus the others, paired by instance within each run:" + _difference_lines(differences)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,6 +369,17 @@ def evaluate_expert(args, name: str) -> dict:
     return evaluate(args, expert_player(name, experts.style_of(args), args.eval_seed), f"expert:{name}")
 
 
+def read_results(path: str) -> dict[str, dict]:
+    """The results in an eval.json. Raises InputError."""
+    try:
+        results = read_json(path)["results"]
+        for summary in results.values():
+            summary["instances"], [summary["all rounds"][m]["mean"] for m in METRICS]
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(f"{path} is not an eval.json of this version; give those that train_rft.py or --json wrote") from None
+    return results
+
+
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Play held-out games with policies in a seat against experts.")
@@ -350,7 +388,18 @@ def main(argv=None) -> None:
     add_eval_arguments(parser)
     parser.add_argument("--policy", nargs="+", default=["base"], help="base, an adapter folder, or expert:NAME")
     parser.add_argument("--json", metavar="FILE", help="write the results, per instance too, to a new file")
+    parser.add_argument("--seeds", nargs="+", metavar="EVAL_JSON", help="play nothing: combine these runs' eval.json")
     args = parser.parse_args(argv)
+    if args.seeds:
+        runs = [read_results(path) for path in args.seeds]
+        played = [[[i["alpha"], i["delta"], i["c"]] for i in next(iter(run.values()))["instances"]] for run in runs]
+        for path, of_run, run in zip(args.seeds, played, runs):
+            if of_run != played[0]:
+                raise InputError(f"{path} was played on other games than {args.seeds[0]}; give runs with the same flags")
+            if list(run)[0] != list(runs[0])[0]:
+                raise InputError(f"{path} is a run of {list(run)[0]}, {args.seeds[0]} of {list(runs[0])[0]}; give one kind")
+        print(report_seeds(runs))
+        return
     if args.json:
         refuse_existing(args.json)
     held_out_instances(args)  # complains about its flags before a model is loaded

@@ -22,7 +22,7 @@ import games
 from eval import Played, Turn, belief_accuracy, mean_interval, paired_difference, per_instance, play, summarise
 from games import Game, State, draw_game
 from prompts import Decision, PromptStyle
-from runs import InputError
+from runs import InputError, write_json
 
 STYLE = PromptStyle()
 TRIO = Game((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
@@ -351,6 +351,48 @@ def test_the_others_expert_scores_1_also_where_it_errs_at_random():
         rows = summarise(play(instances, expert(name, 2), 1, name, 2))["instances"]
         assert len(rows) == 10 and all(row["s"] == row["row"] == 1 for row in rows)
     assert any(row["s"] < 1 for row in summarise(play(instances, expert("random", 9), 1, "random", 2))["instances"])
+
+
+def seeds_of(tmp_path, count=3, games_per_run=(6, 6, 6)):
+    """eval.json files of runs whose policy is a coin with another seed each."""
+    paths = []
+    for seed in range(count):
+        instances = list(games.held_out_grid(3, "GE", 1))[: games_per_run[seed]]
+        results = {
+            "tompo": summarise(play(instances, expert("random", seed), 0, "nash", 0)),
+            "sft": summarise(play(instances, expert("never-link", seed), 0, "nash", 0)),
+        }
+        paths.append(str(tmp_path / f"eval{seed}.json"))
+        write_json(paths[-1], {"arguments": {}, "results": results})
+    return paths
+
+
+def test_intervals_over_seeds_are_those_of_the_seed_means(tmp_path, capsys):
+    paths = seeds_of(tmp_path)
+    evaluation.main(["--seeds", *paths])
+    table, differences = capsys.readouterr().out.split("minus")
+    runs = [json.loads(Path(p).read_text())["results"] for p in paths]
+    means = np.array([run["tompo"]["all rounds"]["U3"]["mean"] for run in runs])
+    half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
+    assert f"{means.mean():.3f} [{means.mean() - half:.2f}, {means.mean() + half:.2f}]" in table
+    of_runs = [[a["U3"] - b["U3"] for a, b in zip(r["tompo"]["instances"], r["sft"]["instances"])] for r in runs]
+    means = np.array(of_runs).mean(1)
+    half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
+    assert f"U3 {means.mean():+.3f} [{means.mean() - half:+.3f}, {means.mean() + half:+.3f}]" in differences
+    assert len(set(means)) == 3
+
+
+def test_runs_that_cannot_be_combined_are_refused(tmp_path, capsys):
+    paths = seeds_of(tmp_path, games_per_run=(6, 5, 6))
+    other = json.loads(Path(paths[2]).read_text())
+    other["results"] = dict(reversed(other["results"].items()))
+    write_json(paths[2], other)
+    (tmp_path / "broken.json").write_text('{"results": {"tompo": {"U1": 1}}}')
+    for bad, word in ((paths[1], "other games"), (paths[2], "one kind"), (str(tmp_path / "broken.json"), "not an eval.json")):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(["--seeds", paths[0], bad])
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and word in error and bad in error
 
 
 def test_long_names_stay_apart_from_their_numbers():
