@@ -1,7 +1,6 @@
 """Evaluation: held-out games with the policy in one seat and experts in the others.
 
     python eval.py --policy base runs/rft/sft/adapter runs/rft/adapter --json results.json
-
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
 --policy takes `base` (the model without an adapter), adapter folders and `expert:NAME`. The rows `expert:random` and

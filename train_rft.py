@@ -88,22 +88,24 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
                 target = Target("E", r.seat, game.cap, effort=labels[r.seat].action)
             if (r.game, r.stage, r.seat) in trained:
                 prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
-    kinds: dict[tuple[int, int], set[str]] = {}
-    for p in prompts:
-        kinds.setdefault((p.record.game, p.record.seat), set()).add(p.record.kind)
     for kind, name, count in (("G", "graph", args.graph_prompts), ("E", "effort", args.effort_prompts)):
-        if count and not all(kind in of_game for of_game in kinds.values()):
+        if count and not all(of_kind[kind] for of_kind in by_conversation(prompts)):
             raise InputError(f"the data set has games without {name} decisions; set --{name}-prompts 0 or give other data")
     return prompts
 
 
-def next_batch(prompts: list[Prompt], graph: int, effort: int, step: int, seed: int) -> list[Prompt]:
-    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the same
-    conversations (an agent in a game; drawn in a new random order every epoch), which share most of their tokens."""
+def by_conversation(prompts: list[Prompt]) -> list[dict[str, list[Prompt]]]:
+    """The prompts of each conversation (an agent in a game), by kind of decision."""
     conversations: dict[tuple[int, int], dict[str, list[Prompt]]] = {}
     for p in prompts:
         conversations.setdefault((p.record.game, p.record.seat), {"G": [], "E": []})[p.record.kind].append(p)
-    drawn = list(conversations.values())
+    return list(conversations.values())
+
+
+def next_batch(prompts: list[Prompt], graph: int, effort: int, step: int, seed: int) -> list[Prompt]:
+    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the same
+    conversations (drawn in a new random order every epoch), which share most of their tokens."""
+    drawn = by_conversation(prompts)
     rng = np.random.default_rng([seed, 7, step])
     batch = []
     for k, i in enumerate(checkpoint.shuffled(len(drawn), max(graph, effort), step, seed, 4)):
