@@ -11,7 +11,6 @@ is "adapter off" the SFT policy and not the model before SFT.
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
-    with merged(model): ...                      W + scaling * B A in one, for decoding
     merge(model)                                 W += scaling * B A, plain model again
     save_adapter / load_adapter                  the folder format of PEFT, both ways
     stack_adapters(sft, ..., rft, ...)           SFT + RFT as one adapter on the plain base, for PEFT and vLLM
@@ -65,7 +64,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
-        self.merged: torch.Tensor | None = None  # W + scaling B A, while `merged` lends it
+        self._sum, self._sum_of = None, None  # W + scaling B A, and the versions of the three that it was made of
         # Drawn on the generator's device and then moved, so that a seed gives the same A on every device. fp32 also
         # on a bf16 base: an optimizer step is often below bf16's resolution of 1/256 and would be rounded away.
         A = torch.empty(r, base.in_features, device=generator.device, dtype=torch.float32)
@@ -76,11 +75,41 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
-        if self.merged is not None:
-            return _linear(x, self.merged, self.base.bias)
-        # Right to left, so B A is never built; the scaling falls on the r-wide tensor, the narrowest of the three.
+        if self.base.weight.dtype == torch.float32:
+            return _SumLinear.apply(x, self.A, self.B, self.scaling, self.sum(), self.base.bias)
+        # A sum rounded to a lower precision would be another policy, so there the two stay apart. Right to left, B A
+        # is never built; the scaling falls on the r-wide tensor, the narrowest of the three.
         z = F.linear(x, self.A.to(x.dtype)) * self.scaling
         return self.base(x) + F.linear(z, self.B.to(x.dtype))
+
+    @torch.no_grad()
+    def sum(self) -> torch.Tensor:
+        """W + scaling B A (out, in): a working copy, made anew after any of the three was changed in place."""
+        parts = (self.base.weight, self.B, self.A)
+        versions = [p._version for p in parts]
+        if self._sum_of != versions:
+            self._sum, self._sum_of = torch.addmm(*parts, alpha=self.scaling), versions
+        return self._sum
+
+
+class _SumLinear(torch.autograd.Function):
+    """h = S x + bias with S = W + scaling B A at hand: one product instead of three, and no (out)-wide sum. Backward,
+    with g = dJ/dh:  dJ/dx = S^T g,  dJ/dA = scaling (B^T g) x^T,  dJ/dB = scaling g (A x)^T;  W is frozen."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, scaling, S, bias):
+        ctx.save_for_backward(x, A, B, S)
+        ctx.scaling = scaling
+        return _linear(x, S, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, A, B, S = ctx.saved_tensors
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # one token a row: all is transposed
+        dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
+        dA = (g @ B).mul_(ctx.scaling).T @ rows
+        dB = g.T @ (rows @ A.T).mul_(ctx.scaling)
+        return dx, dA, dB, None, None, None
 
 
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -170,22 +199,6 @@ def adapter_off(model: nn.Module):
     finally:
         for layer, disabled in zip(layers, before):
             layer.disabled = disabled
-
-
-@contextmanager
-def merged(model: nn.Module):
-    """Inside, W + scaling B A stands ready as one working copy per layer, for many forward passes without gradients
-    (decoding). The same function as before, up to rounding in fp32; weights of a lower precision stay apart, because
-    the rounded sum would be another policy. A model without an adapter stays as it is."""
-    layers = [layer for layer in lora_layers(model).values() if layer.base.weight.dtype == torch.float32]
-    try:
-        with torch.no_grad():
-            for layer in layers:
-                layer.merged = torch.addmm(layer.base.weight, layer.B, layer.A, alpha=layer.scaling)
-        yield model
-    finally:
-        for layer in layers:
-            layer.merged = None
 
 
 def remove(model: nn.Module) -> None:

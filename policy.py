@@ -46,12 +46,12 @@ class _TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden, targets, head, temperature, with_gradient):
         values, gradients = [], []
         for h, y in zip(hidden.split(_TargetLogps.CHUNK), targets.split(_TargetLogps.CHUNK)):
-            with torch.set_grad_enabled(with_gradient):
-                h = h.detach().requires_grad_(with_gradient)
-                value = target_logps(head(h), y, temperature)
-                if with_gradient:
-                    gradients += torch.autograd.grad(value.sum(), h)
-            values.append(value.detach())
+            logits = scaled(head(h), temperature)
+            lse = logits.logsumexp(-1, keepdim=True)
+            values.append((logits.gather(-1, y[:, None]) - lse)[:, 0])
+            if with_gradient:  # (W_y - sum_v pi_v W_v) / temperature
+                pi = logits.sub_(lse).exp_().to(h.dtype)
+                gradients.append((head.weight[y] - pi @ head.weight) / temperature)
         if with_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
@@ -135,36 +135,35 @@ class Policy:
         logps: list[list[float]] = [[] for _ in order]
         going_B = torch.arange(len(order))  # the replies that have not ended
         state_B = going_B // M  # which of the computed states each of them is in
-        with lora.merged(self.model):
-            hidden_UH = self._hidden(tokens.ids, tokens.positions, kv)[0, last]
-            while True:
-                law_UV = scaled(lora.linear(hidden_UH, self._head()), temperature or 1.0).log_softmax(-1)
-                on_device = state_B.to(device)
-                if temperature == 0:
-                    token_B = law_UV.argmax(-1)[on_device]
-                else:
-                    cdf_BV = law_UV.exp().cumsum(-1)[on_device]
-                    threshold_B1 = uniforms_BS[going_B, kv.length, None].to(device) * cdf_BV[:, -1:]
-                    token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0].clamp(max=cdf_BV.shape[1] - 1)
-                logp_B = law_UV[on_device, token_B]
-                token_B = token_B.cpu()
-                for b, token, logp in zip(going_B.tolist(), token_B.tolist(), logp_B.tolist()):
-                    replies[b].append(token)
-                    logps[b].append(logp)
-                on = ~torch.isin(token_B, ends)
-                if kv.length + 1 == max_new_tokens or not on.any():
-                    break
-                going_B, state_B, token_B = going_B[on], state_B[on], token_B[on]
-                pairs = list(zip(state_B.tolist(), token_B.tolist()))  # the same state and token: the same next state
-                first = {pair: b for b, pair in reversed(list(enumerate(pairs)))}  # its first reply leads it
-                number = {pair: u for u, pair in enumerate(first)}
-                lead_U = torch.tensor(list(first.values()))
-                b_U = going_B[lead_U]
-                kv.go_on(state_B[lead_U].to(device), row_B[b_U].to(device), slot_B[b_U].to(device))
-                positions = (length_P[prompt_B[b_U]] + kv.length)[:, None].to(device)
-                hidden_UH = self._hidden(token_B[lead_U, None].to(device), positions, kv)[:, 0]
-                state_B = torch.tensor([number[pair] for pair in pairs])
-                kv.length += 1
+        hidden_UH = self._hidden(tokens.ids, tokens.positions, kv)[0, last]
+        while True:
+            law_UV = scaled(lora.linear(hidden_UH, self._head()), temperature or 1.0).log_softmax(-1)
+            on_device = state_B.to(device)
+            if temperature == 0:
+                token_B = law_UV.argmax(-1)[on_device]
+            else:
+                cdf_BV = law_UV.exp().cumsum(-1)[on_device]
+                threshold_B1 = uniforms_BS[going_B, kv.length, None].to(device) * cdf_BV[:, -1:]
+                token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0].clamp(max=cdf_BV.shape[1] - 1)
+            logp_B = law_UV[on_device, token_B]
+            token_B = token_B.cpu()
+            for b, token, logp in zip(going_B.tolist(), token_B.tolist(), logp_B.tolist()):
+                replies[b].append(token)
+                logps[b].append(logp)
+            on = ~torch.isin(token_B, ends)
+            if kv.length + 1 == max_new_tokens or not on.any():
+                break
+            going_B, state_B, token_B = going_B[on], state_B[on], token_B[on]
+            pairs = list(zip(state_B.tolist(), token_B.tolist()))  # the same state and token: the same next state
+            first = {pair: b for b, pair in reversed(list(enumerate(pairs)))}  # its first reply leads it
+            number = {pair: u for u, pair in enumerate(first)}
+            lead_U = torch.tensor(list(first.values()))
+            b_U = going_B[lead_U]
+            kv.go_on(state_B[lead_U].to(device), row_B[b_U].to(device), slot_B[b_U].to(device))
+            positions = (length_P[prompt_B[b_U]] + kv.length)[:, None].to(device)
+            hidden_UH = self._hidden(token_B[lead_U, None].to(device), positions, kv)[:, 0]
+            state_B = torch.tensor([number[pair] for pair in pairs])
+            kv.length += 1
         groups: list[list[Rollout]] = [[] for _ in prompts]
         for (_, _, i), reply, logp in zip(order, replies, logps):
             groups[i].append(self._rollout(prompts[i], reply, logp))

@@ -86,13 +86,18 @@ def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
     return rows
 
 
+def trunk_length(row: Row) -> int:
+    """How many tokens a row has before its first branch."""
+    return next((node for node, parent in enumerate(row.parents) if parent != node - 1), len(row.parents))
+
+
 def common_beginning(rows: list[Row]) -> int:
     """C: how many tokens all rows begin with, before any branch. 0 for a single row; every row keeps one token."""
     if len(rows) < 2:
         return 0
     limit = min(len(row.ids) - 1 for row in rows)
     for row in rows:
-        limit = min([limit, *(parent + 1 for node, parent in enumerate(row.parents) if parent != node - 1)])
+        limit = min([limit, *(parent + 1 for parent in row.parents[trunk_length(row) :])])
     tokens = zip(*(row.ids[:limit] for row in rows))
     return next((C for C, alternatives in enumerate(tokens) if len(set(alternatives)) > 1), limit)
 
@@ -103,30 +108,38 @@ def common_beginning(rows: list[Row]) -> int:
 
 class Pass:
     """Rows packed for one forward pass: the common beginning, then what is left of row 1, of row 2, ..., no padding.
-    Only the attention sees rows side by side, padded to X tokens each."""
+    Only the attention sees rows side by side, padded to X = L + B tokens each: L of the trunk (all before the first
+    branch), where each token sees all before it, and B of branches, which have a mask."""
 
     def __init__(self, rows: list[Row], device, dtype):
         self.C = C = common_beginning(rows)
-        lengths = [len(row.ids) - C for row in rows]
-        self.R, self.X = R, X = len(rows), max(lengths)
+        lengths = np.array([len(row.ids) - C for row in rows])
+        trunks = np.array([trunk_length(row) - C for row in rows])
+        self.R, self.L, self.B = R, L, B = len(rows), int(trunks.max()), int((lengths - trunks).max())
+        self.X = X = L + B
         self.starts = np.cumsum([C, *lengths])  # where each row's own tokens begin in the packed order
         self.ids = torch.tensor([rows[0].ids[:C] + [t for row in rows for t in row.ids[C:]]], device=device)
         depths = [row.positions() for row in rows]
         self.positions = torch.tensor([depths[0][:C] + [p for depth in depths for p in depth[C:]]], device=device)
 
-        places_RX, visible_RXX = np.full((R, X), C), np.zeros((R, X, X), bool)  # padding reads token C, unseen
-        visible_RXX[:, range(X), range(X)] = True  # padding sees itself, or its softmax would be 0/0
-        for r, row in enumerate(rows):
-            places_RX[r, : lengths[r]] = np.arange(lengths[r]) + self.starts[r]
-            for i, parent in enumerate(row.parents[C:]):
-                if parent >= C:
-                    visible_RXX[r, i] |= visible_RXX[r, parent - C]
-        real_RX = np.arange(X) < np.array(lengths)[:, None]
+        places_RX = np.full((R, X), C)  # padding reads token C, and nobody sees it
+        real_RX = np.zeros((R, X), bool)
+        visible_RBX = np.zeros((R, B, X), bool)
+        visible_RBX[:, range(B), range(L, X)] = True  # padding sees itself, or its softmax would be 0/0
+        for r, (row, length, trunk) in enumerate(zip(rows, lengths, trunks)):
+            place = np.concatenate([np.arange(trunk), L + np.arange(length - trunk)])  # of each own token
+            places_RX[r, place], real_RX[r, place] = self.starts[r] + np.arange(length), True
+            for i in range(trunk, length):
+                parent = row.parents[C + i] - C
+                if parent >= trunk:
+                    visible_RBX[r, i - trunk] |= visible_RBX[r, parent - trunk]
+                else:
+                    visible_RBX[r, i - trunk, : parent + 1] = True
         self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
         self.back = torch.tensor(np.flatnonzero(real_RX), device=device)  # packed index (after C) -> padded place
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
-        bias_RXX = torch.zeros(R, X, X, dtype=dtype).masked_fill(torch.tensor(~visible_RXX), -torch.inf)
-        self.bias = F.pad(bias_RXX, (C, 0))[:, None].to(device)  # (R, 1, X, C + X): everybody sees the beginning
+        bias_RBX = torch.zeros(R, B, X, dtype=dtype).masked_fill(torch.tensor(~visible_RBX), -torch.inf)
+        self.bias = F.pad(bias_RBX, (C, 0))[:, None].to(device)  # (R, 1, B, C + X): everybody sees the beginning
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
@@ -134,21 +147,25 @@ class Pass:
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
-        each row after the beginning, (R, kv heads, C + X, D)."""
-        (_, heads, n, D), C = query.shape, self.C
+        each row with the beginning, (R, kv heads, C + X, D)."""
+        (_, heads, n, D), kv_heads, R, C, trunk = query.shape, key.shape[1], self.R, self.C, self.C + self.L
 
-        def by_row(x):  # (1, heads, n, D) -> (R, heads, X, D)
-            x = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self)
-            return x.view(self.R, self.X, -1, D).transpose(1, 2)
+        def by_row(x):  # (1, heads, n, D) -> (R, heads, C + X, D)
+            own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(R, self.X, -1, D).transpose(1, 2)
+            return torch.cat([x[:, :, :C].expand(R, -1, -1, -1), own], 2) if C else own
 
-        row_k, row_v = (torch.cat([x[:, :, :C].expand(self.R, -1, -1, -1), by_row(x)], 2) for x in (key, value))
-        out = sdpa_attention_forward(module, by_row(query), row_k, row_v, self.bias, scaling=scaling)[0]
-        out = _Packed.apply(out.reshape(self.R * self.X, -1), self)
-        if C:
-            beginning = (x[:, :, :C] for x in (query, key, value))
-            begin = sdpa_attention_forward(module, *beginning, None, scaling=scaling, is_causal=True)[0]
-            out = torch.cat([begin.reshape(C, -1), out])
-        return out.view(1, n, heads, D), row_k, row_v
+        q, k, v = by_row(query), by_row(key), by_row(value)
+        of_trunk = (x[:, :, :trunk] for x in (q, k, v))
+        out = sdpa_attention_forward(module, *of_trunk, None, scaling=scaling, is_causal=True)[0]
+        beginning, out = out[0, :C].flatten(1), out[:, C:]
+        if self.B:  # the query heads of a key head stand one after the other as one long sequence: no copies of keys
+            group = heads // kv_heads
+            q = q[:, :, trunk:].reshape(R, kv_heads, group * self.B, D)
+            branches = F.scaled_dot_product_attention(q, k, v, self.bias.repeat(1, 1, group, 1), scale=scaling)
+            branches = branches.view(R, heads, self.B, D).transpose(1, 2)
+            out = torch.cat([out, branches], 1)
+        out = _Packed.apply(out.reshape(R * self.X, -1), self)
+        return torch.cat([beginning, out]).view(1, n, heads, D), k, v
 
 
 class _ByRow(torch.autograd.Function):

@@ -142,35 +142,58 @@ def test_adapter_off_is_exact_nests_and_survives_exceptions():
     assert torch.equal(logits(model), on)
 
 
-def test_merged_lends_working_copies_and_gives_them_back():
-    """The same function inside, also with few and many rows; adapter_off still wins; nothing is left afterwards."""
+def naive_linear(layer, x):
+    """h = W x + bias + scaling B A x, term by term."""
+    h = x @ layer.base.weight.T + layer.scaling * (x @ layer.A.T) @ layer.B.T
+    return h if layer.base.bias is None else h + layer.base.bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (1, 70)])
+def test_layer_and_its_gradients_are_those_of_the_sum_written_out(bias, shape):
+    layer = LoRALinear(torch.nn.Linear(6, 9, bias=bias).requires_grad_(False), 4, 1.5, torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(layer.B)
+    x = torch.randn(*shape, 6, requires_grad=True)
+    weight = torch.randn(*shape, 9)
+    got, expected = layer(x), naive_linear(layer, x)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    wanted = (x, layer.A, layer.B)
+    for a, b in zip(*(torch.autograd.grad((h * weight).sum(), wanted) for h in (got, expected))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_working_copy_follows_every_change_of_its_parts():
+    """An optimizer step, a loaded state, changed base weights: none may leave an old sum behind."""
     model = adapted()
-    weights = {name: p.clone() for name, p in model.named_parameters()}
-    expected = logits(model)
-    with lora.adapter_off(model):
-        base = logits(model)
-    with pytest.raises(KeyError), lora.merged(model):
-        assert (logits(model) - expected).abs().max() < 1e-4
-        with lora.adapter_off(model):
-            assert torch.equal(logits(model), base)
-        many = TOKENS_BT.repeat(10, 1)  # 140 rows
-        assert (model(many).logits[:2] - expected).abs().max() < 1e-4
-        raise KeyError
-    assert all(layer.merged is None for layer in lora.lora_layers(model).values())
-    assert torch.equal(logits(model), expected)
-    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    plain = tiny()
-    with lora.merged(plain):
-        assert torch.equal(logits(plain), logits(tiny()))
+    layer, x = lora.lora_layers(model)[Q], torch.randn(5, 32)
+
+    def up_to_date():
+        with torch.no_grad():
+            return (layer(x) - naive_linear(layer, x)).abs().max() < 1e-5 and not differ(layer(x), layer(x))
+
+    assert up_to_date()
+    copy = layer.sum()
+    assert layer.sum() is copy  # not made anew for every forward pass
+    for foreach in (True, False):
+        optimizer = torch.optim.AdamW(lora.lora_parameters(model), lr=0.1, foreach=foreach)
+        model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
+        optimizer.step()
+        assert layer.sum() is not copy and up_to_date()
+        copy = layer.sum()
+    lora.load_adapter_state(model, {key: 2 * p for key, p in lora.adapter_state(model).items()})
+    assert layer.sum() is not copy and up_to_date()
+    with torch.no_grad():
+        layer.base.weight.mul_(2)
+    assert up_to_date()
 
 
-def test_weights_below_fp32_are_not_merged_for_decoding():
-    """The rounded sum would be another policy than the one that is scored."""
+def test_weights_below_fp32_stay_apart():
+    """The rounded sum would be another policy than the adapter's."""
     model = randomize(adapted(model=tiny().bfloat16()))
-    expected = logits(model)
-    with lora.merged(model):
-        assert all(layer.merged is None for layer in lora.lora_layers(model).values())
-        assert torch.equal(logits(model), expected)
+    layer, x = lora.lora_layers(model)[Q], torch.randn(5, 32).bfloat16()
+    z = torch.nn.functional.linear(x, layer.A.bfloat16()) * layer.scaling
+    assert torch.equal(layer(x), layer.base(x) + torch.nn.functional.linear(z, layer.B.bfloat16()))
+    assert layer._sum is None
 
 
 @pytest.mark.parametrize("bias", [True, False])
