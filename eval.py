@@ -27,6 +27,7 @@ decision of the policy was compliant. All of it is also reported for round 1 alo
 
 import argparse
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -38,12 +39,14 @@ from tqdm import tqdm
 import experts
 import games
 import lora
+import ranks
 from checkpoint import seeded
 from games import Game, State
 from policy import Policy, load_policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from rewards import Target, accuracy, graph_score
 from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seed_int, write_json
+from shared_prefix import History
 from train_sft import add_model_arguments
 
 METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
@@ -126,7 +129,9 @@ class Played:
 
 
 def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperature: float, seed: int, batch: int = 64):
-    """A player that answers with the policy: (states, seat, replies so far, stage) -> reply texts."""
+    """A player that answers with the policy: (states, seat, replies so far, stage) -> reply texts. It is for one play
+    of games: of each conversation it keeps the keys and values from one decision to the next."""
+    histories: dict[int, History] = defaultdict(History)
 
     def answer(states, seat, replies, stage):
         prompts = [policy.encode_prompt(messages(s, seat, r, style)) for s, r in zip(states, replies)]
@@ -134,8 +139,10 @@ def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperatur
         texts = []
         for start in range(0, len(prompts), batch):
             generator = seeded(seed, 100, stage, start)
-            groups = policy.sample(prompts[start : start + batch], 1, limit, temperature, generator)
-            texts += [group[0].text for group in groups]
+            part = prompts[start : start + batch]
+            mine = ranks.share(range(len(part)))
+            groups = policy.sample(part, 1, limit, temperature, generator, histories[start], mine)
+            texts += ranks.whole(mine, [group[0].text for group in groups])
         return texts
 
     return answer
@@ -164,7 +171,7 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
     states, replies = [State(g) for g in instances], [[] for _ in instances]
     turns: list[list[Turn]] = [[] for _ in instances]
     stages = len(instances[0].stages) * instances[0].rounds
-    for stage in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False):
+    for stage in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()):
         texts = player(states, seat, replies, stage)
         for i, (state, text) in enumerate(zip(states, texts)):
             N = state.game.N

@@ -76,6 +76,8 @@ class LoRALinear(nn.Module):
         if self.disabled:
             return self.base(x)
         if self.base.weight.dtype == torch.float32:
+            if not torch.is_grad_enabled():
+                return _linear(x, self.sum(), self.base.bias)
             return _SumLinear.apply(x, self.A, self.B, self.scaling, self.sum(), self.base.bias)
         # A sum rounded to a lower precision would be another policy, so there the two stay apart. Right to left, B A
         # is never built; the scaling falls on the r-wide tensor, the narrowest of the three.

@@ -17,7 +17,7 @@ from torch import Tensor
 import lora
 import pretrained
 from runs import InputError
-from shared_prefix import Pass, Row, SharedKV, pack
+from shared_prefix import History, Pass, Row, SharedKV, chain, pack
 
 
 @dataclass
@@ -111,18 +111,26 @@ class Policy:
         max_new_tokens: int,
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
+        history: History | None = None,
+        only: list[int] | None = None,
     ) -> list[list[Rollout]]:
         """M replies to each of P prompts, [P][M]. Temperature 0 is greedy.
 
         Token t of a reply is the inverse of the law's distribution function at a uniform number that belongs to that
         reply and that t alone, so a sample does not depend on what else is in the batch. Replies to one prompt that
         have said the same so far are computed as one, and a reply that has ended costs nothing more.
+        history (M = 1): what earlier calls have read of these conversations is not read again; it is brought up to date.
+        only: answer these prompts alone, with the samples that they would get among all.
         """
+        uniforms_PMS = torch.rand(len(prompts), M, max_new_tokens, generator=generator)
+        if only is not None:
+            prompts, uniforms_PMS = [prompts[i] for i in only], uniforms_PMS[only]
+        if not prompts:
+            return []
         P, device = len(prompts), self.device
         self.check_length(max(map(len, prompts)), max_new_tokens)
-        uniforms_PMS = torch.rand(P, M, max_new_tokens, generator=generator)
-        rows = pack(prompts, [[]] * P)
-        tokens = Pass(rows, device, self.model.dtype)
+        rows = pack(prompts, [[]] * P) if history is None else [chain(ids, [i]) for i, ids in enumerate(prompts)]
+        tokens = Pass(rows, device, self.model.dtype, history)
         kv = SharedKV(tokens, [[len(prompts[i]) for i in row.prompts for _ in range(M)] for row in rows], max_new_tokens)
         # Reply b of all B is the b-th of this list: (row, slot in the row, prompt).
         order = [(r, k, i) for r, row in enumerate(rows) for k, i in enumerate(i for i in row.prompts for _ in range(M))]
@@ -164,6 +172,8 @@ class Policy:
             hidden_UH = self._hidden(token_B[lead_U, None].to(device), positions, kv)[:, 0]
             state_B = torch.tensor([number[pair] for pair in pairs])
             kv.length += 1
+        if history is not None:
+            kv.keep(history, [prompt + reply for prompt, reply in zip(prompts, replies)])
         groups: list[list[Rollout]] = [[] for _ in prompts]
         for (_, _, i), reply, logp in zip(order, replies, logps):
             groups[i].append(self._rollout(prompts[i], reply, logp))

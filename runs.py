@@ -137,10 +137,12 @@ def resumed_arguments(folder: str, script: str) -> dict:
 
 class JsonLines:
     """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no step
-    stands in the log twice."""
+    stands in the log twice. `writes` is False in all but one of several processes."""
 
-    def __init__(self, path: Path, next_step: int = 0):
-        kept = []
+    def __init__(self, path: Path, next_step: int = 0, writes: bool = True):
+        self.file, kept = None, []
+        if not writes:
+            return
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -152,8 +154,9 @@ class JsonLines:
         self.file = open(path, "a", encoding="utf-8")
 
     def write(self, value: dict) -> None:
-        self.file.write(json.dumps(value) + "\n")
-        self.file.flush()
+        if self.file:
+            self.file.write(json.dumps(value) + "\n")
+            self.file.flush()
 
 
 class StopSignal:

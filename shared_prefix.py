@@ -52,6 +52,11 @@ class Row:
         return depth
 
 
+def chain(ids: list[int], prompts: list[int]) -> Row:
+    """A row without branches."""
+    return Row(list(ids), list(range(-1, len(ids) - 1)), prompts=prompts)
+
+
 def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
     """Prompts and the replies to each (none, one or many) in as few rows as possible.
 
@@ -65,7 +70,7 @@ def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
         r = next((r for r, trunk in enumerate(trunks) if trunk[: len(prompt)] == prompt), None)
         if r is None:
             r = len(rows)
-            rows.append(Row(list(prompt), list(range(-1, len(prompt) - 1))))
+            rows.append(chain(prompt, []))
             trunks.append(prompt)
         rows[r].prompts.append(i)
     for row in rows:
@@ -106,65 +111,100 @@ def common_beginning(rows: list[Row]) -> int:
 # attention
 
 
+@dataclass
+class History:
+    """What was read of R conversations so far: their tokens, and the keys and values of each layer (R, kv heads, P, D),
+    in whatever order and with gaps; columns say where each token's stand."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    columns: list[list[int]] = field(default_factory=list)
+    kv: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def known(self, r: int, ids: list[int]) -> int:
+        """How many first tokens of `ids` need not be read again; at least one is."""
+        same = (t for t, (a, b) in enumerate(zip(self.ids[r], ids)) if a != b)
+        return min(next(same, min(len(self.ids[r]), len(ids))), len(ids) - 1)
+
+
 class Pass:
     """Rows packed for one forward pass: the common beginning, then what is left of row 1, of row 2, ..., no padding.
-    Only the attention sees rows side by side, padded to X = L + B tokens each: L of the trunk (all before the first
+    Only the attention sees rows side by side, as P + X columns of keys: P that rows begin with (C of the common
+    beginning, or those of the rows' history), then X = L + B own ones, padded: L of the trunk (all before the first
     branch), where each token sees all before it, and B of branches, which have a mask."""
 
-    def __init__(self, rows: list[Row], device, dtype):
-        self.C = C = common_beginning(rows)
-        lengths = np.array([len(row.ids) - C for row in rows])
-        trunks = np.array([trunk_length(row) - C for row in rows])
+    def __init__(self, rows: list[Row], device, dtype, history: History | None = None):
+        self.history = history if history and history.kv else None
+        if self.history:
+            known = [self.history.known(r, row.ids) for r, row in enumerate(rows)]
+            trunks = np.zeros(len(rows), int)  # after keys that differ from row to row, every token has a mask
+            begin = [self.history.columns[r][:n] for r, n in enumerate(known)]
+            self.C, P = 0, next(iter(self.history.kv.values()))[0].shape[2]
+        else:
+            self.C = P = common_beginning(rows)
+            known = [P] * len(rows)
+            trunks = np.array([trunk_length(row) - P for row in rows])
+            begin = [list(range(P))] * len(rows)
+        lengths = np.array([len(row.ids) for row in rows]) - known
         self.R, self.L, self.B = R, L, B = len(rows), int(trunks.max()), int((lengths - trunks).max())
         self.X = X = L + B
-        self.starts = np.cumsum([C, *lengths])  # where each row's own tokens begin in the packed order
-        self.ids = torch.tensor([rows[0].ids[:C] + [t for row in rows for t in row.ids[C:]]], device=device)
+        self.known, self.starts = known, np.cumsum([self.C, *lengths])  # where own tokens begin in the packed order
         depths = [row.positions() for row in rows]
-        self.positions = torch.tensor([depths[0][:C] + [p for depth in depths for p in depth[C:]]], device=device)
 
-        places_RX = np.full((R, X), C)  # padding reads token C, and nobody sees it
+        def packed(of_rows: list[list[int]]) -> Tensor:
+            own = [value for of_row, n in zip(of_rows, known) for value in of_row[n:]]
+            return torch.tensor([of_rows[0][: self.C] + own], device=device)
+
+        self.ids, self.positions = packed([row.ids for row in rows]), packed(depths)
+
+        self.columns: list[list[int]] = []  # where each token of a row stands among its keys
+        places_RX = np.full((R, X), self.C)  # padding reads the first own token, and nobody sees it
         real_RX = np.zeros((R, X), bool)
-        visible_RBX = np.zeros((R, B, X), bool)
-        visible_RBX[:, range(B), range(L, X)] = True  # padding sees itself, or its softmax would be 0/0
+        visible_RBK = np.zeros((R, B, P + X), bool)
+        visible_RBK[:, range(B), range(P + L, P + X)] = True  # padding sees itself, or its softmax would be 0/0
         for r, (row, length, trunk) in enumerate(zip(rows, lengths, trunks)):
             place = np.concatenate([np.arange(trunk), L + np.arange(length - trunk)])  # of each own token
             places_RX[r, place], real_RX[r, place] = self.starts[r] + np.arange(length), True
+            self.columns.append(columns := begin[r] + (P + place).tolist())
             for i in range(trunk, length):
-                parent = row.parents[C + i] - C
-                if parent >= trunk:
-                    visible_RBX[r, i - trunk] |= visible_RBX[r, parent - trunk]
+                parent = row.parents[known[r] + i]
+                if parent >= known[r] + trunk:
+                    visible_RBK[r, i - trunk] |= visible_RBK[r, parent - known[r] - trunk]
                 else:
-                    visible_RBX[r, i - trunk, : parent + 1] = True
+                    visible_RBK[r, i - trunk, columns[: parent + 1]] = True
         self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
         self.back = torch.tensor(np.flatnonzero(real_RX), device=device)  # packed index (after C) -> padded place
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
-        bias_RBX = torch.zeros(R, B, X, dtype=dtype).masked_fill(torch.tensor(~visible_RBX), -torch.inf)
-        self.bias = F.pad(bias_RBX, (C, 0))[:, None].to(device)  # (R, 1, B, C + X): everybody sees the beginning
+        bias_RBK = torch.zeros(R, B, P + X, dtype=dtype).masked_fill(torch.tensor(~visible_RBK), -torch.inf)
+        self.bias = bias_RBK[:, None].to(device)
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
-        return [node if node < self.C else int(self.starts[r]) + node - self.C for node in nodes]
+        return [node if node < self.C else int(self.starts[r]) + node - self.known[r] for node in nodes]
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
-        each row with the beginning, (R, kv heads, C + X, D)."""
-        (_, heads, n, D), kv_heads, R, C, trunk = query.shape, key.shape[1], self.R, self.C, self.C + self.L
+        each row, (R, kv heads, P + X, D)."""
+        (_, heads, n, D), kv_heads, R, C, L = query.shape, key.shape[1], self.R, self.C, self.L
 
-        def by_row(x):  # (1, heads, n, D) -> (R, heads, C + X, D)
+        def of_rows(x, begin=None):  # (1, heads, n, D) -> (R, heads, P + X, D)
             own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(R, self.X, -1, D).transpose(1, 2)
-            return torch.cat([x[:, :, :C].expand(R, -1, -1, -1), own], 2) if C else own
+            return torch.cat([x[:, :, :C].expand(R, -1, -1, -1) if begin is None else begin, own], 2)
 
-        q, k, v = by_row(query), by_row(key), by_row(value)
-        of_trunk = (x[:, :, :trunk] for x in (q, k, v))
-        out = sdpa_attention_forward(module, *of_trunk, None, scaling=scaling, is_causal=True)[0]
-        beginning, out = out[0, :C].flatten(1), out[:, C:]
+        begin_k, begin_v = self.history.kv[module.layer_idx] if self.history else (None, None)
+        q, k, v = of_rows(query), of_rows(key, begin_k), of_rows(value, begin_v)
+        outs, beginning = [], query.new_empty(0, heads * D)
+        if L:
+            trunks = (x[:, :, : C + L] for x in (q, k, v))
+            out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
+            outs, beginning = [out[:, C:]], out[0, :C].flatten(1)
         if self.B:  # the query heads of a key head stand one after the other as one long sequence: no copies of keys
             group = heads // kv_heads
-            q = q[:, :, trunk:].reshape(R, kv_heads, group * self.B, D)
-            branches = F.scaled_dot_product_attention(q, k, v, self.bias.repeat(1, 1, group, 1), scale=scaling)
-            branches = branches.view(R, heads, self.B, D).transpose(1, 2)
-            out = torch.cat([out, branches], 1)
-        out = _Packed.apply(out.reshape(R * self.X, -1), self)
+            if self.bias.shape[2] != group * self.B:
+                self.bias = self.bias.repeat(1, 1, group, 1)
+            q = q[:, :, C + L :].reshape(R, kv_heads, group * self.B, D)
+            out = F.scaled_dot_product_attention(q, k, v, self.bias, scale=scaling)
+            outs.append(out.view(R, heads, self.B, D).transpose(1, 2))
+        out = _Packed.apply(torch.cat(outs, 1).reshape(R * self.X, -1), self)
         return torch.cat([beginning, out]).view(1, n, heads, D), k, v
 
 
@@ -202,15 +242,16 @@ class SharedKV:
 
     def __init__(self, rows: Pass, prompt_lengths: list[list[int]], max_new_tokens: int):
         """prompt_lengths: for each row, the tokens of the prompt of each of its replies (at most K)."""
-        K, C_X = max(map(len, prompt_lengths)), rows.C + rows.X
-        seen_RK = torch.tensor([of_row + [0] * (K - len(of_row)) for of_row in prompt_lengths])
-        hidden = torch.arange(C_X) >= seen_RK[:, :, None]
-        bias = torch.zeros(hidden.shape, dtype=rows.bias.dtype).masked_fill(hidden, -torch.inf)
+        K = max(map(len, prompt_lengths))
+        bias = torch.full((rows.R, K, rows.bias.shape[-1]), -torch.inf, dtype=rows.bias.dtype)
+        for r, of_row in enumerate(prompt_lengths):
+            for k, n in enumerate(of_row):
+                bias[r, k, rows.columns[r][:n]] = 0
         device = rows.bias.device
-        self.bias = bias[:, None, :, None].to(device)  # (R, 1, K, 1, C + X)
+        self.bias = bias[:, None, :, None].to(device)  # (R, 1, K, 1, P + X)
         self.rows, self.K, self.max_new_tokens = rows, K, max_new_tokens
         self.row_U = self.slot_U = torch.empty(0, dtype=torch.long, device=device)  # where what is computed stands
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, C + X, D)
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, P + X, D)
         self.reply: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, K, S, D)
         self.length = 0  # reply tokens stored so far
 
@@ -225,11 +266,25 @@ class SharedKV:
                 store[row, :, to, : self.length] = store[row, :, origin, : self.length]
         self.row_U, self.slot_U = row_U, slot_U
 
+    def keep(self, history: History, ids: list[list[int]]) -> None:
+        """Leaves what was read in a history; each row has one reply. ids: prompt and reply of each row."""
+        P_X = self.bias.shape[-1]
+        history.ids = [of_row[:-1] for of_row in ids]  # the last token was not read any more
+        history.columns = [
+            columns + list(range(P_X, P_X + len(of_row) - len(columns)))
+            for columns, of_row in zip(self.rows.columns, history.ids)
+        ]
+        for layer in list(self.prompt):
+            prompt, reply = self.prompt.pop(layer), self.reply.pop(layer, None)
+            stored = zip(prompt, (x[:, :, 0, : self.length] for x in reply)) if reply else ((x,) for x in prompt)
+            history.kv[layer] = tuple(torch.cat(parts, 2) for parts in stored)
+
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
         """First the prompts, as a Pass; then one new token per reply: (U, heads, 1, D) -> (U, 1, heads, D)."""
         layer = module.layer_idx
         if layer not in self.prompt:
-            out, *self.prompt[layer] = self.rows.attend(module, query, key, value, scaling)
+            out, *kv = self.rows.attend(module, query, key, value, scaling)
+            self.prompt[layer] = tuple(x.contiguous() for x in kv)  # else every step would copy them
             return (out,)
         R, K, t = self.rows.R, self.K, self.length + 1
         (U, heads, _, D), kv_heads = query.shape, key.shape[1]

@@ -11,7 +11,9 @@ Symbols are the paper's. Dimensions: m rollouts of a prompt (a group), T reply t
     rho = pi_theta / pi_old per token,   k3 = exp(l_ref - l) - (l_ref - l) - 1,   l = log pi_theta, l_ref = log pi_ref
 """
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -73,6 +75,15 @@ class Sums:
     clipped: int = 0
     max_ratio_error: float = 0.0  # max |rho - 1|
     has_reference: bool = False  # else kl was not measured
+
+    @classmethod
+    def of_all(cls, parts: Iterable["Sums"]) -> "Sums":
+        total = cls()
+        for part in parts:
+            for f in fields(cls):
+                combine = {"max_ratio_error": max, "has_reference": operator.or_}.get(f.name, operator.add)
+                setattr(total, f.name, combine(getattr(total, f.name), getattr(part, f.name)))
+        return total
 
     def add(self, logp, old_logp, ref_logp, ratio, clipped) -> None:
         with torch.no_grad():

@@ -24,6 +24,7 @@ import argparse
 import json
 import resource
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,13 @@ import checkpoint
 import eval as evaluation
 import experts
 import lora
+import ranks
 import tompo
 from games import Game
 from policy import Policy, Rollout, load_policy, put_adapter
 from prompts import parse_reply
 from rewards import Memory, Target, group_rewards
-from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, number, positive_int
+from runs import InputError, JsonLines, StopSignal, Stopwatch, number, positive_int
 from runs import reports_errors, write_json
 from shared_prefix import pack
 from train_sft import (
@@ -48,12 +50,15 @@ from train_sft import (
     add_training_arguments,
     in_trained_seats,
     learning_rate,
+    load_policy_of_rank,
     load_records,
     make_optimizer,
     micro_batches,
     new_adapter,
     optimizer_step,
     parse,
+    run_folder,
+    saved_if_a_rank_is_lost,
     sft,
 )
 
@@ -128,12 +133,14 @@ def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Mem
         o.rewards = terms[i] | {"A_S": float(A_S[i]), "A_G": float(A_G[i])}
 
 
-def update(args, policy: Policy, groups: list[list[Rollout]]) -> tuple[float, tompo.Sums]:
-    """Adds the gradient of -J over all groups. Returns the loss and its diagnostics."""
+def update(args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int]) -> tuple[float, tompo.Sums]:
+    """Adds the gradient of -J over all groups (of several processes: over this one's share). Returns the loss and its
+    diagnostics of what it has added."""
     lengths = [len(o.reply_ids) for group in groups for o in group]
     limit = args.max_new_tokens or max(lengths)
     weights = tompo.token_weights(lengths, args.aggregation, limit)
     weight_of = {id(o): w for o, w in zip((o for group in groups for o in group), weights)}
+    groups = [groups[i] for i in mine]
     rows = pack([group[0].prompt_ids for group in groups], [[o.reply_ids for o in group] for group in groups])
     loss, sums = 0.0, tompo.Sums()
     for part in micro_batches(rows, args.micro_batch):
@@ -207,23 +214,34 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         memory = Memory(extra["memory"])
     longest = max(prompts, key=lambda p: len(p.ids))
     policy.check_length(len(longest.ids), args.max_new_tokens or evaluation.default_max_new_tokens(longest.game.N))
-    metrics, samples = JsonLines(folder / "metrics.jsonl", done), JsonLines(folder / "samples.jsonl", done)
+    metrics, samples = (JsonLines(folder / f"{name}.jsonl", done, ranks.first()) for name in ("metrics", "samples"))
     steps = min(args.steps, args.max_steps or args.steps)
-    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step")
+
+    def save(steps_done):
+        if ranks.first():
+            state = lora.adapter_state(policy.model)
+            checkpoint.save_checkpoint(folder / "checkpoints", steps_done, state, optimizer, {"memory": memory.best})
+
+    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step", disable=not ranks.first())
     for step in range(done, steps):
-        with clock("sample"):
-            batch = next_batch(prompts, args.graph_prompts, args.effort_prompts, step, args.seed)
-            limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
-            generator = checkpoint.seeded(args.seed, 6, step)
-            groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator)
-        sample_s = clock.last
-        for prompt, group in zip(batch, groups):
-            reward_and_advantage(args, prompt, group, memory)
-        with clock("update"):
-            lr = learning_rate(step, args.steps, args.lr)
-            for inner in range(args.inner_epochs):
-                loss, sums = update(args, policy, groups)
-                norm = optimizer_step(optimizer, lr, args.max_grad_norm)
+        with saved_if_a_rank_is_lost(lambda: step and inner == 0 and save(step), args.out):
+            inner = 0
+            with clock("sample"):
+                batch = next_batch(prompts, args.graph_prompts, args.effort_prompts, step, args.seed)
+                mine = ranks.share([(p.record.game, p.record.seat) for p in batch])
+                limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
+                generator = checkpoint.seeded(args.seed, 6, step)
+                groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator, only=mine)
+                groups = ranks.whole(mine, groups)
+            sample_s = clock.last
+            for prompt, group in zip(batch, groups):
+                reward_and_advantage(args, prompt, group, memory)
+            with clock("update"):
+                lr = learning_rate(step, args.steps, args.lr)
+                for inner in range(args.inner_epochs):
+                    losses, sums, stops = zip(*ranks.exchange((*update(args, policy, groups, mine), stop.requested)))
+                    norm = optimizer_step(optimizer, lr, args.max_grad_norm)
+            loss, sums, stopping = sum(losses), tompo.Sums.of_all(sums), any(stops)
         for prompt, group in zip(batch, groups):  # only now: within a step all groups see the same memory
             if prompt.record.kind == "G":
                 memory.update(prompt.game.key, [o.rewards["s"] for o in group])
@@ -237,15 +255,16 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         live = ", ".join(f"{name} {line[key]:.3f}" for name, key in live.items() if line[key] is not None)
         bar.set_postfix_str(f"{live}, {line['tokens_per_s']:.0f} reply tok/s")
         bar.update()
-        if stop.requested or (step + 1) % args.save_every == 0 or step + 1 == steps:
-            state = lora.adapter_state(policy.model)
-            checkpoint.save_checkpoint(folder / "checkpoints", step + 1, state, optimizer, {"memory": memory.best})
-        if stop.requested:
+        if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
+            save(step + 1)
+        if stopping:
             bar.close()
             return False
     bar.close()
-    stacked = lora.stack_adapters(*lora.read_adapter(sft_folder(args, folder)), lora.adapter_state(policy.model), config)
-    lora.write_adapter(folder / "adapter", *stacked)
+    if ranks.first():
+        sft_adapter = lora.read_adapter(sft_folder(args, folder))
+        stacked = lora.stack_adapters(*sft_adapter, lora.adapter_state(policy.model), config)
+        lora.write_adapter(folder / "adapter", *stacked)
     return True
 
 
@@ -258,11 +277,12 @@ def evaluate_run(args, policy: Policy, folder: Path) -> dict:
     results = {args.algo: evaluation.evaluate_policy(args, policy, args.algo)}
     lora.remove(policy.model)  # what is left is the SFT policy
     results["sft"] = evaluation.evaluate_policy(args, policy, "sft")
-    base = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+    base = load_policy(args.model, args.cache, getattr(torch, args.dtype), policy.device)
     results["base"] = evaluation.evaluate_policy(args, base, "base")
     for name in (args.expert, "random"):
         results[f"expert:{name}"] = evaluation.evaluate_expert(args, name)
-    write_json(folder / "eval.json", {"arguments": vars(args), "results": results})
+    if ranks.first():
+        write_json(folder / "eval.json", {"arguments": vars(args), "results": results})
     return results
 
 
@@ -349,10 +369,10 @@ def main(argv=None) -> None:
     clock = Stopwatch()
     with clock("load"):
         records = load_records(args)
-        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+        policy = load_policy_of_rank(args)
         if args.sft_adapter:
             put_adapter(policy, args.sft_adapter)
-    folder = Path(args.out) if args.resumed else new_run_folder(args.out, vars(args))
+    folder = run_folder(args)
     with StopSignal() as stop:
         finished = True
         if not args.sft_adapter:
@@ -370,7 +390,9 @@ def main(argv=None) -> None:
         raise SystemExit(130)
     with clock("evaluation"):
         results = evaluate_run(args, policy, folder)
-        plot_curves(folder, folder / "sft" / "metrics.jsonl")
+    if not ranks.first():
+        return
+    plot_curves(folder, folder / "sft" / "metrics.jsonl")
     print("\n" + evaluation.report(results, args.rounds))
     times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})

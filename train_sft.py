@@ -14,6 +14,7 @@ data holds a decision that was replaced at random, the expert's own answer is tr
 import argparse
 import math
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from tqdm import tqdm
 import checkpoint
 import experts
 import lora
+import ranks
 from policy import Policy, load_policy
 from pretrained import DEFAULT_MODEL
 from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
@@ -106,6 +108,21 @@ def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
     return config
 
 
+def load_policy_of_rank(args) -> Policy:
+    """Joins the processes of this run, if there are several, and loads the model on this one's device."""
+    device = ranks.start(args.device)
+    with ranks.first_goes_first():  # it may fetch and convert the default model
+        return load_policy(args.model, args.cache, getattr(torch, args.dtype), device)
+
+
+def run_folder(args) -> Path:
+    """The folder of this run, made unless it is resumed."""
+    with ranks.first_goes_first():
+        if ranks.first() and not args.resumed:
+            new_run_folder(args.out, vars(args))
+    return Path(args.out)
+
+
 def load_records(args) -> list[experts.Record]:
     return experts.read_records(args.data) if args.data else experts.simulate_args(args, args.games, args.seed)
 
@@ -150,8 +167,10 @@ def reply_loss(policy: Policy, rows: list[tuple[Row, str]], rows_per_pass: int =
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float) -> float:
-    """Clips, steps with exactly this learning rate, clears the gradients. Returns the norm before clipping."""
+    """Sums the gradients of all processes, clips, steps with exactly this learning rate, clears the gradients. Returns
+    the norm before clipping."""
     parameters = optimizer.param_groups[0]["params"]
+    ranks.sum_gradients(parameters)
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
@@ -161,6 +180,17 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: f
 
 def make_optimizer(policy: Policy) -> torch.optim.AdamW:
     return torch.optim.AdamW(lora.lora_parameters(policy.model), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+@contextmanager
+def saved_if_a_rank_is_lost(save, run: str):
+    """Another process that dies in the middle of a step leaves the adapter as it was after the step before: saved."""
+    try:
+        yield
+    except ranks.LostRank as e:
+        if ranks.first():
+            save()
+        raise InputError(f"{e}; what was done before is saved, continue with --resume {run}") from None
 
 
 def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop: StopSignal) -> bool:
@@ -176,42 +206,52 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         done, adapter, _ = checkpoint.load_checkpoint(saved, optimizer)
         lora.load_adapter_state(policy.model, adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    log = JsonLines(folder / "metrics.jsonl", done)
+    log = JsonLines(folder / "metrics.jsonl", done, ranks.first())
     steps = min(args.sft_steps, args.max_steps or args.sft_steps)
 
     def test(step):
+        if not ranks.first():
+            return
         losses = {{"G": "graph", "E": "effort"}[kind]: loss for kind, loss in reply_loss(policy, test_rows).items()}
         log.write({"step": step} | {f"held_out_loss_{kind}": loss for kind, loss in losses.items()})
         tqdm.write("SFT held-out reply loss: " + ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items()))
 
     if done == 0:
         test(0)
-    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc="SFT", unit="step")
+
+    def save(steps_done):
+        if ranks.first():
+            state = lora.adapter_state(policy.model)
+            checkpoint.save_checkpoint(folder / "checkpoints", steps_done, state, optimizer, {})
+
+    clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc="SFT", unit="step", disable=not ranks.first())
     for step in range(done, steps):
-        with clock("step"):
+        with clock("step"), saved_if_a_rank_is_lost(lambda: step and save(step), args.out):
             batch = [rows[i] for i in checkpoint.shuffled(len(rows), args.sft_batch, step, args.seed, 2)]
             targets = sum(len(row.targets) for row in batch)  # one denominator for the whole step
             loss = 0.0
-            for rows_of_pass in micro_batches(batch, args.micro_batch):
+            mine = [batch[i] for i in ranks.share(range(len(batch)))]
+            for rows_of_pass in micro_batches(mine, args.micro_batch):
                 part = -torch.cat(policy.token_logps(rows_of_pass)).sum() / targets
                 part.backward()
                 loss += part.item()
+            losses, stops = zip(*ranks.exchange((loss, stop.requested)))
+            loss, stopping = sum(losses), any(stops)
             lr = learning_rate(step, args.sft_steps, args.sft_lr)
             norm = optimizer_step(optimizer, lr, args.max_grad_norm)
         speed = sum(len(row.ids) for row in batch) / clock.last
         log.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": speed})
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tok/s")
         bar.update()
-        if stop.requested or ((step + 1) % args.save_every == 0 and step + 1 < steps):
-            checkpoint.save_checkpoint(
-                folder / "checkpoints", step + 1, lora.adapter_state(policy.model), optimizer, {}
-            )
-        if stop.requested:
+        if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
+            save(step + 1)
+        if stopping:
             bar.close()
             return False
     bar.close()
     test(steps)
-    lora.save_adapter(policy.model, folder / "adapter", config)
+    if ranks.first():
+        lora.save_adapter(policy.model, folder / "adapter", config)
     return True
 
 
@@ -222,8 +262,8 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default="runs/sft", help="the run folder")
     args = parse(parser, "train_sft.py", PAPER, argv)
     records = load_records(args)
-    policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
-    folder = Path(args.out) if args.resumed else new_run_folder(args.out, vars(args))
+    policy = load_policy_of_rank(args)
+    folder = run_folder(args)
     with StopSignal() as stop:
         finished = sft(policy, args, records, folder, stop)
     if not finished:

@@ -6,6 +6,8 @@ added to its weights as W + scaling B A, and every reply gets a forward pass of 
 
 import json
 import math
+import os
+import random
 import shutil
 
 import numpy as np
@@ -20,7 +22,7 @@ from reference import plain_logps, plain_model, take_gradients
 from policy import load_policy, put_adapter
 from prompts import PromptStyle
 from runs import InputError
-from shared_prefix import Pass, common_beginning, pack
+from shared_prefix import History, Pass, common_beginning, pack
 
 END = 2  # <|im_end|> of the tiny tokenizer, which is its padding token too
 PROMPTS = [[65, 70, 100, 33, 80], [90, 41], [5, 200, 17, 65, 65, 31, 120, 77, 9, 300, 42]]  # ragged, without END
@@ -676,3 +678,44 @@ def test_a_row_is_a_record_of_positions_not_of_token_values():
     row = group_row([END, END], [[END, END], [END]])
     assert (row.ids, row.parents) == ([END] * 3, [-1, 0, 1])
     assert (row.sources, row.targets) == ([1, 2, 1], [END] * 3)
+
+
+# --- conversations whose keys and values are kept
+
+
+def test_a_kept_history_samples_what_a_fresh_reading_samples(policy):
+    """Four decisions of ragged conversations. The next prompt goes on from the reply, or says something else than was
+    sampled (at its third token, at its last, from the beginning), as text that is tokenised anew may."""
+    rng = random.Random(0)
+    prompts, history, read = [list(p) for p in PROMPTS], History(), []
+    forward = policy._hidden
+    policy._hidden = lambda ids, positions, tokens: read.append(ids.numel()) or forward(ids, positions, tokens)
+    try:
+        for stage in range(4):
+            read.clear()
+            kept = policy.sample(prompts, 1, 6, 1.0, torch.Generator().manual_seed(stage), history)
+            new_tokens = read[0]
+            fresh = policy.sample(prompts, 1, 6, 1.0, torch.Generator().manual_seed(stage))
+            for (a,), (b,) in zip(kept, fresh):
+                assert a.reply_ids == b.reply_ids
+                assert torch.tensor(a.sampled_logps) == pytest.approx(torch.tensor(b.sampled_logps), abs=1e-4)
+            if stage:
+                assert new_tokens == sum(len(p) - n for p, n in zip(prompts, shared))
+            before = [p + group[0].reply_ids for p, group in zip(prompts, kept)]
+            prompts = [ids + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))] for ids in before]
+            changed = [None, 2, -1, 0][stage]
+            if changed is not None:
+                at = changed % len(before[0])
+                prompts[0][at] = 201 if prompts[0][at] != 201 else 202
+            read_before = [ids[:-1] for ids in before]  # the last token of a reply was not read
+            shared = [len(os.path.commonprefix([a, b])) for a, b in zip(read_before, prompts)]
+    finally:
+        policy._hidden = forward
+    assert min(shared) == 0 < max(shared)
+
+
+def test_a_prompt_that_was_read_whole_before_is_asked_again(policy):
+    history = History()
+    first = policy.sample(PROMPTS, 1, 4, 0.0, history=history)
+    again = policy.sample(PROMPTS, 1, 4, 0.0, history=history)
+    assert [g[0].reply_ids for g in first] == [g[0].reply_ids for g in again]

@@ -566,7 +566,7 @@ def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregat
     assert 5 < clipped < tokens - 5
     for size in (1, 2, 5):
         args.micro_batch = size
-        loss, sums = train_rft.update(args, policy, groups)
+        loss, sums = train_rft.update(args, policy, groups, range(len(groups)))
         assert loss == pytest.approx(expected_loss.item(), abs=1e-5)
         assert_close_gradients(take_gradients(policy), expected)
         assert (sums.clipped, sums.tokens) == (clipped, tokens)
@@ -580,7 +580,7 @@ def test_first_update_has_loss_zero_and_the_gradient_of_reinforce(model_dir):
     args = argparse.Namespace(
         max_new_tokens=9, aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=0.2, micro_batch=2
     )
-    loss, sums = train_rft.update(args, policy, groups)
+    loss, sums = train_rft.update(args, policy, groups, range(len(groups)))
     actual = take_gradients(policy)
     assert abs(loss) < 1e-5 and sums.max_ratio_error < 1e-4 and sums.clipped == 0
     model = plain_model(model_dir, policy)

@@ -1,0 +1,103 @@
+"""Several processes that train one policy together (data parallel), on torch.distributed.
+
+    torchrun --nproc-per-node=4 train_rft.py --out runs/tompo
+
+Every process has the whole model and does all that is cheap on the same data with the same random numbers. What costs
+time is split: each process samples for, and takes the gradient of, its share of a step's prompts (of SFT's
+conversations, of evaluation's games). Replies are exchanged and gradients summed, so all take the same optimizer step,
+and K processes end in the adapter of one up to rounding. Rank 0 alone prints and writes. With one process all of this
+does nothing.
+"""
+
+import os
+import sys
+from collections.abc import Hashable
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from runs import InputError
+
+
+class LostRank(InputError):
+    """Another process has died. What was exchanged before is the same in all that are left."""
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def first() -> bool:
+    """Is this the process that prints and writes?"""
+    return rank() == 0
+
+
+def start(device: str) -> str:
+    """Joins the processes that torchrun has started, if it has. Returns this process's own device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if not first():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+@contextmanager
+def _collective():
+    try:
+        yield
+    except RuntimeError as e:  # torch's DistBackendError is one
+        raise LostRank(f"another process of this run has died ({str(e).splitlines()[0][:100]})") from None
+
+
+@contextmanager
+def first_goes_first():
+    """Rank 0 does the body before the others do, so that they find what it leaves on disk."""
+    with _collective():
+        if world() > 1 and not first():
+            dist.barrier()
+    yield
+    with _collective():
+        if world() > 1 and first():
+            dist.barrier()
+
+
+def share(keys: list[Hashable]) -> list[int]:
+    """Indices of this process's items; those with the same key stay together."""
+    number: dict[Hashable, int] = {}
+    return [i for i, key in enumerate(keys) if number.setdefault(key, len(number)) % world() == rank()]
+
+
+def exchange(value) -> list:
+    """The value of every process, by rank."""
+    if world() == 1:
+        return [value]
+    values = [None] * world()
+    with _collective():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def whole(mine: list[int], values: list) -> list:
+    """The values of all items, where every process has those of its share."""
+    pairs = [pair for pairs in exchange(list(zip(mine, values))) for pair in pairs]
+    return [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
+    """Every process's .grad becomes the sum of all of them; one that has had no item counts as 0."""
+    if world() == 1:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    with _collective():
+        dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
