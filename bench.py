@@ -112,8 +112,8 @@ def needed(args, policy: Policy) -> dict[str, dict[str, float]]:
             "bytes": (s - 1) * (linear + head) * size,
         },
         "reference": {"flop": (rows + 2 * head * targets) if args.beta else 0},
-        # backward: the gradient of every input, not of frozen weights; for the adapter of its weights too
-        "update": {"flop": 2 * rows + prompt_pairs + reply_pairs + 6 * adapter * tokens + 4 * head * targets},
+        # backward: the gradient of every input, not of frozen weights; A x and B^T g, and with them those of A and B
+        "update": {"flop": 2 * rows + prompt_pairs + reply_pairs + 4 * adapter * tokens + 4 * head * targets},
         "optimizer": {"flop": 0},
     }
 

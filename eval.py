@@ -395,6 +395,7 @@ def main(argv=None) -> None:
     parser.add_argument("--policy", nargs="+", default=["base"], help="base, an adapter folder, or expert:NAME")
     parser.add_argument("--json", metavar="FILE", help="write the results, per instance too, to a new file")
     parser.add_argument("--seeds", nargs="+", metavar="EVAL_JSON", help="play nothing: combine these runs' eval.json")
+    ranks.start()
     args = parser.parse_args(argv)
     if args.seeds:
         runs = [read_results(path) for path in args.seeds]
@@ -418,7 +419,7 @@ def main(argv=None) -> None:
     names = list(dict.fromkeys(names))
     adapters = [name for name in names if name != "base" and not name.startswith("expert:")]
     if adapters or "base" in names:
-        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
+        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), ranks.device(args.device))
     for name in adapters:  # a wrong one is found before the first game, not after the last
         put_adapter(policy, name)
         lora.remove(policy.model)
@@ -433,7 +434,7 @@ def main(argv=None) -> None:
             results[name] = evaluate_policy(args, policy, name)
             lora.remove(policy.model)
     print(report(results, args.rounds))
-    if args.json:
+    if args.json and ranks.first():
         write_json(args.json, {"arguments": vars(args), "results": results})
         print(f"\nwritten: {args.json}")
 

@@ -86,7 +86,8 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def sum(self) -> torch.Tensor:
-        """W + scaling B A (out, in): a working copy, made anew after any of the three was changed in place."""
+        """W + scaling B A (out, in): a working copy (as much memory as W), made anew after any of the three was changed
+        in place. What writes to `.data`, or a fused optimizer, it cannot see."""
         parts = (self.base.weight, self.B, self.A)
         versions = [p._version for p in parts]
         if self._sum_of != versions:
@@ -107,7 +108,7 @@ class _SumLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, A, B, S = ctx.saved_tensors
-        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # one token a row: all is transposed
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # a row is a token: the formulas stand transposed
         dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
         dA = (g @ B).mul_(ctx.scaling).T @ rows
         dB = g.T @ (rows @ A.T).mul_(ctx.scaling)

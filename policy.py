@@ -49,9 +49,10 @@ class _TargetLogps(torch.autograd.Function):
             logits = scaled(head(h), temperature)
             lse = logits.logsumexp(-1, keepdim=True)
             values.append((logits.gather(-1, y[:, None]) - lse)[:, 0])
-            if with_gradient:  # (W_y - sum_v pi_v W_v) / temperature
-                pi = logits.sub_(lse).exp_().to(h.dtype)
-                gradients.append((head.weight[y] - pi @ head.weight) / temperature)
+            if with_gradient:  # (onehot(y) - pi) W / temperature; the difference in fp32, in bf16 it would cancel
+                error = logits.sub_(lse).exp_().neg_()
+                error[torch.arange(len(y), device=y.device), y] += 1
+                gradients.append(error.to(h.dtype) @ head.weight / temperature)
         if with_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
@@ -122,6 +123,7 @@ class Policy:
         history (M = 1): what earlier calls have read of these conversations is not read again; it is brought up to date.
         only: answer these prompts alone, with the samples that they would get among all.
         """
+        assert history is None or M == 1
         uniforms_PMS = torch.rand(len(prompts), M, max_new_tokens, generator=generator)
         if only is not None:
             prompts, uniforms_PMS = [prompts[i] for i in only], uniforms_PMS[only]

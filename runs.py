@@ -160,7 +160,8 @@ class JsonLines:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once (if it
+    comes more than a second later: launchers may send one signal twice)."""
 
     def __enter__(self):
         self.requested = False
@@ -169,9 +170,12 @@ class StopSignal:
 
     def _ask(self, number, frame):
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step (again to stop at once, without saving) ...", file=sys.stderr)
+            if time.monotonic() - self.asked > 1:
+                raise KeyboardInterrupt
+            return
+        self.requested, self.asked = True, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":  # several processes: one speaks
+            print("\nstopping after this step (again to stop at once, without saving) ...", file=sys.stderr)
 
     def __exit__(self, *_):
         for s, handler in self.old.items():

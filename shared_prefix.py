@@ -9,8 +9,9 @@ to one prompt follow it and begin alike. So they form trees:
 
 It hooks into any Hugging Face decoder through transformers' AttentionInterface; the model's own code is untouched.
 
-Dimensions: R rows, C tokens of the common beginning, X tokens of a row after it, n tokens of a pass, K replies of a row,
-S reply tokens, U replies that are computed in a decoding step, T targets, D head size.
+Dimensions: R rows, n tokens of a pass, of which C are the common beginning; a row's keys: P that it begins with, then
+X = L + B own ones (trunk, branches); K replies of a row, S reply tokens, U replies that are computed in a decoding step,
+T targets, D head size.
 """
 
 from dataclasses import dataclass, field
@@ -176,6 +177,7 @@ class Pass:
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
         bias_RBK = torch.zeros(R, B, P + X, dtype=dtype).masked_fill(torch.tensor(~visible_RBK), -torch.inf)
         self.bias = bias_RBK[:, None].to(device)
+        self.masks: dict[int, Tensor] = {}  # by query heads per key head: the bias, once for each of them
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
@@ -190,7 +192,8 @@ class Pass:
             own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(R, self.X, -1, D).transpose(1, 2)
             return torch.cat([x[:, :, :C].expand(R, -1, -1, -1) if begin is None else begin, own], 2)
 
-        begin_k, begin_v = self.history.kv[module.layer_idx] if self.history else (None, None)
+        # (A history gives its keys and values away; `SharedKV.keep` fills it again.)
+        begin_k, begin_v = self.history.kv.pop(module.layer_idx) if self.history else (None, None)
         q, k, v = of_rows(query), of_rows(key, begin_k), of_rows(value, begin_v)
         outs, beginning = [], query.new_empty(0, heads * D)
         if L:
@@ -199,11 +202,11 @@ class Pass:
             outs, beginning = [out[:, C:]], out[0, :C].flatten(1)
         if self.B:  # the query heads of a key head stand one after the other as one long sequence: no copies of keys
             group = heads // kv_heads
-            if self.bias.shape[2] != group * self.B:
-                self.bias = self.bias.repeat(1, 1, group, 1)
+            if group not in self.masks:  # the same in all layers
+                self.masks[group] = self.bias.repeat(1, 1, group, 1)
             q = q[:, :, C + L :].reshape(R, kv_heads, group * self.B, D)
-            out = F.scaled_dot_product_attention(q, k, v, self.bias, scale=scaling)
-            outs.append(out.view(R, heads, self.B, D).transpose(1, 2))
+            out = F.scaled_dot_product_attention(q, k, v, self.masks[group], scale=scaling)
+            outs.append(out.reshape(R, heads, self.B, D).transpose(1, 2))
         out = _Packed.apply(torch.cat(outs, 1).reshape(R * self.X, -1), self)
         return torch.cat([beginning, out]).view(1, n, heads, D), k, v
 

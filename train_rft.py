@@ -48,6 +48,7 @@ from shared_prefix import pack
 from train_sft import (
     PAPER,
     add_training_arguments,
+    agreed_stop,
     in_trained_seats,
     learning_rate,
     load_policy_of_rank,
@@ -134,8 +135,8 @@ def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Mem
 
 
 def update(args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int]) -> tuple[float, tompo.Sums]:
-    """Adds the gradient of -J over all groups (of several processes: over this one's share). Returns the loss and its
-    diagnostics of what it has added."""
+    """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. Returns their part of the loss,
+    and their diagnostics."""
     lengths = [len(o.reply_ids) for group in groups for o in group]
     limit = args.max_new_tokens or max(lengths)
     weights = tompo.token_weights(lengths, args.aggregation, limit)
@@ -224,8 +225,8 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
 
     clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step", disable=not ranks.first())
     for step in range(done, steps):
+        inner = 0  # after the first inner step the adapter is no longer that of a step's end, and not saved
         with saved_if_a_rank_is_lost(lambda: step and inner == 0 and save(step), args.out):
-            inner = 0
             with clock("sample"):
                 batch = next_batch(prompts, args.graph_prompts, args.effort_prompts, step, args.seed)
                 mine = ranks.share([(p.record.game, p.record.seat) for p in batch])
@@ -239,9 +240,9 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
             with clock("update"):
                 lr = learning_rate(step, args.steps, args.lr)
                 for inner in range(args.inner_epochs):
-                    losses, sums, stops = zip(*ranks.exchange((*update(args, policy, groups, mine), stop.requested)))
+                    losses, sums = zip(*ranks.exchange(update(args, policy, groups, mine)))
                     norm = optimizer_step(optimizer, lr, args.max_grad_norm)
-            loss, sums, stopping = sum(losses), tompo.Sums.of_all(sums), any(stops)
+            loss, sums = sum(losses), tompo.Sums.of_all(sums)
         for prompt, group in zip(batch, groups):  # only now: within a step all groups see the same memory
             if prompt.record.kind == "G":
                 memory.update(prompt.game.key, [o.rewards["s"] for o in group])
@@ -255,9 +256,11 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         live = ", ".join(f"{name} {line[key]:.3f}" for name, key in live.items() if line[key] is not None)
         bar.set_postfix_str(f"{live}, {line['tokens_per_s']:.0f} reply tok/s")
         bar.update()
+        stopping = agreed_stop(stop, lambda: save(step + 1), args.out)
         if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
             save(step + 1)
         if stopping:
+            ranks.exchange(None)  # nobody leaves before rank 0 has saved
             bar.close()
             return False
     bar.close()
@@ -359,6 +362,7 @@ def main(argv=None) -> None:
     add_rft_arguments(parser)
     evaluation.add_eval_arguments(parser)
     parser.add_argument("--out", default="runs/tompo", help="the run folder")
+    ranks.start()
     args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
     if args.graph_prompts + args.effort_prompts == 0:
         raise InputError("--graph-prompts and --effort-prompts are both 0: a step needs prompts")

@@ -109,10 +109,9 @@ def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
 
 
 def load_policy_of_rank(args) -> Policy:
-    """Joins the processes of this run, if there are several, and loads the model on this one's device."""
-    device = ranks.start(args.device)
+    """The model on this process's device."""
     with ranks.first_goes_first():  # it may fetch and convert the default model
-        return load_policy(args.model, args.cache, getattr(torch, args.dtype), device)
+        return load_policy(args.model, args.cache, getattr(torch, args.dtype), ranks.device(args.device))
 
 
 def run_folder(args) -> Path:
@@ -179,18 +178,25 @@ def optimizer_step(optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: f
 
 
 def make_optimizer(policy: Policy) -> torch.optim.AdamW:
-    return torch.optim.AdamW(lora.lora_parameters(policy.model), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = lora.lora_parameters(policy.model)  # not fused: LoRALinear.sum would not see the change
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
 
 
 @contextmanager
 def saved_if_a_rank_is_lost(save, run: str):
-    """Another process that dies in the middle of a step leaves the adapter as it was after the step before: saved."""
+    """If another process dies in the body, rank 0 calls `save`, and the run ends."""
     try:
         yield
     except ranks.LostRank as e:
         if ranks.first():
             save()
-        raise InputError(f"{e}; what was done before is saved, continue with --resume {run}") from None
+        raise InputError(f"{e}; continue from the newest checkpoint with --resume {run}") from None
+
+
+def agreed_stop(stop: StopSignal, save, run: str) -> bool:
+    """Has any process been asked to stop after this step?"""
+    with saved_if_a_rank_is_lost(save, run):
+        return any(ranks.exchange(stop.requested))
 
 
 def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop: StopSignal) -> bool:
@@ -235,17 +241,18 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
                 part = -torch.cat(policy.token_logps(rows_of_pass)).sum() / targets
                 part.backward()
                 loss += part.item()
-            losses, stops = zip(*ranks.exchange((loss, stop.requested)))
-            loss, stopping = sum(losses), any(stops)
+            loss = sum(ranks.exchange(loss))
             lr = learning_rate(step, args.sft_steps, args.sft_lr)
             norm = optimizer_step(optimizer, lr, args.max_grad_norm)
         speed = sum(len(row.ids) for row in batch) / clock.last
         log.write({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": speed})
         bar.set_postfix_str(f"loss {loss:.3f}, {speed:.0f} tok/s")
         bar.update()
+        stopping = agreed_stop(stop, lambda: save(step + 1), args.out)
         if stopping or ((step + 1) % args.save_every == 0 and step + 1 < steps):
             save(step + 1)
         if stopping:
+            ranks.exchange(None)  # nobody leaves before rank 0 has saved
             bar.close()
             return False
     bar.close()
@@ -260,6 +267,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="LoRA fine-tuning on expert games.")
     add_training_arguments(parser)
     parser.add_argument("--out", default="runs/sft", help="the run folder")
+    ranks.start()
     args = parse(parser, "train_sft.py", PAPER, argv)
     records = load_records(args)
     policy = load_policy_of_rank(args)

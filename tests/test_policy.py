@@ -4,6 +4,7 @@ The reference never touches the code under test: the model is loaded afresh with
 added to its weights as W + scaling B A, and every reply gets a forward pass of its own, without batch or padding.
 """
 
+import copy
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import checkpoint
 import experts
 import lora
 from reference import plain_logps, plain_model, take_gradients
-from policy import load_policy, put_adapter
+from policy import _TargetLogps, load_policy, put_adapter
 from prompts import PromptStyle
 from runs import InputError
 from shared_prefix import History, Pass, common_beginning, pack
@@ -719,3 +720,41 @@ def test_a_prompt_that_was_read_whole_before_is_asked_again(policy):
     first = policy.sample(PROMPTS, 1, 4, 0.0, history=history)
     again = policy.sample(PROMPTS, 1, 4, 0.0, history=history)
     assert [g[0].reply_ids for g in first] == [g[0].reply_ids for g in again]
+
+
+# --- what only other devices show
+
+
+def test_attention_kernels_may_return_another_memory_layout(policy, monkeypatch):
+    """CUDA's memory-efficient attention returns a transposed view."""
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    expected = torch.cat(policy.token_logps(rows))
+    kernel = torch.nn.functional.scaled_dot_product_attention
+
+    def transposed(*args, **kwargs):
+        return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", transposed)
+    assert torch.equal(torch.cat(policy.token_logps(rows)), expected)
+
+
+@pytest.mark.parametrize("margin", [1.0, 4.0, 8.0])
+def test_gradient_of_a_confident_token_in_bf16(margin):
+    """W_y - sum_v pi_v W_v of two rounded vectors would be all noise where pi_y is near 1, as it is after SFT."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(64, 500, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(500, 64, generator=generator))
+    head.requires_grad_(False)
+    targets = torch.randint(500, (40,), generator=generator)
+    h = 0.05 * torch.randn(40, 64, generator=generator) + head.weight[targets] * (5 + margin) / 64
+    head, h = head.bfloat16(), h.bfloat16()
+
+    def gradient(head, h, dtype):
+        h = h.to(dtype).requires_grad_()
+        _TargetLogps.apply(h, targets, head.to(dtype), 1.0, True).sum().backward()
+        return h.grad.float()
+
+    exact, got = gradient(copy.deepcopy(head), h, torch.float32), gradient(head, h, torch.bfloat16)
+    error = (got - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.median() < 0.05

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").write(str(os.getpid()))
 import test_train
 test_train.driver()
 """
-LR = 1e-3  # at the 5e-3 of the other tests, rounding grows into other samples within 6 steps
+LR = 2e-4  # with the 5e-3 of the other tests, rounding grows until it turns a sampled token
 
 
 def torchrun(folder, processes, argv):
@@ -44,8 +43,10 @@ def assert_same_up_to_rounding(folder, alone):
     for name in ("sft/adapter", "adapter"):
         a, b = (load_file(f / name / "adapter_model.safetensors") for f in (folder, alone))
         assert a.keys() == b.keys()
-        for key in a:
-            assert (a[key] - b[key]).abs().max() < 2e-4 * b[key].abs().max().clamp(min=1e-2), key
+        # Adam turns the rounding of a gradient near 0 into a step of up to lr, in a few of the numbers
+        apart = torch.cat([(a[key] - b[key]).flatten() for key in a])
+        moved = torch.cat([b[key].flatten() for key in b if "lora_B" in key])
+        assert apart.norm() < 1e-3 * moved.norm() and apart.abs().max() < LR
     samples, expected = (lines_of(f / "samples.jsonl") for f in (folder, alone))
     assert len(samples) == 96 and [s["reply"] for s in samples] == [s["reply"] for s in expected]
     assert [s["advantage"] for s in samples] == pytest.approx([s["advantage"] for s in expected])
@@ -82,8 +83,8 @@ def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(alone, mo
         process.kill()
         process.wait()
     assert process.returncode != 0
-    (line,) = [line for line in output.splitlines() if "error: another process of this run has died" in line]
-    assert f"continue with --resume {folder}" in line
+    (line,) = [line for line in output.splitlines() if "error: another process of this run cannot be reached" in line]
+    assert f"with --resume {folder}" in line
     assert not (folder / "adapter").exists(), "the run was over before the process died"
     saved = int(checkpoint.latest_checkpoint(folder / "checkpoints").name.removeprefix("step-"))
     done = len(lines_of(folder / "metrics.jsonl"))
@@ -93,7 +94,7 @@ def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(alone, mo
 
 
 def test_one_process_exchanges_nothing():
-    assert (ranks.world(), ranks.rank(), ranks.first(), ranks.start("cpu")) == (1, 0, True, "cpu")
+    assert (ranks.world(), ranks.rank(), ranks.first(), ranks.device("cuda")) == (1, 0, True, "cuda")
     assert ranks.share(["a", "b", "a"]) == [0, 1, 2] and ranks.exchange(5) == [5] and ranks.whole([1, 0], "ba") == ["a", "b"]
     p = torch.nn.Parameter(torch.ones(2))
     ranks.sum_gradients([p])
@@ -105,3 +106,21 @@ def test_items_with_the_same_key_stay_together(monkeypatch, rank, mine):
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: rank)
     assert ranks.share(["a", "b", "a", "b", "c"]) == mine
+
+
+def test_ctrl_c_ends_all_processes_after_the_same_step(alone, model_dir, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    process = torchrun(tmp_path, 2, rft_flags(model_dir, folder, lr=LR))
+    try:
+        wait_for_lines(process, folder / "metrics.jsonl", 2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert f"continue with: python train_rft.py --resume {folder}" in output and "Error" not in output.split("stopped and saved")[0]
+    assert output.count("stopping after this step") == 1
+    done = len(lines_of(folder / "metrics.jsonl"))
+    assert checkpoint.latest_checkpoint(folder / "checkpoints").name == f"step-{done:06d}" and done < 6
+    run_rft(["--resume", str(folder)])
+    assert_same_up_to_rounding(folder, alone)
