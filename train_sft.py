@@ -62,7 +62,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", metavar="RUN", help="continue this run with its own settings")
     group.add_argument("--seed", type=seed_int, default=0, help="of data, adapters, order and sampling")
     group.add_argument("--max-steps", type=positive_int, help="end every stage after this many steps")
-    group.add_argument("--micro-batch", type=positive_int, default=2, help="rows per forward pass (memory, not maths)")
+    group.add_argument("--micro-batch", type=positive_int, default=4, help="rows per forward pass (memory, not maths)")
     group.add_argument("--save-every", type=positive_int, default=20, help="steps between checkpoints")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradient clipping")
 
