@@ -478,14 +478,17 @@ def test_evaluation_prompts_are_the_training_prompts(style):
     class Recorder:
         """Stands in for a policy: keeps the prompts and gives the recorded replies."""
 
-        prompts, settings = [], set()
+        prompts, settings, histories = [], set(), {}
 
         def encode_prompt(self, chat):
             self.prompts.append(chat)
             return len(self.prompts) - 1
 
-        def sample(self, prompts, count, limit, temperature, generator):
+        def sample(self, prompts, count, limit, temperature, generator, history, only):
             self.settings.add((count, limit, temperature))
+            assert only == list(range(len(prompts)))
+            games_of_batch = tuple(p % len(instances) for p in prompts)
+            assert self.histories.setdefault(games_of_batch, history) is history  # that of these conversations
             return [[SimpleNamespace(text=told[p % len(instances)][p // len(instances)])] for p in prompts]
 
     policy = Recorder()
@@ -494,6 +497,7 @@ def test_evaluation_prompts_are_the_training_prompts(style):
     assert len(policy.prompts) == 4 * len(instances) == 20
     for k, chat in enumerate(policy.prompts):
         assert chat == asked[k % len(instances)][k // len(instances)]
+    assert len({id(history) for history in policy.histories.values()}) == 2  # batches of 3 and 2 games
     assert policy.settings == {(1, evaluation.default_max_new_tokens(4), 0.7)}
     assert [[t.reply for t in p.turns] for p in played] == told
 

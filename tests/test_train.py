@@ -721,7 +721,7 @@ def test_evaluation_and_training_build_the_same_prompts():
             self.seen.append(chat)
             return [1]
 
-        def sample(self, prompts, M, limit, temperature, generator):
+        def sample(self, prompts, M, limit, temperature, generator, history, only):
             return [[Rollout([1], [2], [0.0], next(self.answers), True)]]
 
     compared = 0
