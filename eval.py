@@ -33,7 +33,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import experts
@@ -42,12 +41,12 @@ import lora
 import ranks
 from checkpoint import seeded
 from games import Game, State
-from policy import Policy, load_policy, put_adapter
+from policy import Policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from rewards import Target, accuracy, graph_score
 from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seed_int, write_json
 from shared_prefix import History
-from train_sft import add_model_arguments
+from train_sft import add_model_arguments, load_policy_of_rank
 
 METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
@@ -419,7 +418,7 @@ def main(argv=None) -> None:
     names = list(dict.fromkeys(names))
     adapters = [name for name in names if name != "base" and not name.startswith("expert:")]
     if adapters or "base" in names:
-        policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), ranks.device(args.device))
+        policy = load_policy_of_rank(args)
     for name in adapters:  # a wrong one is found before the first game, not after the last
         put_adapter(policy, name)
         lora.remove(policy.model)

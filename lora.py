@@ -108,7 +108,8 @@ class _SumLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, A, B, S = ctx.saved_tensors
-        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])  # a row is a token: the formulas stand transposed
+        # A row is a token, so the formulas stand transposed.
+        g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
         dA = (g @ B).mul_(ctx.scaling).T @ rows
         dB = g.T @ (rows @ A.T).mul_(ctx.scaling)

@@ -39,7 +39,7 @@ import lora
 import ranks
 import tompo
 from games import Game
-from policy import Policy, Rollout, load_policy, put_adapter
+from policy import Policy, Rollout, put_adapter
 from prompts import parse_reply
 from rewards import Memory, Target, group_rewards
 from runs import InputError, JsonLines, StopSignal, Stopwatch, number, positive_int
@@ -280,8 +280,7 @@ def evaluate_run(args, policy: Policy, folder: Path) -> dict:
     results = {args.algo: evaluation.evaluate_policy(args, policy, args.algo)}
     lora.remove(policy.model)  # what is left is the SFT policy
     results["sft"] = evaluation.evaluate_policy(args, policy, "sft")
-    base = load_policy(args.model, args.cache, getattr(torch, args.dtype), policy.device)
-    results["base"] = evaluation.evaluate_policy(args, base, "base")
+    results["base"] = evaluation.evaluate_policy(args, load_policy_of_rank(args), "base")
     for name in (args.expert, "random"):
         results[f"expert:{name}"] = evaluation.evaluate_expert(args, name)
     if ranks.first():
