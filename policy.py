@@ -72,6 +72,28 @@ def target_logps(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return -F.cross_entropy(scaled(logits, temperature), targets, reduction="none")
 
 
+def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> tuple[list[int], list[float]]:
+    """A token for each of B replies, from the law of its state, and its log-probability. Without uniforms: the likeliest.
+
+    A uniform number u draws the first token at which the law's distribution function is above u.
+    """
+    top_U1 = logits_UV.amax(-1, keepdim=True)
+    weight_UV = (logits_UV - top_U1).exp_()
+    total_U = weight_UV.sum(-1)
+    state_B = torch.tensor(state_of, device=logits_UV.device)
+    if uniforms_B is None:
+        token_B = logits_UV.argmax(-1)[state_B]
+    else:  # the draws of a state stand in its row, so that no distribution function is copied
+        rank = [state_of[:b].count(u) for b, u in enumerate(state_of)]
+        rank_B = torch.tensor(rank, device=logits_UV.device)
+        cdf_UV = weight_UV.cumsum_(-1)
+        threshold_UK = logits_UV.new_zeros(len(logits_UV), max(rank) + 1)
+        threshold_UK[state_B, rank_B] = uniforms_B.to(logits_UV.device) * cdf_UV[state_B, -1]
+        token_B = torch.searchsorted(cdf_UV, threshold_UK, right=True)[state_B, rank_B].clamp(max=logits_UV.shape[1] - 1)
+    logp_B = logits_UV[state_B, token_B] - (top_U1[:, 0] + total_U.log())[state_B]
+    return token_B.tolist(), logp_B.tolist()
+
+
 class Policy:
     """A model, its tokenizer and the two things done with them: sampling and scoring."""
 
@@ -133,51 +155,39 @@ class Policy:
         self.check_length(max(map(len, prompts)), max_new_tokens)
         rows = pack(prompts, [[]] * P) if history is None else [chain(ids, [i]) for i, ids in enumerate(prompts)]
         tokens = Pass(rows, device, self.model.dtype, history)
-        kv = SharedKV(tokens, [[len(prompts[i]) for i in row.prompts for _ in range(M)] for row in rows], max_new_tokens)
-        # Reply b of all B is the b-th of this list: (row, slot in the row, prompt).
-        order = [(r, k, i) for r, row in enumerate(rows) for k, i in enumerate(i for i in row.prompts for _ in range(M))]
-        row_B, slot_B, prompt_B = torch.tensor(order).T
-        uniforms_BS = uniforms_PMS[[i for row in rows for i in row.prompts]].flatten(0, 1)
-        length_P = torch.tensor([len(prompt) for prompt in prompts])
-        last = torch.tensor([tokens.index(r, [len(prompts[i]) - 1])[0] for r, _, i in order[::M]], device=device)
-        ends = torch.tensor(self.end_ids)
-        replies: list[list[int]] = [[] for _ in order]
-        logps: list[list[float]] = [[] for _ in order]
-        going_B = torch.arange(len(order))  # the replies that have not ended
-        state_B = going_B // M  # which of the computed states each of them is in
+        queue = [i for row in rows for i in row.prompts]  # reply b of all B is one to prompt queue[b // M]
+        of_rows = [(r, len(prompts[i])) for r, row in enumerate(rows) for i in row.prompts]
+        kv = SharedKV(tokens, of_rows, max_new_tokens, history is not None)
+        uniforms_BS = uniforms_PMS[queue].flatten(0, 1)
+        last = torch.tensor([tokens.index(r, [n - 1])[0] for r, n in of_rows], device=device)
+        replies: list[list[int]] = [[] for _ in range(P * M)]
+        logps: list[list[float]] = [[] for _ in replies]
+        going = list(range(P * M))  # the replies that have not ended
+        state_of = [b // M for b in going]  # which of the computed states each of them is in
         hidden_UH = self._hidden(tokens.ids, tokens.positions, kv)[0, last]
         while True:
-            law_UV = scaled(lora.linear(hidden_UH, self._head()), temperature or 1.0).log_softmax(-1)
-            on_device = state_B.to(device)
-            if temperature == 0:
-                token_B = law_UV.argmax(-1)[on_device]
-            else:
-                cdf_BV = law_UV.exp().cumsum(-1)[on_device]
-                threshold_B1 = uniforms_BS[going_B, kv.length, None].to(device) * cdf_BV[:, -1:]
-                token_B = torch.searchsorted(cdf_BV, threshold_B1, right=True)[:, 0].clamp(max=cdf_BV.shape[1] - 1)
-            logp_B = law_UV[on_device, token_B]
-            token_B = token_B.cpu()
-            for b, token, logp in zip(going_B.tolist(), token_B.tolist(), logp_B.tolist()):
+            logits_UV = scaled(lora.linear(hidden_UH, self._head()), temperature or 1.0)
+            drawn, logp_B = _draw(logits_UV, state_of, uniforms_BS[going, kv.length] if temperature else None)
+            for b, token, logp in zip(going, drawn, logp_B):
                 replies[b].append(token)
                 logps[b].append(logp)
-            on = ~torch.isin(token_B, ends)
-            if kv.length + 1 == max_new_tokens or not on.any():
+            on = [n for n, token in enumerate(drawn) if token not in self.end_ids]
+            if kv.length + 1 == max_new_tokens or not on:
                 break
-            going_B, state_B, token_B = going_B[on], state_B[on], token_B[on]
-            pairs = list(zip(state_B.tolist(), token_B.tolist()))  # the same state and token: the same next state
-            first = {pair: b for b, pair in reversed(list(enumerate(pairs)))}  # its first reply leads it
-            number = {pair: u for u, pair in enumerate(first)}
-            lead_U = torch.tensor(list(first.values()))
-            b_U = going_B[lead_U]
-            kv.go_on(state_B[lead_U].to(device), row_B[b_U].to(device), slot_B[b_U].to(device))
-            positions = (length_P[prompt_B[b_U]] + kv.length)[:, None].to(device)
-            hidden_UH = self._hidden(token_B[lead_U, None].to(device), positions, kv)[:, 0]
-            state_B = torch.tensor([number[pair] for pair in pairs])
+            number: dict[tuple[int, int], int] = {}  # the same state and token: the same next state
+            next_of = [number.setdefault((state_of[n], drawn[n]), len(number)) for n in on]
+            going, state_of = [going[n] for n in on], next_of
+            origins, tokens_U = zip(*number)
+            kv.go_on(list(origins))
+            positions = [len(prompts[queue[i]]) + kv.length for i in kv.prompt_of[: kv.U]]
+            ids_U1, positions_U1 = (torch.tensor(x, device=device)[:, None] for x in (tokens_U, positions))
+            hidden_UH = self._hidden(ids_U1, positions_U1, kv)[:, 0]
             kv.length += 1
         if history is not None:
             kv.keep(history, [prompt + reply for prompt, reply in zip(prompts, replies)])
         groups: list[list[Rollout]] = [[] for _ in prompts]
-        for (_, _, i), reply, logp in zip(order, replies, logps):
+        for b, (reply, logp) in enumerate(zip(replies, logps)):
+            i = queue[b // M]
             groups[i].append(self._rollout(prompts[i], reply, logp))
         return groups
 

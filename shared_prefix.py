@@ -10,7 +10,7 @@ to one prompt follow it and begin alike. So they form trees:
 It hooks into any Hugging Face decoder through transformers' AttentionInterface; the model's own code is untouched.
 
 Dimensions: R rows, n tokens of a pass, of which C are the common beginning; a row's keys: P that it begins with, then
-X = L + B own ones (trunk, branches); K replies of a row, S reply tokens, U replies that are computed in a decoding step,
+X = L + B own ones (trunk, branches); U states that are computed in a decoding step, at most K of a row; S reply tokens,
 T targets, D head size.
 """
 
@@ -241,33 +241,46 @@ class _Packed(torch.autograd.Function):
 
 
 class SharedKV:
-    """Keys and values in decoding: those of the prompts once for all replies, those of each reply apart."""
+    """Keys and values in decoding: those of the prompts once for all replies, those of the replies apart.
 
-    def __init__(self, rows: Pass, prompt_lengths: list[list[int]], max_new_tokens: int):
-        """prompt_lengths: for each row, the tokens of the prompt of each of its replies (at most K)."""
-        K = max(map(len, prompt_lengths))
-        bias = torch.full((rows.R, K, rows.bias.shape[-1]), -torch.inf, dtype=rows.bias.dtype)
-        for r, of_row in enumerate(prompt_lengths):
-            for k, n in enumerate(of_row):
-                bias[r, k, rows.columns[r][:n]] = 0
-        device = rows.bias.device
-        self.bias = bias[:, None, :, None].to(device)  # (R, 1, K, 1, P + X)
-        self.rows, self.K, self.max_new_tokens = rows, K, max_new_tokens
-        self.row_U = self.slot_U = torch.empty(0, dtype=torch.long, device=device)  # where what is computed stands
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, P + X, D)
-        self.reply: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (R, kv heads, K, S, D)
+    What is computed are states: a prompt and what some of its replies have said so far. At first they are the prompts.
+    """
+
+    def __init__(self, rows: Pass, prompts: list[tuple[int, int]], max_new_tokens: int, keeps_ended: bool = False):
+        """prompts: the row and the length of each. keeps_ended: states that do not go on are wanted by `keep`."""
+        visible = torch.zeros(len(prompts), rows.bias.shape[-1], dtype=torch.bool)
+        for i, (r, n) in enumerate(prompts):
+            visible[i, rows.columns[r][:n]] = True
+        self.bias = torch.zeros(visible.shape, dtype=rows.bias.dtype).masked_fill(~visible, -torch.inf)  # of each prompt
+        self.rows, self.max_new_tokens, self.keeps_ended = rows, max_new_tokens, keeps_ended
+        self.row_of_prompt = [r for r, _ in prompts]
+        self.prompt_of = list(range(len(prompts)))  # of the U states that are computed, then of ended ones that are kept
+        self.U = 0
+        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys (R, kv heads, D, P + X), values (R, kv heads, P + X, D)
+        self.reply: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (states, kv heads, S, D)
         self.length = 0  # reply tokens stored so far
 
-    def go_on(self, origin_U: Tensor, row_U: Tensor, slot_U: Tensor) -> None:
-        """From now on the replies at (row, slot) are computed; each continues what the origin-th of those computed so
-        far has stored, which may be another slot of its row (never one that is overwritten here)."""
-        if self.length:
-            origin_slot_U = self.slot_U[origin_U]
-            moved = slot_U != origin_slot_U
-            row, to, origin = row_U[moved], slot_U[moved], origin_slot_U[moved]
-            for store in (store for stores in self.reply.values() for store in stores):
-                store[row, :, to, : self.length] = store[row, :, origin, : self.length]
-        self.row_U, self.slot_U = row_U, slot_U
+    def go_on(self, origin: list[int]) -> None:
+        """From now on U states are computed, in the order of their rows; each goes on from the origin-th so far."""
+        if origin == list(range(self.U)):
+            return
+        gone_on = set(origin)
+        ended = [u for u in range(len(self.prompt_of)) if u not in gone_on] if self.keeps_ended else []
+        self.U, device = len(origin), self.rows.places.device
+        self.prompt_of = [self.prompt_of[u] for u in origin + ended]
+        taken = torch.tensor(origin + ended, device=device)
+        self.reply = {layer: (k[taken], v[taken]) for layer, (k, v) in self.reply.items()}
+        # Attention to the prompts wants the states by row, K places each; what is left over is computed in vain.
+        rows = [self.row_of_prompt[i] for i in self.prompt_of[: self.U]]
+        self.K = max(rows.count(r) for r in set(rows))
+        place = [r * self.K + rows[:u].count(r) for u, r in enumerate(rows)]
+        state = [0] * (self.rows.R * self.K)
+        for u, p in enumerate(place):
+            state[p] = u
+        self.full = place == list(range(len(state)))
+        self.place_U, self.state = torch.tensor(place, device=device), torch.tensor(state, device=device)
+        bias = self.bias[[self.prompt_of[u] for u in state]].view(self.rows.R, 1, self.K, 1, -1)
+        self.bias_RK = bias.to(device) if bias.any() else None
 
     def keep(self, history: History, ids: list[list[int]]) -> None:
         """Leaves what was read in a history; each row has one reply. ids: prompt and reply of each row."""
@@ -277,35 +290,44 @@ class SharedKV:
             columns + list(range(P_X, P_X + len(of_row) - len(columns)))
             for columns, of_row in zip(self.rows.columns, history.ids)
         ]
+        states = torch.tensor(np.argsort(self.prompt_of), device=self.rows.places.device)
         for layer in list(self.prompt):
-            prompt, reply = self.prompt.pop(layer), self.reply.pop(layer, None)
-            stored = zip(prompt, (x[:, :, 0, : self.length] for x in reply)) if reply else ((x,) for x in prompt)
-            history.kv[layer] = tuple(torch.cat(parts, 2) for parts in stored)
+            (k, v), reply = self.prompt.pop(layer), self.reply.pop(layer, ())
+            of_reply = [x[states, :, : self.length] for x in reply] or [v[:, :, :0]] * 2
+            history.kv[layer] = tuple(torch.cat(parts, 2) for parts in zip((k.transpose(2, 3), v), of_reply))
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        """First the prompts, as a Pass; then one new token per reply: (U, heads, 1, D) -> (U, 1, heads, D)."""
+        """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D)."""
         layer = module.layer_idx
         if layer not in self.prompt:
-            out, *kv = self.rows.attend(module, query, key, value, scaling)
-            self.prompt[layer] = tuple(x.contiguous() for x in kv)  # else every step would copy them
+            out, k, v = self.rows.attend(module, query, key, value, scaling)
+            self.prompt[layer] = k.transpose(2, 3).contiguous(), v.contiguous()  # else every step would copy them
             return (out,)
-        R, K, t = self.rows.R, self.K, self.length + 1
-        (U, heads, _, D), kv_heads = query.shape, key.shape[1]
+        (U, heads, _, D), kv_heads, t = query.shape, key.shape[1], self.length + 1
+        R, K, group = self.rows.R, self.K, heads // key.shape[1]
         if layer not in self.reply:
-            shape = (R, kv_heads, K, self.max_new_tokens, D)
+            shape = (len(self.prompt_of), kv_heads, self.max_new_tokens, D)
             self.reply[layer] = key.new_zeros(shape), value.new_zeros(shape)
         prompt_k, prompt_v = self.prompt[layer]
-        reply_k, reply_v = self.reply[layer]
-        reply_k[self.row_U, :, self.slot_U, t - 1] = key[:, :, 0]
-        reply_v[self.row_U, :, self.slot_U, t - 1] = value[:, :, 0]
-        q = query.new_zeros(R, kv_heads, K, heads // kv_heads, D)
-        q[self.row_U, :, self.slot_U] = query.view(U, kv_heads, -1, D) * scaling
-        on_prompt = (q.flatten(2, 3) @ prompt_k.transpose(2, 3)).unflatten(2, q.shape[2:4]) + self.bias
-        on_reply = q @ reply_k[..., :t, :].transpose(3, 4)
-        weights = torch.cat([on_prompt, on_reply], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
-        w_prompt, w_reply = weights.split([prompt_k.shape[2], t], -1)
-        out = (w_prompt.flatten(2, 3) @ prompt_v).view_as(q) + w_reply @ reply_v[..., :t, :]
-        return (out[self.row_U, :, self.slot_U].reshape(U, 1, heads, D),)
+        reply_k, reply_v = (store[:U, :, :t] for store in self.reply[layer])
+        reply_k[:, :, -1:], reply_v[:, :, -1:] = key, value
+
+        def by_row(x):  # (U, kv heads, group, ...) -> (R, kv heads, K * group, ...)
+            x = x if self.full else x.index_select(0, self.state)
+            return x.view(R, K, kv_heads, group, -1).transpose(1, 2).reshape(R, kv_heads, K * group, -1)
+
+        def by_state(x):  # and back
+            x = x.view(R, kv_heads, K, group, -1).transpose(1, 2).reshape(R * K, kv_heads, group, -1)
+            return x if self.full else x.index_select(0, self.place_U)
+
+        q = query.view(U, kv_heads, group, D) * scaling
+        on_prompt, on_reply = by_row(q) @ prompt_k, q @ reply_k.transpose(2, 3)
+        if self.bias_RK is not None:
+            on_prompt.view(R, kv_heads, K, group, -1).add_(self.bias_RK)
+        weights = torch.cat([on_prompt, by_row(on_reply)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        w_prompt, w_reply = weights.split([prompt_k.shape[3], t], -1)
+        out = by_state(w_prompt @ prompt_v) + by_state(w_reply) @ reply_v
+        return (out.reshape(U, 1, heads, D),)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tokens=None, **kwargs):
