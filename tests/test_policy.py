@@ -685,17 +685,20 @@ def test_a_row_is_a_record_of_positions_not_of_token_values():
 
 
 def test_a_kept_history_samples_what_a_fresh_reading_samples(policy):
-    """Four decisions of ragged conversations. The next prompt goes on from the reply, or says something else than was
-    sampled (at its third token, at its last, from the beginning), as text that is tokenised anew may."""
+    """Four decisions of ragged conversations, some of which end before others. The next prompt goes on from the reply,
+    or says something else than was sampled (at its third token, at its last, from the beginning), as text that is
+    tokenised anew may."""
     rng = random.Random(0)
-    prompts, history, read = [list(p) for p in PROMPTS], History(), []
-    forward = policy._hidden
+    prompts, history, read, lengths = [list(p) for p in PROMPTS], History(), [], []
+    forward, end_ids = policy._hidden, policy.end_ids
+    policy.end_ids = list(range(0, 300, 4))
     policy._hidden = lambda ids, positions, tokens: read.append(ids.numel()) or forward(ids, positions, tokens)
     try:
         for stage in range(4):
             read.clear()
             kept = policy.sample(prompts, 1, 6, 1.0, torch.Generator().manual_seed(stage), history)
             new_tokens = read[0]
+            lengths.append([len(group[0].reply_ids) for group in kept])
             fresh = policy.sample(prompts, 1, 6, 1.0, torch.Generator().manual_seed(stage))
             for (a,), (b,) in zip(kept, fresh):
                 assert a.reply_ids == b.reply_ids
@@ -711,8 +714,9 @@ def test_a_kept_history_samples_what_a_fresh_reading_samples(policy):
             read_before = [ids[:-1] for ids in before]  # the last token of a reply was not read
             shared = [len(os.path.commonprefix([a, b])) for a, b in zip(read_before, prompts)]
     finally:
-        policy._hidden = forward
+        policy._hidden, policy.end_ids = forward, end_ids
     assert min(shared) == 0 < max(shared)
+    assert any(1 < a < b for of_stage in lengths for a, b in zip(of_stage, of_stage[1:]))  # an earlier one ended first
 
 
 def test_a_prompt_that_was_read_whole_before_is_asked_again(policy):
