@@ -41,6 +41,7 @@ import lora
 import ranks
 from checkpoint import seeded
 from games import Game, State
+from instances import families, held_out_grid
 from policy import Policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from rewards import Target, accuracy, graph_score
@@ -56,6 +57,12 @@ COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printe
 # metrics
 
 
+@lru_cache(maxsize=2**16)
+def _nash_payoffs(game: Game, links: bytes) -> np.ndarray:
+    links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
+    return game.payoffs(links_NN, game.nash_efforts(links_NN))
+
+
 def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
     """U2 of the decision that `seat` took among `actions`, all agents' actions of the stage."""
     game = state.game
@@ -64,8 +71,7 @@ def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
         def payoff(row_N):
             proposals_NN = actions.copy()
             proposals_NN[seat] = row_N
-            links_NN = games.form_links(proposals_NN)
-            return games.payoffs(game, links_NN, games.nash_efforts(game, links_NN))[seat]
+            return _nash_payoffs(game, games.form_links(proposals_NN).tobytes())[seat]
 
         u = payoff(actions[seat])
         all_u = [payoff(row_N) for row_N in games.own_rows(game.N, seat)]
@@ -75,11 +81,11 @@ def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
         def payoff(effort):
             efforts_N = actions.copy()
             efforts_N[seat] = effort
-            return games.payoffs(game, state.links, efforts_N)[seat]
+            return game.payoffs(state.links, efforts_N)[seat]
 
         u = payoff(actions[seat])
-        best = payoff(games.best_response(game, state.links, actions)[seat])
-        worst = min(payoff(0.0), payoff(game.cap))  # own payoff is concave in the own effort
+        best = payoff(game.best_response(state.links, actions)[seat])
+        worst = min(payoff(0.0), payoff(game.caps[seat]))  # own payoff is concave in the own effort
     return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
@@ -87,7 +93,7 @@ def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
 def welfare_bounds(game: Game) -> tuple[float, float]:
     """(W* of the first best, W of nobody linking at Nash efforts)."""
     empty_NN = games.empty_graph(game.N)
-    return games.efficient_graph(game, "planner")[1], games.welfare(game, empty_NN, games.nash_efforts(game, empty_NN))
+    return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
 
 
 def belief_accuracy(decision: Decision | None, state: State, seat: int, actions: np.ndarray) -> float:
@@ -96,7 +102,7 @@ def belief_accuracy(decision: Decision | None, state: State, seat: int, actions:
     others = np.arange(state.game.N) != seat
     if state.kind == "G":
         return float((decision.belief == actions[:, seat])[others].mean())
-    error_N = np.abs(decision.belief - actions) / np.maximum(actions, 0.05 * state.game.cap)
+    error_N = np.abs(decision.belief - actions) / np.maximum(actions, 0.05 * state.game.caps)
     return float(np.maximum(0, 1 - error_N)[others].mean())
 
 
@@ -174,7 +180,7 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
         texts = player(states, seat, replies, stage)
         for i, (state, text) in enumerate(zip(states, texts)):
             N = state.game.N
-            decision = parse_reply(text, state.kind, seat, N, state.game.cap)
+            decision = parse_reply(text, state.kind, seat, N, state.game.caps[seat])
             played = [
                 (decision or fallback(state.kind, N))
                 if j == seat
@@ -188,7 +194,7 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
             if state.kind == "G":
                 expert_NN = actions.copy()  # what would have been played with the expert in the policy's seat too
                 expert_NN[seat] = others(state, seat, np.random.default_rng([seed, i, seat, stage])).action
-                s = graph_score(decision, Target("G", seat, state.game.cap, expert_NN))
+                s = graph_score(decision, Target("G", seat, state.game.caps[seat], expert_NN))
                 row = accuracy(decision.action, expert_NN[seat], seat) if decision else 0.0
             turns[i].append(Turn(state.round, state.kind, text, decision, s, row, efficiency, belief))
             replies[i].append(text)
@@ -262,7 +268,8 @@ def per_instance(played: Played, rounds: int | None = None) -> dict:
 
 
 def summarise(games_played: list[Played]) -> dict:
-    """{"all rounds" | "round 1": {metric: mean and interval}, "instances": per instance, "replies": of some games, evenly spread}."""
+    """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same}, "instances": per
+    instance, "replies": of some games, evenly spread}."""
 
     def table(rows, decisions):
         out = {m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"}
@@ -270,10 +277,18 @@ def summarise(games_played: list[Played]) -> dict:
 
     rows = [per_instance(p) for p in games_played]
     first = [per_instance(p, 1) for p in games_played]
+    parts: dict[str, list[int]] = {}
+    for i, p in enumerate(games_played):
+        parts.setdefault(f"{p.game.name.upper()}-{p.game.stages}", []).append(i)
+
+    def table_of(part):
+        return table([rows[i] for i in part], [t.decision for i in part for t in games_played[i].turns])
+
     return {
         "all rounds": table(rows, [t.decision for p in games_played for t in p.turns]),
         "round 1": table(first, [t.decision for p in games_played for t in p.turns if t.round == 1]),
-        "instances": [p.game.to_json() | row for p, row in zip(games_played, rows)],
+        "games": {label: table_of(part) for label, part in parts.items()},
+        "instances": [{"instance": p.game.to_json()} | row for p, row in zip(games_played, rows)],
         "replies": [[t.reply for t in p.turns] for p in games_played[:: max(1, len(games_played) // 10)]],
     }
 
@@ -284,8 +299,8 @@ def paired_difference(a: dict, b: dict, metric: str) -> dict:
     return mean_interval([x - y for x, y in pairs if x is not None and y is not None])
 
 
-def format_table(results: dict[str, dict], part: str = "all rounds") -> str:
-    """One line per policy: mean [low, high] of every metric."""
+def format_table(tables: dict[str, dict]) -> str:
+    """One line per policy: mean [low, high] of every metric. tables: {policy: {metric: mean and interval}}."""
 
     def cell(v):
         if v["mean"] is None:
@@ -293,17 +308,20 @@ def format_table(results: dict[str, dict], part: str = "all rounds") -> str:
         return f"{v['mean']:.3f}" + (f" [{v['low']:.2f}, {v['high']:.2f}]" if v["low"] is not None else "")
 
     rows = [["policy", *METRICS]]
-    rows += [[name, *(cell(summary[part][m]) for m in METRICS)] for name, summary in results.items()]
+    rows += [[name, *(cell(table[m]) for m in METRICS)] for name, table in tables.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     return "\n".join("".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def report(results: dict[str, dict], rounds: int) -> str:
     """The tables that are printed, and the paired differences of the first row to every other."""
-    text = format_table(results)
-    if rounds > 1:
-        text += "\n\nround 1 alone\n" + format_table(results, "round 1")
     first, *others = results
+    text = format_table({name: summary["all rounds"] for name, summary in results.items()})
+    if rounds > 1:
+        text += "\n\nround 1 alone\n" + format_table({name: summary["round 1"] for name, summary in results.items()})
+    labels = results[first]["games"]
+    for label in labels if len(labels) > 1 else ():
+        text += f"\n\n{label} alone\n" + format_table({name: summary["games"][label] for name, summary in results.items()})
     differences = {
         name: {metric: paired_difference(results[first], results[name], metric) for metric in COMPARED} for name in others
     }
@@ -325,12 +343,12 @@ def report_seeds(runs: list[dict[str, dict]]) -> str:
     """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over the runs'
     means, so they speak of training, not of one adapter. runs: the results of each."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
-    part, (first, *others) = "all rounds", names
+    first, *others = names
 
     def over_runs(value):
         return mean_interval([value(run)["mean"] for run in runs])
 
-    table = {name: {part: {m: over_runs(lambda run: run[name][part][m]) for m in METRICS}} for name in names}
+    table = {name: {m: over_runs(lambda run: run[name]["all rounds"][m]) for m in METRICS} for name in names}
     differences = {
         name: {m: over_runs(lambda run: paired_difference(run[first], run[name], m)) for m in COMPARED} for name in others
     }
@@ -354,24 +372,29 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
 def held_out_instances(args) -> list[Game]:
     if not 3 <= args.eval_agents <= games.MAX_AGENTS or not 0 <= args.seat < args.eval_agents:
         raise InputError(f"--eval-agents must be 3 to {games.MAX_AGENTS}, and --seat one of 0 to agents - 1")
-    grid = games.held_out_grid(args.eval_agents, "GE", args.rounds)
+    grid = [game for family in families(args) for game in held_out_grid(args.eval_agents, family)]
     chosen = np.linspace(0, len(grid) - 1, min(args.eval_games, len(grid))).round().astype(int)
     return [grid[i] for i in chosen]
 
 
-def evaluate(args, player, label: str) -> dict:
-    """The summary of one player on the held-out games of these arguments."""
-    return summarise(play(held_out_instances(args), player, args.seat, args.expert, args.eval_seed, label))
+def evaluate(args, make_player, label: str) -> dict:
+    """The summary of one kind of player on the held-out games of these arguments."""
+    instances = held_out_instances(args)
+    played: dict[int, Played] = {}
+    for stages in dict.fromkeys((g.stages, g.rounds) for g in instances):
+        part = [i for i, g in enumerate(instances) if (g.stages, g.rounds) == stages]
+        of_part = play([instances[i] for i in part], make_player(), args.seat, args.expert, args.eval_seed, label)
+        played |= zip(part, of_part)
+    return summarise([played[i] for i in range(len(instances))])
 
 
 def evaluate_policy(args, policy: Policy, label: str) -> dict:
-    style = experts.style_of(args)
-    player = policy_player(policy, style, args.max_new_tokens, args.eval_temperature, args.eval_seed)
-    return evaluate(args, player, label)
+    settings = experts.style_of(args), args.max_new_tokens, args.eval_temperature, args.eval_seed
+    return evaluate(args, lambda: policy_player(policy, *settings), label)
 
 
 def evaluate_expert(args, name: str) -> dict:
-    return evaluate(args, expert_player(name, experts.style_of(args), args.eval_seed), f"expert:{name}")
+    return evaluate(args, lambda: expert_player(name, experts.style_of(args), args.eval_seed), f"expert:{name}")
 
 
 def read_results(path: str) -> dict[str, dict]:
@@ -398,7 +421,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.seeds:
         runs = [read_results(path) for path in args.seeds]
-        played = [[[i["alpha"], i["delta"], i["c"]] for i in next(iter(run.values()))["instances"]] for run in runs]
+        played = [[i["instance"] for i in next(iter(run.values()))["instances"]] for run in runs]
         for path, of_run, run in zip(args.seeds, played, runs):
             if of_run != played[0]:
                 raise InputError(f"{path} was played on other games than {args.seeds[0]}; give runs with the same flags")

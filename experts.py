@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import games
 from games import Game, State
+from instances import Family, add_game_arguments, draw_game, families, game_from_json
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
 from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seed_int, share, write_atomic
 
@@ -43,36 +44,37 @@ def _selfish_row(game: Game, seat: int) -> tuple[int, ...]:
         proposals_NN = games.complete_graph(game.N)
         proposals_NN[seat] = row_N
         links_NN = games.form_links(proposals_NN)
-        return games.payoffs(game, links_NN, games.nash_efforts(game, links_NN))[seat]
+        return game.payoffs(links_NN, game.nash_efforts(links_NN))[seat]
 
     return tuple(max(games.own_rows(game.N, seat).tolist(), key=own_payoff))
 
 
 def _myopic_proposals(state: State) -> np.ndarray:
-    """Link wherever the other end consented last round and delta x_i x_j >= c at the last efforts."""
-    game = state.game
-    x = np.array(game.alpha) if state.efforts is None else state.efforts
-    consent_NN = games.complete_graph(game.N) if state.last("G") is None else state.last("G").T
-    return consent_NN * (game.delta * np.outer(x, x) >= game.c)
+    """Link wherever the other end consented last time and the link pays at the last graph and efforts."""
+    game, proposals_NN = state.game, state.last("G")
+    x = np.array(game.types) if state.efforts is None else state.efforts
+    links_NN = games.complete_graph(game.N) if proposals_NN is None else state.links
+    consent_NN = links_NN if proposals_NN is None else proposals_NN.T
+    return consent_NN * (game.link_gains(links_NN, x) >= 0)
 
 
 def _myopic_efforts(state: State) -> np.ndarray:
-    x = np.array(state.game.alpha) if state.efforts is None else state.efforts
-    return games.best_response(state.game, state.links, x)
+    x = np.array(state.game.types) if state.efforts is None else state.efforts
+    return state.game.best_response(state.links, x)
 
 
 def _nash(state: State) -> np.ndarray:
-    return games.nash_efforts(state.game, state.links)
+    return state.game.nash_efforts(state.links)
 
 
 # name -> (state -> proposals (N, N), state -> efforts (N,))
 RULES = {
-    "second-best": (lambda s: games.efficient_graph(s.game, "nash")[0], _nash),
+    "second-best": (lambda s: s.game.efficient_graph("nash")[0], _nash),
     "planner": (
-        lambda s: games.efficient_graph(s.game, "planner")[0],
-        lambda s: games.planner_efforts(s.game, s.links),
+        lambda s: s.game.efficient_graph("planner")[0],
+        lambda s: s.game.planner_efforts(s.links),
     ),
-    "nash": (lambda s: games.nash_graph(s.game), _nash),
+    "nash": (lambda s: s.game.nash_graph(), _nash),
     "myopic": (_myopic_proposals, _myopic_efforts),
     "selfish": (lambda s: np.array([_selfish_row(s.game, i) for i in range(s.game.N)]), _nash),
     "always-link": (lambda s: games.complete_graph(s.game.N), _nash),
@@ -87,7 +89,7 @@ def _exact(name: str, state: State, seat: int, rng: np.random.Generator) -> Deci
     if state.kind == "G":
         proposals_NN = propose(state)
         return Decision("G", proposals_NN[seat], proposals_NN[:, seat])
-    efforts_N = np.clip(np.round(exert(state), EFFORT_DIGITS), 0, state.game.cap)
+    efforts_N = np.clip(np.round(exert(state), EFFORT_DIGITS), 0, state.game.caps)
     belief_N = efforts_N.copy()
     belief_N[seat] = 0
     return Decision("E", float(efforts_N[seat]), belief_N)
@@ -95,14 +97,14 @@ def _exact(name: str, state: State, seat: int, rng: np.random.Generator) -> Deci
 
 def _random(state: State, seat: int, rng: np.random.Generator) -> Decision:
     """Coins and uniform efforts; so are its beliefs."""
-    N, cap = state.game.N, state.game.cap
+    N, caps = state.game.N, state.game.caps
     if state.kind == "G":
         row_N, belief_N = rng.integers(0, 2, (2, N))
         row_N[seat] = belief_N[seat] = 0
         return Decision("G", row_N, belief_N)
-    belief_N = np.round(rng.uniform(0, cap, N), EFFORT_DIGITS)
+    belief_N = np.round(rng.uniform(0, caps), EFFORT_DIGITS)
     belief_N[seat] = 0
-    return Decision("E", min(cap, round(rng.uniform(0, cap), EFFORT_DIGITS)), belief_N)
+    return Decision("E", float(min(caps[seat], round(rng.uniform(0, caps[seat]), EFFORT_DIGITS))), belief_N)
 
 
 def _noisy(expert: Expert, rate: float, state: State, seat: int, rng: np.random.Generator) -> Decision:
@@ -200,17 +202,16 @@ def simulate_many(
     style: PromptStyle,
     agents: tuple[int, int] = (4, 4),
     split: str = "train",
-    kinds=games.ALPHA_KINDS,
-    stages: str = "GE",
-    rounds: int = 1,
+    families: tuple[Family, ...] = (Family(),),
     noise: float = 0.15,
 ) -> list[Record]:
-    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents."""
+    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents. Families take
+    turns."""
     rng = np.random.default_rng([seed, split == "held-out"])
     records = []
     for index in tqdm(range(count), desc="expert games", disable=count < 1000):
         N = int(rng.integers(agents[0], agents[1] + 1))
-        game = games.draw_game(rng, N, split, kinds, stages, rounds)
+        game = draw_game(rng, N, split, families[index % len(families)])
         records += simulate(game, make_expert(expert), rng, style, noise, index)
     return records
 
@@ -230,13 +231,13 @@ def read_records(path: str) -> list[Record]:
     for number, line in enumerate(lines, 1):
         try:
             record = Record(**json.loads(line))
-            game = Game.from_json(record.instance)
+            game = game_from_json(record.instance)
             if record.kind not in ("G", "E") or record.seat not in range(game.N):
                 raise ValueError("`kind` must be G or E and `seat` one of the game's seats")
             if not all(type(v) is int for v in (record.game, record.seat, record.stage, record.round)):
                 raise ValueError("`game`, `seat`, `stage` and `round` must be whole numbers")
             for field in ("reply", "label"):
-                if parse_reply(getattr(record, field), record.kind, record.seat, game.N, game.cap) is None:
+                if parse_reply(getattr(record, field), record.kind, record.seat, game.N, game.caps[record.seat]) is None:
                     raise ValueError(f"`{field}` is not a compliant reply: {getattr(record, field)!r}")
             said = [isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt]
             if not said or not all(said):
@@ -251,14 +252,14 @@ def read_records(path: str) -> list[Record]:
 
 def label_decision(record: Record) -> Decision:
     """The expert's decision, as written in the label."""
-    game = Game.from_json(record.instance)
-    return parse_reply(record.label, record.kind, record.seat, game.N, game.cap)
+    game = game_from_json(record.instance)
+    return parse_reply(record.label, record.kind, record.seat, game.N, game.caps[record.seat])
 
 
 def add_style_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say what is played and how it is told; training and evaluation share them."""
-    group = parser.add_argument_group("game")
-    group.add_argument("--rounds", type=positive_int, default=1, help="rounds T of a game")
+    add_game_arguments(parser)
+    group = parser.add_argument_group("players")
     group.add_argument("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
     group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
     group.add_argument("--information", choices=("full", "local"), default="full", help="whose alpha an agent knows")
@@ -283,7 +284,7 @@ def style_of(args: argparse.Namespace) -> PromptStyle:
 def simulate_args(args: argparse.Namespace, count: int, seed: int, split: str = "train") -> list[Record]:
     """`simulate_many` with the flags of `add_data_arguments`."""
     return simulate_many(
-        count, args.expert, seed, style_of(args), args.agents, split, rounds=args.rounds, noise=args.noise
+        count, args.expert, seed, style_of(args), args.agents, split, families(args), args.noise
     )
 
 

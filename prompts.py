@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from games import Observation, State, observe
+from pgg import groups, returns
 
 EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 
@@ -24,9 +25,10 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 @dataclass(frozen=True)
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
-    hints: next to the question, what a link would earn if all link and reply once to efforts alpha, and the best reply
-    to efforts alpha. [choice]: a small model cannot multiply. These are one step of reasoning about the others, not
-    the answer: "link where it earns at least its cost" is wrong about one in ten of the efficient graph's links."""
+    hints: worked numbers next to the question. BCZ: what a link would earn if all link and reply once to efforts alpha,
+    and the best reply to efforts alpha; PGG: what groups of the richest would earn, and what a unit returns. [choice]:
+    a small model cannot multiply. These are one step of reasoning about the others, not the answer: in BCZ "link where
+    it earns at least its cost" is wrong about one in ten of the efficient graph's links."""
 
     information: str = "full"
     belief: bool = True
@@ -53,43 +55,87 @@ def _links(links_NN: np.ndarray) -> str:
     return {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
 
 
+PAYOFF = {
+    "bcz": "Payoff: alpha x - x^2/2 + delta x (sum of linked efforts) - c (links).",
+    "pgg": "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your groups; a "
+    "group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups pay - c (links).",
+}
+TYPE = {"bcz": "alpha", "pgg": "e"}  # what agents differ in
+
+
 def system_message(seen: Observation, style: PromptStyle) -> str:
     """First what all games have in common, then the numbers: the common beginning is computed once for all."""
     stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
     belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
+    digits = ".3f" if seen.game == "bcz" else "g"
+    parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
     return (
-        f"{rounds}: {stages}. A link forms if both choose it, at cost c each. Payoff: alpha x - x^2/2 + delta x (sum "
-        f"of linked efforts) - c (links). Reply:\n{belief}Decision: [0 or 1 per agent, you 0] or one effort\n"
-        f"You are agent {seen.seat + 1} of {seen.N}. delta {seen.delta:.3f}, c {seen.c:.3f}, effort x 0 to {seen.cap:g}."
+        f"{rounds}: {stages}. A link forms if both choose it, at cost c each. {PAYOFF[seen.game]} Reply:\n"
+        f"{belief}Decision: [0 or 1 per agent, you 0] or one effort\n"
+        f"You are agent {seen.seat + 1} of {seen.N}. {parameters}, effort x 0 to {seen.cap:g}."
     )
 
 
 def question(seen: Observation, style: PromptStyle) -> str:
     """The user message of one stage: the results since the agent's last decision, its own numbers, the question."""
     news = f"Efforts were {_numbers(seen.efforts)}. " if seen.previous == "E" else ""
+    own = f"Your {TYPE[seen.game]} {seen.own_type:g}"
     if seen.kind == "G":
         if seen.previous == "G":
             news += f"Links formed: {_links(seen.links)}. "
         if seen.last_payoff is not None and seen.previous == "E":
             news += f"Your payoff was {seen.last_payoff:.2f}. "
-        text = f"{news}Round {seen.round} links. Your alpha {seen.own_alpha:g}"
-        if seen.alpha is not None:
-            text += f" of {_short(seen.alpha)}"
-            if style.hints and seen.c > 0:
-                reply_N = [a + seen.delta * (sum(seen.alpha) - a) for a in seen.alpha]  # if all link
-                worth = [seen.delta * reply_N[seen.seat] * x / seen.c for x in reply_N]
-                worth[seen.seat] = 0
-                text += f". If all link, at best replies to alpha a link earns {_numbers(worth)} c"
-        return text + ". Whom do you choose?"
-    own = np.flatnonzero(seen.links[seen.seat])
-    text = f"{news}Round {seen.round} efforts. Links: {_links(seen.links)}. Your alpha {seen.own_alpha:g}, {len(own)} links"
-    if seen.alpha is not None and len(own):
-        text += f" to alphas {_short(seen.alpha[j] for j in own)}"
-        if style.hints:
-            response = seen.own_alpha + seen.delta * sum(seen.alpha[j] for j in own)
+        if seen.types is not None:
+            own += f" of {_short(seen.types)}" + (LINK_HINT[seen.game](seen) if style.hints else "")
+        return f"{news}Round {seen.round} links. {own}. Whom do you choose?"
+    own += EFFORT_FACTS[seen.game](seen, style.hints)
+    return f"{news}Round {seen.round} efforts. Links: {_links(seen.links)}. {own}. Your effort?"
+
+
+def _bcz_link_hint(seen: Observation) -> str:
+    delta, c = seen.parameters["delta"], seen.parameters["c"]
+    if not c:
+        return ""
+    reply_N = [a + delta * (sum(seen.types) - a) for a in seen.types]  # if all link
+    worth = [delta * reply_N[seen.seat] * x / c for x in reply_N]
+    worth[seen.seat] = 0
+    return f". If all link, at best replies to alpha a link earns {_numbers(worth)} c"
+
+
+def _bcz_effort_facts(seen: Observation, hints: bool) -> str:
+    linked = np.flatnonzero(seen.links[seen.seat])
+    text = f", {len(linked)} links"
+    if seen.types is not None and len(linked):
+        text += f" to alphas {_short(seen.types[j] for j in linked)}"
+        if hints:
+            response = seen.own_type + seen.parameters["delta"] * sum(seen.types[j] for j in linked)
             text += f". Best reply to efforts alpha: {response:.2f}"
-    return text + ". Your effort?"
+    return text
+
+
+def _pgg_link_hint(seen: Observation) -> str:
+    r, b, c = (seen.parameters[name] for name in "rbc")
+    order = sorted(range(seen.N), key=lambda i: -seen.types[i])
+    sizes = range(2, seen.N + 1)
+    earns = [sum(seen.types[i] for i in order[:k]) * (r * k**b - 1) - c * k * (k - 1) for k in sizes]
+    return (
+        f". Richest first: {_short(i + 1 for i in order)}. If they give all, groups of the 2 to {seen.N} richest earn "
+        f"{_numbers(earns)}"
+    )
+
+
+def _pgg_effort_facts(seen: Observation, hints: bool) -> str:
+    own = [group for group in groups(seen.links) if seen.seat in group]
+    text = f", your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
+    if hints and own:
+        M = returns(seen.links, seen.parameters["r"], seen.parameters["b"])
+        text += f". A unit you give returns {M[seen.seat, seen.seat]:.2f} to you, {M[:, seen.seat].sum():.2f} to all"
+    return text
+
+
+LINK_HINT = {"bcz": _bcz_link_hint, "pgg": _pgg_link_hint}
+EFFORT_FACTS = {"bcz": _bcz_effort_facts, "pgg": _pgg_effort_facts}
 
 
 def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle) -> list[dict]:

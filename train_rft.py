@@ -39,6 +39,7 @@ import lora
 import ranks
 import tompo
 from games import Game
+from instances import game_from_json
 from policy import Policy, Rollout, put_adapter
 from prompts import parse_reply
 from rewards import Memory, Target, group_rewards
@@ -82,16 +83,16 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
         stages.setdefault((r.game, r.stage), []).append(r)
     prompts = []
     for (game_index, stage), of_stage in stages.items():
-        game = Game.from_json(of_stage[0].instance)
+        game = game_from_json(of_stage[0].instance)
         if sorted(r.seat for r in of_stage) != list(range(game.N)):
             raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all seats")
         labels = {r.seat: experts.label_decision(r) for r in of_stage}
         for r in of_stage:
             if r.kind == "G":
                 proposals_NN = np.array([labels[i].action for i in range(game.N)])
-                target = Target("G", r.seat, game.cap, proposals_NN=proposals_NN)
+                target = Target("G", r.seat, game.caps[r.seat], proposals_NN=proposals_NN)
             else:
-                target = Target("E", r.seat, game.cap, effort=labels[r.seat].action)
+                target = Target("E", r.seat, game.caps[r.seat], effort=labels[r.seat].action)
             if (r.game, r.stage, r.seat) in trained:
                 prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
     for kind, name, count in (("G", "graph", args.graph_prompts), ("E", "effort", args.effort_prompts)):
@@ -124,7 +125,7 @@ def next_batch(prompts: list[Prompt], graph: int, effort: int, step: int, seed: 
 def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
     """Fills in rewards and advantages of one group, in place."""
     game, seat, kind = prompt.game, prompt.record.seat, prompt.record.kind
-    decisions = [parse_reply(o.text, kind, seat, game.N, game.cap) for o in group]
+    decisions = [parse_reply(o.text, kind, seat, game.N, game.caps[seat]) for o in group]
     terms = group_rewards(decisions, prompt.target, memory.get(game.key), args.w_local, args.w_global)
     r_S_M = torch.tensor([t["r_S"] for t in terms])
     R_G_M = torch.tensor([t["R_G"] for t in terms]) if kind == "G" else None

@@ -4,6 +4,7 @@ The game of most tests by hand: N = 3, alpha = 1, delta = 0.1, c = 0.05, cap 3. 
 with x = 1 / (1 - 0.4) = 5/3 and W* = 3 (5/3) / 2 - 2 * 0.05 * 3 = 2.2; nobody linking gives x = 1 and W = 1.5.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -18,15 +19,16 @@ import pytest
 
 import eval as evaluation
 import experts
-import games
+from bcz import BCZ
 from eval import Played, Turn, belief_accuracy, mean_interval, paired_difference, per_instance, play, summarise
-from games import Game, State, draw_game
+from games import State
+from instances import Family, draw_game, held_out_grid, split_of
 from prompts import Decision, PromptStyle
 from runs import InputError, write_json
 
 STYLE = PromptStyle()
-TRIO = Game((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
-TRIO_2 = Game((1.0, 1.0, 1.0), 0.1, 0.05, 3.0, rounds=2)
+TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
+TRIO_2 = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0, rounds=2)
 SCRIPT = Path(evaluation.__file__).resolve()
 
 
@@ -193,7 +195,7 @@ def test_efficiency_leaves_the_actions_alone():
 def test_graph_beliefs(belief, share):
     """Who chooses seat 0: seats 1 and 3. Its own row is something else."""
     P = np.array([[0, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]])
-    state = State(Game((1.0,) * 4, 0.1, 0.1, 3.0))
+    state = State(BCZ((1.0,) * 4, 0.1, 0.1, 3.0))
     d = Decision("G", P[0], None if belief is None else np.array(belief))
     assert belief_accuracy(d, state, 0, P) == pytest.approx(share)
 
@@ -255,7 +257,7 @@ def test_metrics_of_one_game_by_hand():
 
 
 def test_there_is_no_gain_where_the_first_best_is_empty():
-    game = Game((1.0, 1.0, 1.0), 0.1, 0.5, 3.0)  # c* = 0.1 / (1 - 0.4) = 1/6
+    game = BCZ((1.0, 1.0, 1.0), 0.1, 0.5, 3.0)  # c* = 0.1 / (1 - 0.4) = 1/6
     row = per_instance(Played(game, [turn(1, "G", 1.0), turn(1, "E", 1.0)], [1.2]))
     assert row["U3 gain"] is None and row["U3"] == pytest.approx(0.8)
 
@@ -277,7 +279,7 @@ def test_summary_counts_decisions_and_averages_instances():
     assert (s["all rounds"]["U2 | ok"]["mean"], s["all rounds"]["U2 | ok"]["n"]) == (pytest.approx(2 / 3), 1)
     assert s["all rounds"]["U3 | ok"]["n"] == 0
     assert (s["round 1"]["U3 | ok"]["mean"], s["round 1"]["U3 | ok"]["n"]) == (pytest.approx(1), 1)
-    assert [r["U1"] for r in s["instances"]] == [0.75, 0.0] and s["instances"][0]["delta"] == 0.1
+    assert [r["U1"] for r in s["instances"]] == [0.75, 0.0] and s["instances"][0]["instance"]["delta"] == 0.1
 
 
 @pytest.mark.parametrize("count, least, most", [(1, 1, 1), (9, 9, 9), (10, 10, 10), (19, 10, 19), (60, 10, 10)])
@@ -293,7 +295,7 @@ def test_some_games_are_quoted(count, least, most):
 @pytest.mark.parametrize("seat", range(4))
 def test_planners_among_planners_reach_the_first_best(seat):
     """U3 = 1 up to the two decimals of the efforts, whichever seat is watched, on the whole grid."""
-    grid = list(games.held_out_grid(4))[::4]
+    grid = list(held_out_grid(4))[::4]
     rows = summarise(play(grid, expert("planner"), seat, "planner", 0))
     assert len(rows["instances"]) == 15
     for row in rows["instances"]:
@@ -303,7 +305,7 @@ def test_planners_among_planners_reach_the_first_best(seat):
 
 
 def test_nash_efforts_against_nash_efforts_are_best_replies():
-    rows = summarise(play(list(games.held_out_grid(4))[::6], expert("second-best"), 2, "second-best", 0))
+    rows = summarise(play(list(held_out_grid(4))[::6], expert("second-best"), 2, "second-best", 0))
     assert all(row["U2 effort"] == pytest.approx(1, abs=1e-4) for row in rows["instances"])
     assert all(row["U3"] < 1 + 1e-12 for row in rows["instances"])
 
@@ -346,7 +348,7 @@ def test_links_that_nobody_answers_show_in_the_row_and_not_in_the_graph():
 
 
 def test_the_others_expert_scores_1_also_where_it_errs_at_random():
-    instances = list(games.held_out_grid(4, "GE", 2))[::6]
+    instances = list(held_out_grid(4, Family("bcz", "GE", 2)))[::6]
     for name in ("second-best", "noisy:nash:0.5", "random"):
         rows = summarise(play(instances, expert(name, 2), 1, name, 2))["instances"]
         assert len(rows) == 10 and all(row["s"] == row["row"] == 1 for row in rows)
@@ -357,7 +359,7 @@ def seeds_of(tmp_path, count=3, games_per_run=(6, 6, 6)):
     """eval.json files of runs whose policy is a coin with another seed each."""
     paths = []
     for seed in range(count):
-        instances = list(games.held_out_grid(3, "GE", 1))[: games_per_run[seed]]
+        instances = list(held_out_grid(3, Family("bcz", "GE", 1)))[: games_per_run[seed]]
         results = {
             "tompo": summarise(play(instances, expert("random", seed), 0, "nash", 0)),
             "sft": summarise(play(instances, expert("never-link", seed), 0, "nash", 0)),
@@ -417,7 +419,7 @@ def recording(player):
 
 @pytest.mark.parametrize("others", ("random", "noisy:never-link:0.5"))
 def test_the_draws_of_the_others_do_not_depend_on_the_policy(others):
-    instances, seat = [g for g in games.held_out_grid(4, "GE", 2)][:6], 1
+    instances, seat = [g for g in held_out_grid(4, Family("bcz", "GE", 2))][:6], 1
     histories = []
     for player in (constant("no"), expert("always-link"), expert("random")):
         player, seen = recording(player)
@@ -467,7 +469,7 @@ def test_round_1_alone_is_the_first_round_of_two():
 @pytest.mark.parametrize("style", [PromptStyle(), PromptStyle("local", belief=False, hints=False)], ids=str)
 def test_evaluation_prompts_are_the_training_prompts(style):
     """The policy that answers as in a recorded expert game is asked, letter for letter, what the record says."""
-    instances, seat = list(games.held_out_grid(4, "GE", 2))[7:60:13], 2
+    instances, seat = list(held_out_grid(4, Family("bcz", "GE", 2)))[7:60:13], 2
     rng = np.random.default_rng(0)
     asked, told = [], []
     for game in instances:
@@ -505,7 +507,7 @@ def test_evaluation_prompts_are_the_training_prompts(style):
 @pytest.mark.parametrize("name", ("second-best", "noisy:myopic:0.5"))
 def test_the_expert_row_of_the_others_expert(name):
     """Its draws are those the seat would have had as one of the others."""
-    instances = list(games.held_out_grid(4, "GE", 2))[::20]
+    instances = list(held_out_grid(4, Family("bcz", "GE", 2)))[::20]
     everybody = []
     for seat in range(4):
         everybody.append([p.welfares for p in play(instances, expert(name, 5), seat, name, 5)])
@@ -517,18 +519,21 @@ def test_the_expert_row_of_the_others_expert(name):
 
 
 def arguments(**changes):
-    return Namespace(**{"eval_agents": 4, "seat": 0, "eval_games": 60, "rounds": 1} | changes)
+    parser = argparse.ArgumentParser()
+    experts.add_style_arguments(parser)
+    evaluation.add_eval_arguments(parser)
+    return Namespace(**vars(parser.parse_args([])) | changes)
 
 
 def test_the_evaluated_instances_are_held_out_and_distinct():
-    grid = games.held_out_grid(4)
+    grid = held_out_grid(4)
     assert evaluation.held_out_instances(arguments()) == list(grid)
     assert evaluation.held_out_instances(arguments(eval_games=1000)) == list(grid)
     for count in range(1, 61):
         chosen = [grid.index(g) for g in evaluation.held_out_instances(arguments(eval_games=count))]
         assert len(set(chosen)) == count and chosen == sorted(chosen)
     eight = evaluation.held_out_instances(arguments(eval_games=8, rounds=2, eval_agents=5))
-    assert all(games.split_of(g) == "held-out" and g.rounds == 2 and g.N == 5 for g in eight)
+    assert all(split_of(g) == "held-out" and g.rounds == 2 and g.N == 5 for g in eight)
 
 
 @pytest.mark.parametrize("changes", [{"seat": 4}, {"seat": -1}, {"eval_agents": 2}, {"eval_agents": 13}], ids=str)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import experts
-import games
+from bcz import BCZ
 from experts import Record, label_decision, make_expert, read_records, simulate, simulate_many, write_records
-from games import Game, State, draw_game, make_game
+from games import State
+from instances import Family, draw_game, game_from_json, held_out_grid
 from prompts import PromptStyle, format_reply, messages, parse_reply
 from runs import InputError
 
@@ -120,13 +121,13 @@ def test_selfish_by_brute_force():
 
 def test_selfish_wants_the_strong_and_not_the_weak():
     """alpha 3, 3, 1, 1, delta 0.1, c 0.6: a link 3-3 earns at least 0.1 * 9 = 0.9, one with a 1 to a 1 about 0.2."""
-    game = Game((3.0, 3.0, 1.0, 1.0), 0.1, 0.6, 20.0)
+    game = BCZ((3.0, 3.0, 1.0, 1.0), 0.1, 0.6, 20.0)
     P, _ = rows("selfish", State(game))
     assert P[0, 1] == P[1, 0] == 1 and P[2, 3] == P[3, 2] == 0
 
 
 def test_always_and_never_link():
-    state = State(make_game(np.ones(5), 0.25, 1.0))
+    state = State(Family().make(np.ones(5), 0.25, 1.0))
     assert (rows("always-link", state)[0] == 1 - np.eye(5)).all()
     assert (rows("never-link", state)[0] == 0).all()
 
@@ -148,7 +149,7 @@ def test_efforts_answer_the_graph_that_formed(name):
 
 
 def test_efforts_stay_within_a_cap_that_binds():
-    game = Game((1.0, 1.0, 1.0), 0.2, 0.0, 1.3)
+    game = BCZ((1.0, 1.0, 1.0), 0.2, 0.0, 1.3)
     state = State(game).step(1 - np.eye(3, dtype=int))
     assert rows("planner", state)[0].tolist() == [1.3] * 3  # uncapped: 1 / (1 - 0.8) = 5
     assert rows("second-best", state)[0].tolist() == [1.3] * 3  # uncapped: 1 / (1 - 0.4) = 1.667
@@ -161,7 +162,7 @@ def test_efforts_stay_within_a_cap_that_binds():
 def test_myopic_answers_the_last_round():
     """Round 1: to efforts alpha and everybody's consent; round 2: to what was played in round 1."""
     rng, compared = np.random.default_rng(4), 0
-    for game in sample_games(10, seed=4, rounds=2):
+    for game in sample_games(10, seed=4, family=Family("bcz", "GE", 2)):
         state, N = State(game), 4
         x, consent = np.array(game.alpha), np.ones((N, N), int)
         for _ in range(2):
@@ -182,7 +183,7 @@ def test_myopic_answers_the_last_round():
 
 def test_myopic_by_hand():
     """alpha 2, 1, 1; delta 0.1; c 0.15: 2-1 links earn 0.2, 1-1 links 0.1."""
-    game = Game((2.0, 1.0, 1.0), 0.1, 0.15, 5.0, rounds=2)
+    game = BCZ((2.0, 1.0, 1.0), 0.1, 0.15, 5.0, rounds=2)
     state = State(game)
     P, beliefs = rows("myopic", state)
     assert P.tolist() == [[0, 1, 1], [1, 0, 0], [1, 0, 0]] and (beliefs == P.T).all()
@@ -198,7 +199,7 @@ def test_myopic_by_hand():
 
 
 def test_random_is_coins_and_uniform_efforts():
-    game = make_game(np.ones(4), 0.25, 1.0)
+    game = Family().make(np.ones(4), 0.25, 1.0)
     rng, count = np.random.default_rng(5), 500
     graph, effort = State(game), State(game).step(np.zeros((4, 4), int))
     P = np.array([rows("random", graph, rng)[0] for _ in range(count)])
@@ -210,7 +211,7 @@ def test_random_is_coins_and_uniform_efforts():
 
 
 def test_the_rate_of_noise():
-    game = make_game(np.ones(4), 0.25, 1.0)
+    game = Family().make(np.ones(4), 0.25, 1.0)
     rng, count, rate = np.random.default_rng(6), 4000, 0.3
     never, state = make_expert("noisy:never-link:0.3"), State(game)
     linked = np.mean([never(state, 1, rng).action.any() for _ in range(count)])
@@ -222,7 +223,7 @@ def test_the_rate_of_noise():
 
 
 def test_the_ends_of_the_rate_and_nested_noise():
-    state, rng = State(make_game(np.ones(6), 0.25, 1.0)), np.random.default_rng(7)
+    state, rng = State(Family().make(np.ones(6), 0.25, 1.0)), np.random.default_rng(7)
     zero, one, nested = (make_expert(n) for n in ("noisy:always-link:0", "noisy:always-link:1", "noisy:noisy:nash:0:0"))
     assert all(zero(state, 0, rng).action.tolist() == [0, 1, 1, 1, 1, 1] for _ in range(50))
     assert np.mean([one(state, 0, rng).action.sum() for _ in range(400)]) == pytest.approx(2.5, abs=0.25)
@@ -245,7 +246,7 @@ def test_bad_names_are_one_line(name):
 def test_every_named_expert_plays_a_whole_game_compliantly():
     rng, count = np.random.default_rng(8), 0
     for name in (*experts.NAMES, "noisy:myopic:0.5"):
-        for game in sample_games(2, N=5, seed=8, rounds=2):
+        for game in sample_games(2, N=5, seed=8, family=Family("bcz", "GE", 2)):
             for r in simulate(game, make_expert(name), rng, STYLE):
                 for text in (r.reply, r.label):
                     assert parse_reply(text, r.kind, r.seat, 5, game.cap) is not None
@@ -266,7 +267,7 @@ def by_stage(records):
 
 @pytest.fixture(scope="module")
 def data():
-    return simulate_many(60, "second-best", 0, STYLE, (3, 5), rounds=2, noise=0.15)
+    return simulate_many(60, "second-best", 0, STYLE, (3, 5), families=(Family("bcz", "GE", 2),), noise=0.15)
 
 
 def test_records_come_in_order_of_play(data):
@@ -284,7 +285,7 @@ def test_records_tell_what_was_played_and_what_came_of_it(data):
     """Links, efforts and payoffs follow from the replies alone."""
     checked = 0
     for (_, stage), group in by_stage(data).items():
-        game = Game.from_json(group[0].instance)
+        game = game_from_json(group[0].instance)
         played = np.array([parse_reply(r.reply, r.kind, r.seat, game.N, game.cap).action for r in group])
         for r in group:
             if r.kind == "G":
@@ -301,25 +302,25 @@ def test_labels_answer_the_state_that_really_arose(data):
     """Also after other agents' moves were replaced: the effort is Nash for the links that formed."""
     stages, off_path, checked = by_stage(data), 0, 0
     for (index, stage), group in stages.items():
-        game = Game.from_json(group[0].instance)
+        game = game_from_json(group[0].instance)
         for r in group:
             action = label_decision(r).action
             if r.kind == "E":
                 G = np.array(stages[index, stage - 1][0].links)
                 assert action == pytest.approx(ref_efforts(game, G, 1)[r.seat], abs=0.005 + 1e-9)
-                off_path += (G != games.efficient_graph(game)[0]).any()
+                off_path += (G != game.efficient_graph()[0]).any()
             else:
-                assert action.tolist() == games.efficient_graph(game)[0][r.seat].tolist()
+                assert action.tolist() == game.efficient_graph()[0][r.seat].tolist()
             checked += 1
     assert checked == len(data) and off_path > 50
 
 
 def test_labels_of_an_expert_that_looks_back():
     """myopic: labels are rebuilt from the recorded history of the game."""
-    records, checked = simulate_many(15, "myopic", 1, STYLE, rounds=3, noise=0.3), 0
+    records, checked = simulate_many(15, "myopic", 1, STYLE, families=(Family("bcz", "GE", 3),), noise=0.3), 0
     history = {}
     for (index, stage), group in by_stage(records).items():
-        game = Game.from_json(group[0].instance)
+        game = game_from_json(group[0].instance)
         state = State(game, tuple(history.get(index, ())))
         for r in group:
             assert r.label == format_reply(make_expert("myopic")(state, r.seat, None), STYLE)
@@ -332,7 +333,7 @@ def test_labels_of_an_expert_that_looks_back():
 def test_prompts_are_the_conversation_with_the_replies_that_were_played(data):
     said, states, checked = defaultdict(list), {}, 0
     for (index, stage), group in by_stage(data).items():
-        game = Game.from_json(group[0].instance)
+        game = game_from_json(group[0].instance)
         state = states.get(index, State(game))
         for r in group:
             assert r.prompt == messages(state, r.seat, said[index, r.seat], STYLE)
@@ -358,7 +359,7 @@ def test_the_share_of_replaced_decisions():
 
 
 def test_the_same_seed_gives_the_same_records_and_another_does_not():
-    settings = dict(agents=(3, 6), rounds=2)
+    settings = dict(agents=(3, 6), families=(Family("bcz", "GE", 2),))
     a, b, c = (simulate_many(40, "noisy:second-best:0.2", seed, STYLE, **settings) for seed in (3, 3, 4))
     compared = 0
     assert len(a) == len(b)
@@ -375,7 +376,7 @@ def test_train_and_held_out_instances_are_disjoint_in_any_seat_order():
     for split in ("train", "held-out"):
         records = simulate_many(150, "never-link", 5, STYLE, split=split)
         keys[split] = {(tuple(sorted(r.instance["alpha"])), r.instance["delta"], r.instance["c"]) for r in records}
-    grid = {(tuple(sorted(g.alpha)), g.delta, g.c) for g in games.held_out_grid(4)}
+    grid = {(tuple(sorted(g.alpha)), g.delta, g.c) for g in held_out_grid(4)}
     assert len(keys["train"]) > 140 and len(keys["held-out"]) > 100 and len(grid) > 40
     assert not keys["train"] & (keys["held-out"] | grid)
 
@@ -392,7 +393,7 @@ def test_the_style_reaches_prompts_and_replies():
 
 @pytest.fixture(scope="module")
 def few():
-    return simulate_many(2, "second-best", 7, STYLE, rounds=2)
+    return simulate_many(2, "second-best", 7, STYLE, families=(Family("bcz", "GE", 2),))
 
 
 def test_what_is_written_is_read_back(few, tmp_path):
@@ -447,7 +448,7 @@ BAD_LINES = {
     "instance alpha negative": lambda g, e: line_of(g, instance=g.instance | {"alpha": [1, 1, 1, -1]}),
     "instance alpha nan": lambda g, e: line_of(g, instance=g.instance | {"alpha": [1, 1, 1, float("nan")]}),
     "instance of one agent": lambda g, e: line_of(g, instance=g.instance | {"alpha": [1]}),
-    "instance stages": lambda g, e: line_of(g, instance=g.instance | {"stages": "EG"}),
+    "instance stages": lambda g, e: line_of(g, instance=g.instance | {"stages": "EE"}),
     "instance rounds": lambda g, e: line_of(g, instance=g.instance | {"rounds": 0}),
     "prompt null": lambda g, e: line_of(g, prompt=None),
     "prompt of texts": lambda g, e: line_of(g, prompt=["hello"]),
@@ -508,7 +509,7 @@ def test_the_script_writes_a_data_set_and_does_not_overwrite_it(tmp_path):
     records = read_records(out)
     assert len(out.read_text().splitlines()) == len(records) == 5 * 4 * 4
     assert "80" in done.stdout and out.name in done.stdout
-    assert records == simulate_many(5, "second-best", 3, STYLE, rounds=2)
+    assert records == simulate_many(5, "second-best", 3, STYLE, families=(Family("bcz", "GE", 2),))
     before = out.read_bytes()
     again = run_script("--games", "1", "--out", out.name, cwd=tmp_path)
     assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1

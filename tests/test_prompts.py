@@ -7,12 +7,14 @@ import time
 import numpy as np
 import pytest
 
-from games import Game, State, form_links, make_game, payoffs
+from bcz import BCZ
+from games import State, form_links
+from instances import Family
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 
 STYLES = [PromptStyle(i, b, h) for i in ("full", "local") for b in (True, False) for h in (True, False)]
 ALPHA = (1.37, 2.91, 0.83, 1.79)  # numbers that occur nowhere else in a prompt
-GAME = Game(ALPHA, 0.047, 0.213, 9.0, rounds=2)
+GAME = BCZ(ALPHA, 0.047, 0.213, 9.0, rounds=2)
 
 
 def random_state(game, stages, rng):
@@ -64,7 +66,7 @@ def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(hints
     for seat in range(4):
         alpha = [5.55, 6.66, 7.77, 8.88]
         alpha[seat] = ALPHA[seat]
-        other = State(Game(tuple(alpha), GAME.delta, GAME.c, GAME.cap, rounds=2), state.history)
+        other = State(BCZ(tuple(alpha), GAME.delta, GAME.c, GAME.cap, rounds=2), state.history)
         replies = ["Decision: 0"] * 3
         chats = [messages(s, seat, replies, style) for s in (state, other)]
         assert chats[0] == chats[1]
@@ -105,7 +107,7 @@ def test_hints_change_nothing_under_local_information():
 
 
 def test_a_cost_of_zero_does_not_break_the_hint():
-    game = Game((1.0, 1.0, 1.0), 0.1, 0.0, 3.0)
+    game = BCZ((1.0, 1.0, 1.0), 0.1, 0.0, 3.0)
     assert len(messages(State(game), 0, [], PromptStyle())) == 2
 
 
@@ -135,7 +137,7 @@ def test_the_second_round_tells_all_efforts_and_the_own_payoff():
 @pytest.mark.parametrize("stages", ("GGE", "GEE"))
 def test_the_result_of_a_stage_is_told_before_the_next_of_the_same_kind(stages):
     """After each stage everybody sees the result: two different results, two different prompts."""
-    game = Game(ALPHA, 0.047, 0.213, 9.0, stages=stages)
+    game = BCZ(ALPHA, 0.047, 0.213, 9.0, stages=stages)
     first = State(game)
     links = 1 - np.eye(4, dtype=int)
     if stages == "GGE":
@@ -153,7 +155,7 @@ def test_prompts_of_all_sizes_over_two_rounds_grow_as_prefixes(N, style):
     """prompt of stage k+1 = prompt of stage k + the reply + one user message: play may reuse its cache, and
     fine-tuning may train all decisions of a game in one pass."""
     rng = np.random.default_rng(N)
-    game = make_game(rng.permutation(np.linspace(1, 3, N)), 0.25, 1.0, rounds=2)
+    game = Family("bcz", "GE", 2).make(rng.permutation(np.linspace(1, 3, N)), 0.25, 1.0)
     end = random_state(game, 4, rng)
     for seat in range(N):
         replies, before = [], None
@@ -456,6 +458,6 @@ def test_the_fallback_is_no_links_and_no_effort(N):
     effort = fallback("E", N)
     assert effort.action == 0 and effort.belief is None
     # both are actions that the rules allow
-    game = make_game(np.ones(N), 0.2, 1.0)
+    game = Family().make(np.ones(N), 0.2, 1.0)
     state = State(game).step(np.array([fallback("G", N).action] * N)).step(np.array([effort.action] * N))
-    assert state.done and payoffs(game, state.links, state.efforts).tolist() == [0] * N
+    assert state.done and game.payoffs(state.links, state.efforts).tolist() == [0] * N

@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT)]
 import checkpoint
 import eval as evaluation
 import experts
-import games
+from instances import Family
 import lora
 import train_rft
 import train_sft
@@ -45,7 +45,8 @@ TIMINGS = ("tokens_per_s", "sample_s", "update_s")
 DRIVER = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import test_train; test_train.driver()"
 
 SHARED = dict(
-    preset="small", device="cpu", dtype="float32", rounds=1, expert="second-best", information="full", games=4,
+    preset="small", device="cpu", dtype="float32", rounds=1, game=["bcz"], stages=["GE"], alpha=None, delta=None,
+    endowment=None, factor=None, size_exponent=None, cost=None, expert="second-best", information="full", games=4,
     agents=3, noise=0.3, rank=4, lora_alpha=8, targets=lora.DEFAULT_TARGETS, train_on="both", sft_steps=6, sft_batch=3,
     sft_lr=1e-3, sft_held_out=1, seed=3, micro_batch=2, save_every=2, max_grad_norm=1.0,
 )  # fmt: skip
@@ -62,7 +63,8 @@ ALL_SEATS = argparse.Namespace(all_seats=True, seat=0, graph_prompts=1, effort_p
 def flags(values):
     argv = []
     for name, value in values.items():
-        argv += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        if value is not None:
+            argv += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
     return argv
 
 
@@ -474,7 +476,7 @@ def test_sft_gradient_for_every_micro_batch_and_by_plain_passes(monkeypatch, mod
     ]
     policy = kept[0]
     style = PromptStyle("full", *(experts_default(name) for name in ("belief", "hints")))
-    records = experts.simulate_many(2, "second-best", 3, style, (3, 3), rounds=2, noise=0.5)
+    records = experts.simulate_many(2, "second-best", 3, style, (3, 3), families=(Family("bcz", "GE", 2),), noise=0.5)
     kinds = {"both": "GE", "effort": "E", "graph": "G"}[train_on]
     scored = [r for r in records if r.kind in kinds]
     assert sum(r.label != r.reply for r in scored) >= 2  # branches
@@ -614,7 +616,7 @@ def test_only_the_decisions_of_the_policys_seat_are_trained_unless_all_seats_are
 @pytest.mark.parametrize(("graph", "effort"), [(3, 3), (3, 1), (1, 2), (4, 0), (0, 2)])
 def test_a_batch_has_the_asked_decisions_of_as_few_conversations_as_possible(model_dir, graph, effort):
     """6 conversations of 2 rounds. An epoch draws each once, every decision has its turn."""
-    records, policy = experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), rounds=2), load_policy(model_dir)
+    records, policy = experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), families=(Family("bcz", "GE", 2),)), load_policy(model_dir)
     prompts = train_rft.make_prompts(policy, records, ALL_SEATS)
     drawn, seen = [], set()
     for step in range(60):
@@ -691,7 +693,7 @@ def test_a_group_without_variance_gets_advantage_zero(model_dir):
 
 
 def test_every_decision_becomes_a_prompt_with_the_labels_of_all_experts(model_dir):
-    records = experts.simulate_many(3, "second-best", 1, PromptStyle(), (3, 4), rounds=2, noise=0.6)
+    records = experts.simulate_many(3, "second-best", 1, PromptStyle(), (3, 4), families=(Family("bcz", "GE", 2),), noise=0.6)
     policy = load_policy(model_dir)
     prompts = train_rft.make_prompts(policy, records, ALL_SEATS)
     assert [p.record for p in prompts] == records
@@ -710,7 +712,7 @@ def test_every_decision_becomes_a_prompt_with_the_labels_of_all_experts(model_di
 def test_evaluation_and_training_build_the_same_prompts():
     """The same game with the same replies: what the policy would read in evaluation is what it was trained on."""
     style = PromptStyle()
-    game = games.make_game((1.0, 2.0, 3.0), 0.25, 1.0, "GE", 2)
+    game = Family("bcz", "GE", 2).make((1.0, 2.0, 3.0), 0.25, 1.0)
     records = experts.simulate(game, experts.make_expert("second-best"), np.random.default_rng(0), style)
 
     class Recorder:

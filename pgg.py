@@ -1,0 +1,204 @@
+"""PGG, the public goods game on the groups of a network: rules and exact solutions.
+
+[source]: groups are cliques. [choice], the rest: groups are the maximal cliques with at least 2 members of the formed
+graph; an agent with endowment e_i splits its contribution x_i in [0, e_i] evenly over its k_i groups (in no group it is
+lost); a group multiplies what it gets by r |C|^b and shares it evenly:
+
+    pi_i = e_i - x_i + sum_{C containing i} (r |C|^b / |C|) sum_{j in C} x_j / k_j - c deg_i
+
+Payoffs are linear in contributions, pi = e - x + M x - c deg with M_ij = sum_{C containing i and j} r |C|^(b-1) / k_j, so
+    Nash      x_i = e_i where the private return M_ii is above 1, else 0: a dominant strategy
+    planner   x_j = e_j where the social return sum_i M_ij is above 1, else 0
+b = 0 is the textbook game. With the defaults, r = 1.25 and b = 0.5, contributing pays everybody together, and nobody alone.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from games import Game, GameError, complete_graph, empty_graph, with_link
+
+MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
+
+
+@dataclass(frozen=True)
+class PGG(Game):
+    """endowment: e (N,); r: multiplication factor; b: exponent of the group size; c: cost of a link, paid at both ends;
+    stages, rounds: see Game."""
+
+    name = "pgg"
+    endowment: tuple[float, ...]
+    r: float
+    b: float
+    c: float
+    stages: str = "GE"
+    rounds: int = 1
+
+    def __post_init__(self):
+        self.check()
+        if min(self.endowment) <= 0 or self.r <= 0 or self.b < 0 or self.c < 0:
+            raise GameError("endowments and the factor must be positive, the size exponent and the cost not negative")
+
+    @property
+    def types(self) -> tuple[float, ...]:
+        return self.endowment
+
+    @property
+    def key(self) -> str:
+        return json.dumps(["pgg", sorted(self.endowment), self.r, self.b, self.c])
+
+    @property
+    def caps(self) -> np.ndarray:
+        return np.array(self.endowment, float)
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        return {"r": self.r, "b": self.b, "c": self.c}
+
+    def returns(self, links_NN: np.ndarray) -> np.ndarray:
+        """M (N, N) of this instance."""
+        return returns(links_NN, self.r, self.b)
+
+    def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        x = np.asarray(efforts_N, float)
+        return self.caps - x + self.returns(links_NN) @ x - self.c * links_NN.sum(1)
+
+    def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        return self.nash_efforts(links_NN)
+
+    def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
+        return np.where(self.returns(links_NN).diagonal() > 1 + 1e-12, self.caps, 0.0)
+
+    def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
+        return np.where(self.returns(links_NN).sum(0) > 1 + 1e-12, self.caps, 0.0)
+
+    def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
+        """Raises GameError for more than 8 agents where only the enumeration of all graphs would do."""
+        links, W = _efficient_graph(self, efforts)
+        return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
+
+    def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        gains_NN = np.zeros((self.N, self.N))
+        for i in range(self.N):
+            for j in range(i):
+                with_it, without = (self.payoffs(with_link(links_NN, i, j, v), efforts_N) for v in (1, 0))
+                gains_NN[i, j], gains_NN[j, i] = (with_it - without)[[i, j]]
+        return gains_NN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups
+
+
+def groups(links_NN: np.ndarray) -> list[list[int]]:
+    """The maximal cliques with at least 2 members, each sorted (Bron and Kerbosch 1973, sets as bits)."""
+    N = len(links_NN)
+    neighbours = [sum(1 << j for j in range(N) if links_NN[i][j]) for i in range(N)]
+    found = []
+
+    def grow(clique: int, candidates: int, done: int) -> None:
+        if not candidates | done:
+            found.append([i for i in range(N) if clique >> i & 1])
+        while candidates:
+            i = candidates.bit_length() - 1
+            grow(clique | 1 << i, candidates & neighbours[i], done & neighbours[i])
+            candidates ^= 1 << i
+            done |= 1 << i
+
+    grow(0, (1 << N) - 1, 0)
+    return sorted(group for group in found if len(group) > 1)
+
+
+def returns(links_NN: np.ndarray, r: float, b: float) -> np.ndarray:
+    """M: what i gets back of a unit that j contributes, (N, N)."""
+    return _returns(np.asarray(links_NN, int).tobytes(), len(links_NN), r, b)
+
+
+@lru_cache(maxsize=2**17)
+def _returns(links: bytes, N: int, r: float, b: float) -> np.ndarray:
+    M = np.zeros((N, N))
+    found = groups(np.frombuffer(links, dtype=int).reshape(N, N).tolist())
+    if found:
+        member_CN = np.array([[i in group for i in range(N)] for group in found], float)
+        size_C = member_CN.sum(1)
+        M = (member_CN.T * (r * size_C ** (b - 1))) @ member_CN / np.maximum(member_CN.sum(0), 1)
+    M.setflags(write=False)  # every caller gets this same array
+    return M
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the efficient graph
+
+
+def partitions(N: int) -> list[np.ndarray]:
+    """Disjoint cliques of neighbours in the order 0 .. N-1, one graph for each of the 2^(N-1) compositions of N."""
+    graphs = []
+    for code in range(2 ** (N - 1)):
+        block = np.cumsum([0] + [code >> k & 1 for k in range(N - 1)])
+        graphs.append((block[:, None] == block) * complete_graph(N))
+    return graphs
+
+
+@lru_cache(maxsize=None)
+def isomorphism_classes(N: int) -> tuple[np.ndarray, ...]:
+    """One graph (N, N) of every isomorphism class: 1, 2, 4, 11, 34, 156, 1044, 12346 for N = 1 .. 8.
+
+    Every graph on N nodes is one on N - 1 nodes and a new node. What is isomorphic is recognised by the colours that
+    pairs of nodes get from the colours of their triangles (two-dimensional Weisfeiler-Leman refinement). It tells all
+    graphs of this size apart: the first that it cannot have 16 nodes.
+    """
+    if N == 1:
+        return (np.zeros((1, 1), int),)
+    rows_RN = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1  # whom the new node may know
+    seen: dict[bytes, np.ndarray] = {}
+    for smaller_NN in isomorphism_classes(N - 1):
+        graphs_RNN = np.zeros((len(rows_RN), N, N), int)
+        graphs_RNN[:, :-1, :-1] = smaller_NN
+        graphs_RNN[:, -1, :-1] = graphs_RNN[:, :-1, -1] = rows_RN
+        colour = (graphs_RNN + 2 * np.eye(N, dtype=int)).astype(np.uint64)
+        for _ in range(4):
+            triangles = _mix(colour[:, :, :, None] * np.uint64(3) + colour[:, None, :, :] * np.uint64(0x9E3779B97F4A7C15))
+            colour = _mix(colour + _mix(triangles.sum(2)))
+        for graph_NN, of_pairs in zip(graphs_RNN, np.sort(colour.reshape(len(colour), -1), 1)):
+            seen.setdefault(of_pairs.tobytes(), graph_NN)
+    return tuple(seen.values())
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A hash of 64-bit numbers (splitmix64), so that sums of them stand for multisets."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@lru_cache(maxsize=4096)
+def _efficient_graph(game: PGG, efforts: str) -> tuple[bytes, float]:
+    """Welfare is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a graph's best
+    assignment of agents to its nodes gives the highest endowment the highest w."""
+    N, e = game.N, game.caps
+    if efforts == "nash" and game.r * max(2.0 ** (game.b - 1), float(N) ** (game.b - 1)) <= 1:
+        graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
+    elif efforts == "planner" and game.b >= 0.5:
+        graphs = partitions(N)  # the optimum is one of them, with groups of neighbours in the order of endowments
+    elif N <= MAX_CLASSES:
+        graphs = isomorphism_classes(N)
+    else:
+        raise GameError(
+            f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents (for more, a size "
+            f"exponent of at least 0.5, and a factor with which nobody contributes alone)"
+        )
+    by_endowment = np.argsort(-e, kind="stable")  # equal endowments keep their seat order
+    best_links, best_welfare = None, -np.inf
+    for graph_NN in graphs:
+        M = game.returns(graph_NN)
+        decides = M.sum(0) if efforts == "planner" else M.diagonal()
+        worth_N = np.where(decides > 1 + 1e-12, M.sum(0) - 1, 0.0)
+        order = np.argsort(-worth_N, kind="stable")
+        W = e.sum() + worth_N[order] @ e[by_endowment] - game.c * graph_NN.sum()
+        if W > best_welfare + 1e-9:
+            links_NN = empty_graph(N)
+            links_NN[np.ix_(by_endowment, by_endowment)] = graph_NN[np.ix_(order, order)]
+            best_links, best_welfare = links_NN, W
+    return best_links.tobytes(), float(best_welfare)
