@@ -185,6 +185,7 @@ def worker_trl(args) -> dict:
     policy.model.set_attn_implementation("sdpa")
     texts = random_prompts(policy.tokenizer, args.prompts, args.prompt_tokens, args.seed)
     size, lengths, clock = args.prompts * args.m, [], {}
+    passes = next(n for n in range(1, args.prompts + 1) if args.prompts % n == 0 and args.prompts // n <= args.micro_batch)
 
     def reward(completions, completion_ids, **kwargs):
         lengths.extend(map(len, completion_ids))
@@ -199,7 +200,8 @@ def worker_trl(args) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, max_steps=1, per_device_train_batch_size=size, num_generations=args.m,
+            output_dir=folder, max_steps=1, per_device_train_batch_size=size // passes, num_generations=args.m,
+            gradient_accumulation_steps=passes,
             max_completion_length=args.reply_tokens, generation_kwargs={"min_new_tokens": args.reply_tokens},
             beta=args.beta, learning_rate=1e-5, temperature=1.0, report_to=[], save_strategy="no", disable_tqdm=True,
             use_cpu=args.device == "cpu", bf16=args.dtype == "bfloat16", gradient_checkpointing=False, seed=args.seed,

@@ -44,7 +44,7 @@ from games import Game, State
 from instances import families, held_out_grid
 from policy import Policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
-from rewards import Target, accuracy, graph_score
+from rewards import Target, accuracy, belief_accuracy, graph_score
 from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seed_int, write_json
 from shared_prefix import History
 from train_sft import add_model_arguments, load_policy_of_rank
@@ -94,16 +94,6 @@ def welfare_bounds(game: Game) -> tuple[float, float]:
     """(W* of the first best, W of nobody linking at Nash efforts)."""
     empty_NN = games.empty_graph(game.N)
     return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
-
-
-def belief_accuracy(decision: Decision | None, state: State, seat: int, actions: np.ndarray) -> float:
-    if decision is None or decision.belief is None:
-        return 0.0
-    others = np.arange(state.game.N) != seat
-    if state.kind == "G":
-        return float((decision.belief == actions[:, seat])[others].mean())
-    error_N = np.abs(decision.belief - actions) / np.maximum(actions, 0.05 * state.game.caps)
-    return float(np.maximum(0, 1 - error_N)[others].mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,12 +179,12 @@ def play(instances: list[Game], player, seat: int, expert: str, seed: int, label
             ]
             actions = np.array([d.action for d in played])
             efficiency = strategic_efficiency(state, seat, actions)
-            belief = belief_accuracy(decision, state, seat, actions)
+            belief = belief_accuracy(decision, state.game, seat, actions)
             s = row = None
             if state.kind == "G":
                 expert_NN = actions.copy()  # what would have been played with the expert in the policy's seat too
                 expert_NN[seat] = others(state, seat, np.random.default_rng([seed, i, seat, stage])).action
-                s = graph_score(decision, Target("G", seat, state.game.caps[seat], expert_NN))
+                s = graph_score(decision, Target(state.game, "G", seat, expert_NN))
                 row = accuracy(decision.action, expert_NN[seat], seat) if decision else 0.0
             turns[i].append(Turn(state.round, state.kind, text, decision, s, row, efficiency, belief))
             replies[i].append(text)

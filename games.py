@@ -259,6 +259,7 @@ class Observation:
     stages: str
     rounds: int
     round: int
+    stage: int  # of the round, from 0
     kind: str
     previous: str | None  # the kind of the stage before, whose result is news
     links: np.ndarray
@@ -283,6 +284,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         stages=game.stages,
         rounds=game.rounds,
         round=state.round,
+        stage=len(state.history) % len(game.stages),
         kind=state.kind,
         previous=game.stages[(len(state.history) - 1) % len(game.stages)] if state.history else None,
         links=state.links,

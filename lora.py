@@ -84,14 +84,14 @@ class LoRALinear(nn.Module):
         z = F.linear(x, self.A.to(x.dtype)) * self.scaling
         return self.base(x) + F.linear(z, self.B.to(x.dtype))
 
-    @torch.no_grad()
     def sum(self) -> torch.Tensor:
         """W + scaling B A (out, in): a working copy (as much memory as W), made anew after any of the three was changed
         in place. What writes to `.data`, or a fused optimizer, it cannot see."""
         parts = (self.base.weight, self.B, self.A)
         versions = [p._version for p in parts]
         if self._sum_of != versions:
-            self._sum, self._sum_of = torch.addmm(*parts, alpha=self.scaling), versions
+            with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
+                self._sum, self._sum_of = torch.addmm(*parts, alpha=self.scaling), versions
         return self._sum
 
 

@@ -126,7 +126,7 @@ class Policy:
 
     # sampling
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self,
         prompts: list[list[int]],

@@ -81,11 +81,11 @@ def question(seen: Observation, style: PromptStyle) -> str:
     """The user message of one stage: the results since the agent's last decision, its own numbers, the question."""
     news = f"Efforts were {_numbers(seen.efforts)}. " if seen.previous == "E" else ""
     own = f"Your {TYPE[seen.game]} {seen.own_type:g}"
+    if seen.previous == "G" and seen.kind == "G":  # (the question about efforts tells the links itself)
+        news += f"Links formed: {_links(seen.links)}. "
+    if seen.last_payoff is not None and seen.stage == 0:
+        news += f"Your payoff was {seen.last_payoff:.2f}. "
     if seen.kind == "G":
-        if seen.previous == "G":
-            news += f"Links formed: {_links(seen.links)}. "
-        if seen.last_payoff is not None and seen.previous == "E":
-            news += f"Your payoff was {seen.last_payoff:.2f}. "
         if seen.types is not None:
             own += f" of {_short(seen.types)}" + (LINK_HINT[seen.game](seen) if style.hints else "")
         return f"{news}Round {seen.round} links. {own}. Whom do you choose?"

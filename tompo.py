@@ -8,6 +8,7 @@ Symbols are the paper's. Dimensions: m rollouts of a prompt (a group), T reply t
     A_i   = A^S_i                                            effort decisions
 
     J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta k3 ) ]
+    (`clip_eps_high` widens the upper end of the clip range alone)
     rho = pi_theta / pi_old per token,   k3 = exp(l_ref - l) - (l_ref - l) - 1,   l = log pi_theta, l_ref = log pi_ref
 """
 
@@ -65,6 +66,13 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
+def adapted_beta(beta: float, kl: float, target: float) -> float:
+    """The next step's KL coefficient (Ziegler et al. 2019, section 2.2): up where KL is above its target, down where it
+    is below, by at most 2 % a step for each 20 % of error."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + 0.1 * error)
+
+
 @dataclass
 class Sums:
     """Sums over tokens, from which a step's diagnostics are made."""
@@ -105,6 +113,7 @@ def objective_loss(
     clip_eps: float = 0.2,
     beta: float = 0.0,
     sums: Sums | None = None,
+    clip_eps_high: float | None = None,
 ) -> Tensor:
     """-J of the given tokens: each token's A_i and weight stand beside it, rollouts are simply concatenated.
 
@@ -112,7 +121,8 @@ def objective_loss(
     """
     ratio_T = (logp_T - old_logp_T).exp()  # rho
     unclipped_T = ratio_T * advantage_T
-    clipped_T = ratio_T.clamp(1 - clip_eps, 1 + clip_eps) * advantage_T
+    high = clip_eps if clip_eps_high is None else clip_eps_high
+    clipped_T = ratio_T.clamp(1 - clip_eps, 1 + high) * advantage_T
     objective_T = torch.minimum(unclipped_T, clipped_T)
     if beta:
         objective_T = objective_T - beta * k3(logp_T, ref_logp_T)

@@ -38,11 +38,11 @@ import experts
 import lora
 import ranks
 import tompo
-from games import Game
+from games import Game, State
 from instances import game_from_json
 from policy import Policy, Rollout, put_adapter
-from prompts import parse_reply
-from rewards import Memory, Target, group_rewards
+from prompts import Decision, parse_reply
+from rewards import GRAPH_SCORES, Memory, Target, group_rewards, made_consistent, return_credits
 from runs import InputError, JsonLines, StopSignal, Stopwatch, number, positive_int
 from runs import reports_errors, write_json
 from shared_prefix import pack
@@ -67,12 +67,16 @@ from train_sft import (
 
 @dataclass
 class Prompt:
-    """One decision of an expert game, as a prompt of RFT."""
+    """One decision of an expert game, as a prompt of RFT. state: the one in which it is taken."""
 
     record: experts.Record
     ids: list[int]
-    game: Game
+    state: State
     target: Target
+
+    @property
+    def game(self) -> Game:
+        return self.state.game
 
 
 def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Prompt]:
@@ -81,20 +85,18 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
     stages: dict[tuple[int, int], list] = {}
     for r in records:
         stages.setdefault((r.game, r.stage), []).append(r)
-    prompts = []
-    for (game_index, stage), of_stage in stages.items():
-        game = game_from_json(of_stage[0].instance)
-        if sorted(r.seat for r in of_stage) != list(range(game.N)):
-            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all seats")
-        labels = {r.seat: experts.label_decision(r) for r in of_stage}
+    prompts, histories = [], {}
+    for game_index, stage in sorted(stages):
+        of_stage = sorted(stages[game_index, stage], key=lambda r: r.seat)
+        state = State(game_from_json(of_stage[0].instance), histories.get(game_index, ()))
+        if [r.seat for r in of_stage] != list(range(state.game.N)) or len(state.history) != stage:
+            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all of a game")
+        played = of_stage[0].proposals if of_stage[0].kind == "G" else of_stage[0].efforts
+        histories[game_index] = (*state.history, np.array(played))
+        actions = np.array([experts.label_decision(r).action for r in of_stage])
         for r in of_stage:
-            if r.kind == "G":
-                proposals_NN = np.array([labels[i].action for i in range(game.N)])
-                target = Target("G", r.seat, game.caps[r.seat], proposals_NN=proposals_NN)
-            else:
-                target = Target("E", r.seat, game.caps[r.seat], effort=labels[r.seat].action)
             if (r.game, r.stage, r.seat) in trained:
-                prompts.append(Prompt(r, policy.encode_prompt(r.prompt), game, target))
+                prompts.append(Prompt(r, policy.encode_prompt(r.prompt), state, Target(state.game, r.kind, r.seat, actions)))
     for kind, name, count in (("G", "graph", args.graph_prompts), ("E", "effort", args.effort_prompts)):
         if count and not all(of_kind[kind] for of_kind in by_conversation(prompts)):
             raise InputError(f"the data set has games without {name} decisions; set --{name}-prompts 0 or give other data")
@@ -122,20 +124,40 @@ def next_batch(prompts: list[Prompt], graph: int, effort: int, step: int, seed: 
     return batch
 
 
-def reward_and_advantage(args, prompt: Prompt, group: list[Rollout], memory: Memory) -> None:
-    """Fills in rewards and advantages of one group, in place."""
-    game, seat, kind = prompt.game, prompt.record.seat, prompt.record.kind
-    decisions = [parse_reply(o.text, kind, seat, game.N, game.caps[seat]) for o in group]
-    terms = group_rewards(decisions, prompt.target, memory.get(game.key), args.w_local, args.w_global)
-    r_S_M = torch.tensor([t["r_S"] for t in terms])
-    R_G_M = torch.tensor([t["R_G"] for t in terms]) if kind == "G" else None
-    A, A_S, A_G = tompo.dual_level_advantages(r_S_M, R_G_M, args.algo, args.w_sample, args.w_graph)
-    for i, o in enumerate(group):
-        o.advantage = float(A[i])
-        o.rewards = terms[i] | {"A_S": float(A_S[i]), "A_G": float(A_G[i])}
+def credits_of(args, batch: list[Prompt], decisions: list[list[Decision | None]], step: int) -> list[list[float] | None]:
+    """The credit of every rollout of a step, which takes the place of the sample level; None under --credit immediate."""
+    if args.credit == "immediate":
+        return [None] * len(batch)
+    expert, credits = experts.make_expert(args.expert), {}
+    for p, of_group in zip(batch, decisions):
+        seed = [args.seed, 8, step, p.record.game]
+        key = (p.record.game, p.record.seat, p.record.round), p.record.kind
+        credits[key] = credits.get(key, []) + return_credits(of_group, p.target, p.state, expert, args.gamma, seed)
+    credits = {key: iter(values) for key, values in made_consistent(credits, args.zeta).items()}
+    keys = [((p.record.game, p.record.seat, p.record.round), p.record.kind) for p in batch]
+    return [[next(credits[key]) for _ in of_group] for key, of_group in zip(keys, decisions)]
 
 
-def update(args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int]) -> tuple[float, tompo.Sums]:
+def rewards_and_advantages(args, batch: list[Prompt], groups: list[list[Rollout]], memory: Memory, step: int) -> None:
+    """Fills in rewards and advantages of all groups of a step, in place."""
+    decisions = []
+    for p, group in zip(batch, groups):
+        place = p.record.kind, p.record.seat, p.game.N, p.game.caps[p.record.seat]
+        decisions.append([parse_reply(o.text, *place) for o in group])
+    settings = args.w_local, args.w_global if args.memory else 0.0, args.graph_score, args.w_belief
+    for p, group, of_group, credits in zip(batch, groups, decisions, credits_of(args, batch, decisions, step)):
+        terms = group_rewards(of_group, p.target, memory.get(p.game.key), *settings, credits)
+        r_S_M = torch.tensor([t["r_S"] for t in terms])
+        R_G_M = torch.tensor([t["R_G"] for t in terms]) if p.record.kind == "G" else None
+        A, A_S, A_G = tompo.dual_level_advantages(r_S_M, R_G_M, args.algo, args.w_sample, args.w_graph)
+        for i, o in enumerate(group):
+            o.advantage = float(A[i])
+            o.rewards = terms[i] | {"A_S": float(A_S[i]), "A_G": float(A_G[i])}
+
+
+def update(
+    args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int], beta: float
+) -> tuple[float, tompo.Sums]:
     """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. Returns their part of the loss,
     and their diagnostics."""
     lengths = [len(o.reply_ids) for group in groups for o in group]
@@ -151,7 +173,7 @@ def update(args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int
         def by_token(values):  # one value per rollout -> one per reply token
             return torch.tensor([v for v, o in zip(values, rollouts) for _ in o.reply_ids], device=policy.device)
 
-        ref_logp_T = torch.cat(policy.reference_logps(part, args.temperature)) if args.beta else None
+        ref_logp_T = torch.cat(policy.reference_logps(part, args.temperature)) if beta else None
         part_loss = tompo.objective_loss(
             torch.cat(policy.token_logps(part, args.temperature)),
             torch.tensor([v for o in rollouts for v in o.sampled_logps], device=policy.device),
@@ -159,8 +181,9 @@ def update(args, policy: Policy, groups: list[list[Rollout]], mine: Sequence[int
             by_token([o.advantage for o in rollouts]),
             by_token([weight_of[id(o)] for o in rollouts]),
             args.clip_eps,
-            args.beta,
+            beta,
             sums,
+            args.clip_eps_high,
         )
         part_loss.backward()
         loss += part_loss.item()
@@ -182,6 +205,7 @@ def step_metrics(groups: list[list[Rollout]], prompts: list[Prompt], sums: tompo
         "reward_effort": mean(effort, lambda o: o.rewards["r_S"]),
         "s": mean(graph, lambda o: o.rewards["s"]),
         "R_G": mean(graph, lambda o: o.rewards["R_G"]),
+        "belief": mean(everything, lambda o: o.rewards["belief"]),
         "U1": mean(everything, lambda o: o.rewards["compliance"] > 0),
         "kl": sums.kl / sums.tokens if sums.has_reference else None,
         "approx_kl": sums.approx_kl / sums.tokens,
@@ -208,12 +232,12 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     it was stopped before the end (after saving a checkpoint)."""
     config = new_adapter(policy, args, purpose=3)
     prompts, memory = make_prompts(policy, records, args), Memory()
-    optimizer, done = make_optimizer(policy), 0
+    optimizer, done, beta = make_optimizer(policy), 0, args.beta
     saved = checkpoint.latest_checkpoint(folder / "checkpoints")
     if saved:
         done, adapter, extra = checkpoint.load_checkpoint(saved, optimizer)
         lora.load_adapter_state(policy.model, adapter)
-        memory = Memory(extra["memory"])
+        memory, beta = Memory(extra["memory"]), extra["beta"]
     longest = max(prompts, key=lambda p: len(p.ids))
     policy.check_length(len(longest.ids), args.max_new_tokens or evaluation.default_max_new_tokens(longest.game.N))
     metrics, samples = (JsonLines(folder / f"{name}.jsonl", done, ranks.first()) for name in ("metrics", "samples"))
@@ -222,7 +246,7 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     def save(steps_done):
         if ranks.first():
             state = lora.adapter_state(policy.model)
-            checkpoint.save_checkpoint(folder / "checkpoints", steps_done, state, optimizer, {"memory": memory.best})
+            checkpoint.save_checkpoint(folder / "checkpoints", steps_done, state, optimizer, {"memory": memory.best, "beta": beta})
 
     clock, bar = Stopwatch(), tqdm(total=steps, initial=done, desc=args.algo.upper(), unit="step", disable=not ranks.first())
     for step in range(done, steps):
@@ -236,20 +260,21 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
                 groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator, only=mine)
                 groups = ranks.whole(mine, groups)
             sample_s = clock.last
-            for prompt, group in zip(batch, groups):
-                reward_and_advantage(args, prompt, group, memory)
+            rewards_and_advantages(args, batch, groups, memory, step)
             with clock("update"):
                 lr = learning_rate(step, args.steps, args.lr)
                 for inner in range(args.inner_epochs):
-                    losses, sums = zip(*ranks.exchange(update(args, policy, groups, mine)))
+                    losses, sums = zip(*ranks.exchange(update(args, policy, groups, mine, beta)))
                     norm = optimizer_step(optimizer, lr, args.max_grad_norm)
             loss, sums = sum(losses), tompo.Sums.of_all(sums)
         for prompt, group in zip(batch, groups):  # only now: within a step all groups see the same memory
             if prompt.record.kind == "G":
                 memory.update(prompt.game.key, [o.rewards["s"] for o in group])
-        line = {"step": step} | step_metrics(groups, batch, sums) | {"loss": loss, "lr": lr, "grad_norm": norm}
+        line = {"step": step} | step_metrics(groups, batch, sums) | {"loss": loss, "lr": lr, "grad_norm": norm, "beta": beta}
         tokens = sum(len(o.reply_ids) for group in groups for o in group)
         line |= {"tokens_per_s": tokens / (sample_s + clock.last), "sample_s": sample_s, "update_s": clock.last}
+        if args.kl_target:
+            beta = tompo.adapted_beta(beta, line["kl"], args.kl_target)
         metrics.write(line)
         for sample in sample_lines(step, groups, batch):
             samples.write(sample)
@@ -346,8 +371,16 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--w-graph", type=number(float, 0), default=0.2, help="weight of A^G [source: 0.2]")
     group.add_argument("--w-local", type=number(float, 0), default=0.5, help="bonus in R^G for the best graph of the group")
     group.add_argument("--w-global", type=number(float, 0), default=0.5, help="bonus in R^G for matching the memory's best")
+    group.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="the memory term of R^G")
+    group.add_argument("--graph-score", choices=GRAPH_SCORES, default="hamming", help="s: like the expert graph, or its welfare")
+    group.add_argument("--w-belief", type=number(float, 0), default=0.0, help="weight of a reward for the Belief line")
+    group.add_argument("--credit", choices=("immediate", "return"), default="immediate", help="see rewards.py")
+    group.add_argument("--gamma", type=number(float, 0, 1), default=1.0, help="discount per round of --credit return")
+    group.add_argument("--zeta", type=number(float, 0), default=0.0, help="weight of |C_G - C_E| in --credit return")
     group.add_argument("--clip-eps", type=number(float, 0), default=0.2, help="clip range of the ratio")
+    group.add_argument("--clip-eps-high", type=number(float, 0), help="its upper end, if that is to be another")
     group.add_argument("--beta", type=number(float, 0), default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    group.add_argument("--kl-target", type=number(float, 0), help="adapt beta so that KL per token stays about here")
     group.add_argument("--aggregation", choices=tompo.AGGREGATIONS, default="sequence", help="see tompo.token_weights")
 
 
@@ -366,8 +399,14 @@ def main(argv=None) -> None:
     args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
     if args.graph_prompts + args.effort_prompts == 0:
         raise InputError("--graph-prompts and --effort-prompts are both 0: a step needs prompts")
+    if args.train_on == "separate":
+        raise InputError("--train-on separate makes two adapters, RFT trains one policy: use train_sft.py, or train on both")
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
+    if args.kl_target and not args.beta:
+        raise InputError("--kl-target adapts --beta, which is 0: give it a value to start from")
+    if args.w_belief and not args.belief:
+        raise InputError("--w-belief rewards the Belief line, which --no-belief switches off")
     experts.make_expert(args.expert)
     evaluation.held_out_instances(args)  # complains about its flags before anything is trained
     clock = Stopwatch()

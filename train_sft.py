@@ -7,8 +7,9 @@
 before any training, and RFT has no signal without some compliant replies.
 
 How it works: all decisions of an agent in a game are one conversation, and one forward pass trains all of them. The
-loss is the mean of -log pi over the reply tokens of the chosen kind (and each reply's end-of-turn token). Where the
-data holds a decision that was replaced at random, the expert's own answer is trained beside it, not the random one.
+loss is the mean of -log pi over the reply tokens of the chosen kind (and each reply's end-of-turn token); `separate`
+trains an adapter for each kind. Where the data holds a decision that was replaced at random, the expert's own answer is
+trained beside it, not the random one.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora-alpha", type=float, default=64.0, help="LoRA alpha; the scaling is alpha / r")
     group.add_argument("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
     group = parser.add_argument_group("supervised fine-tuning")
-    group.add_argument("--train-on", choices=("effort", "graph", "both"), default="both", help="decisions trained on")
+    choices = ("effort", "graph", "both", "separate")
+    group.add_argument("--train-on", choices=choices, default="both", help="decisions; separate: an adapter for each kind")
     group.add_argument("--sft-steps", type=positive_int, default=50, help="optimizer steps")
     group.add_argument("--sft-batch", type=positive_int, default=4, help="conversations per step")
     group.add_argument("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
@@ -262,6 +264,18 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     return True
 
 
+def sft_separately(policy: Policy, args, records: list[experts.Record], folder: Path, stop: StopSignal) -> bool:
+    """An adapter for each kind of decision: FOLDER/graph/adapter and FOLDER/effort/adapter; what was finished before a
+    resume is kept. Returns False if it was stopped before the end."""
+    for kind in ("graph", "effort"):
+        if not (folder / kind / "adapter" / lora.CONFIG_FILE).exists():
+            of_kind = argparse.Namespace(**vars(args) | {"train_on": kind})
+            if not sft(policy, of_kind, records, folder / kind, stop):
+                return False
+            lora.remove(policy.model)
+    return True
+
+
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="LoRA fine-tuning on expert games.")
@@ -273,10 +287,14 @@ def main(argv=None) -> None:
     policy = load_policy_of_rank(args)
     folder = run_folder(args)
     with StopSignal() as stop:
-        finished = sft(policy, args, records, folder, stop)
+        separate = args.train_on == "separate"
+        finished = (sft_separately if separate else sft)(policy, args, records, folder, stop)
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)
+    if separate:
+        print(f"adapters: {folder}/graph/adapter, {folder}/effort/adapter\nnext:     python eval.py --policy {folder}")
+        return
     print(f"adapter: {folder / 'adapter'}\nnext:    python train_rft.py --sft-adapter {folder / 'adapter'}")
 
 

@@ -20,10 +20,11 @@ import pytest
 import eval as evaluation
 import experts
 from bcz import BCZ
-from eval import Played, Turn, belief_accuracy, mean_interval, paired_difference, per_instance, play, summarise
+from eval import Played, Turn, mean_interval, paired_difference, per_instance, play, summarise
 from games import State
 from instances import Family, draw_game, held_out_grid, split_of
 from prompts import Decision, PromptStyle
+from rewards import belief_accuracy
 from runs import InputError, write_json
 
 STYLE = PromptStyle()
@@ -197,7 +198,7 @@ def test_graph_beliefs(belief, share):
     P = np.array([[0, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]])
     state = State(BCZ((1.0,) * 4, 0.1, 0.1, 3.0))
     d = Decision("G", P[0], None if belief is None else np.array(belief))
-    assert belief_accuracy(d, state, 0, P) == pytest.approx(share)
+    assert belief_accuracy(d, state.game, 0, P) == pytest.approx(share)
 
 
 def test_effort_beliefs():
@@ -206,7 +207,7 @@ def test_effort_beliefs():
     x = np.array([9.0, 2.0, 0.1])  # the own one is never looked at
 
     def accuracy(*belief):
-        return belief_accuracy(Decision("E", 1.0, np.array([0.0, *belief])), state, 0, x)
+        return belief_accuracy(Decision("E", 1.0, np.array([0.0, *belief])), state.game, 0, x)
 
     assert accuracy(2.0, 0.1) == 1
     assert accuracy(1.0, 0.1) == pytest.approx((0.5 + 1) / 2)
@@ -214,7 +215,7 @@ def test_effort_beliefs():
     assert accuracy(2.0, 0.025) == pytest.approx((1 + 0.5) / 2)
     assert accuracy(5.0, 0.1) == pytest.approx(0.5)
     assert accuracy(-7.0, 3.0) == 0
-    assert belief_accuracy(None, state, 0, x) == 0
+    assert belief_accuracy(None, state.game, 0, x) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import checkpoint
 import experts
 import lora
 from reference import plain_logps, plain_model, take_gradients
+from instances import Family
 from policy import _TargetLogps, load_policy, put_adapter
 from prompts import PromptStyle
 from runs import InputError
@@ -613,7 +614,7 @@ def test_a_prompt_longer_than_the_context_is_an_input_error(tiny_model_dir, tmp_
 
 @pytest.fixture(scope="module")
 def records():
-    return experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), rounds=2, noise=0.5)
+    return experts.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3), families=(Family("bcz", "GE", 2),), noise=0.5)
 
 
 def test_a_prompt_and_its_reply_are_a_prefix_of_the_next_prompt(policy, records):

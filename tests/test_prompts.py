@@ -10,6 +10,7 @@ import pytest
 from bcz import BCZ
 from games import State, form_links
 from instances import Family
+from pgg import PGG
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 
 STYLES = [PromptStyle(i, b, h) for i in ("full", "local") for b in (True, False) for h in (True, False)]
@@ -461,3 +462,46 @@ def test_the_fallback_is_no_links_and_no_effort(N):
     game = Family().make(np.ones(N), 0.2, 1.0)
     state = State(game).step(np.array([fallback("G", N).action] * N)).step(np.array([effort.action] * N))
     assert state.done and game.payoffs(state.links, state.efforts).tolist() == [0] * N
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# other games and stages
+
+
+def test_what_a_player_of_the_public_goods_game_reads():
+    """r 1.35, b 0.5, c 4.27, e 10: k give 10 k (1.35 sqrt(k) - 1) - 4.27 k (k - 1); a unit in a pair returns
+    1.35 / sqrt(2) to each."""
+    game = PGG((10.0, 10.0, 10.0, 10.0), 1.35, 0.5, 4.27)
+    pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
+    system, asked, reply, then = messages(State(game).step(pairs), 3, ["Decision: [0, 0, 1, 0]"], PromptStyle())
+    assert "r k^b / k of what it gets" in system["content"] and "alpha" not in system["content"]
+    assert system["content"].endswith("You are agent 4 of 4. r 1.35, b 0.5, c 4.27, effort x 0 to 10.")
+    assert asked["content"] == (
+        "Round 1 links. Your e 10 of [10, 10, 10, 10]. Richest first: [1, 2, 3, 4]. If they give all, groups of the 2 "
+        "to 4 richest earn [9.64, 14.53, 16.76]. Whom do you choose?"
+    )
+    assert then["content"] == (
+        "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, 1.91 to all. "
+        "Your effort?"
+    )
+    plain = [m["content"] for m in messages(State(game).step(pairs), 3, ["x"], PromptStyle("local", hints=False))]
+    assert plain[1] == "Round 1 links. Your e 10. Whom do you choose?"
+    assert plain[3] == "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. Your effort?"
+
+
+def test_the_richest_come_first_and_ones_own_endowment_is_the_cap():
+    game = PGG((5.0, 15.0, 8.0), 1.3, 0.5, 2.0)
+    chat = messages(State(game), 0, [], PromptStyle())
+    assert "Richest first: [2, 3, 1]" in chat[-1]["content"] and chat[0]["content"].endswith("effort x 0 to 5.")
+
+
+def test_a_payoff_is_told_when_a_round_begins_and_not_again():
+    """GEE, GGE, and a round that begins with efforts, on nobody's links."""
+    for stages in ("GE", "GEE", "GGE", "EG", "EGE"):
+        state = State(BCZ(ALPHA, 0.047, 0.213, 9.0, stages, 2))
+        while not state.done:
+            text = messages(state, 1, ["x"] * len(state.history), PromptStyle())[-1]["content"]
+            begins = len(state.history) == len(stages)
+            assert ("Your payoff was" in text) == begins
+            assert ("Links: none" in text) == (state.kind == "E" and state.last("G") is None)
+            state = state.step(1 - np.eye(4, dtype=int) if state.kind == "G" else np.array([1.0, 2, 3, 4]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tompo
-from tompo import Sums, dual_level_advantages, group_normalise, k3, objective_loss, token_weights
+from tompo import Sums, adapted_beta, dual_level_advantages, group_normalise, k3, objective_loss, token_weights
 
 SQRT2 = math.sqrt(2)
 
@@ -305,3 +305,25 @@ def test_the_objective_changes_none_of_its_inputs():
     copies = [x.clone() for x in inputs]
     objective_loss(*inputs, torch.ones(7).double(), 0.2, 0.3, Sums())
     assert all(torch.equal(a, b) for a, b in zip(inputs, copies))
+
+
+def test_the_upper_end_of_the_clip_range_may_be_another():
+    """rho 1.25 with A > 0: clipped at 1.2, not at 1.3. The lower end stays where it was."""
+    def loss(rho, A, **clip):
+        return objective_loss(tensor(math.log(rho)), tensor(0), None, tensor(A), tensor(1), 0.2, **clip)
+
+    close(loss(1.25, 1), -1.2)
+    close(loss(1.25, 1, clip_eps_high=0.3), -1.25)
+    close(loss(1.4, 1, clip_eps_high=0.3), -1.3)
+    close(loss(0.7, -1, clip_eps_high=0.3), 0.8)
+
+
+def test_beta_follows_the_kl_that_is_wanted():
+    assert adapted_beta(0.1, 0.02, 0.02) == pytest.approx(0.1)
+    assert adapted_beta(0.1, 0.022, 0.02) == pytest.approx(0.101)  # 10 % above: 1 % more
+    assert adapted_beta(0.1, 5.0, 0.02) == pytest.approx(0.102) and adapted_beta(0.1, 0.0, 0.02) == pytest.approx(0.098)
+    beta, kl = 0.01, 0.05  # a policy whose KL is 0.001 / beta settles where KL is as wanted
+    for _ in range(500):
+        beta = adapted_beta(beta, kl, 0.02)
+        kl = 0.001 / beta
+    assert kl == pytest.approx(0.02, rel=0.05)

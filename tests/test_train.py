@@ -559,7 +559,7 @@ def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregat
     policy = policy_with_adapter(model_dir)
     groups = hand_made_groups(model_dir, policy, temperature, 0.5)
     args = argparse.Namespace(
-        max_new_tokens=9, aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=0.2, micro_batch=1
+        max_new_tokens=9, aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=0.2, clip_eps_high=None, micro_batch=1
     )
     before = [(list(o.prompt_ids), list(o.reply_ids), list(o.sampled_logps)) for g in groups for o in g]
     expected_loss, clipped, tokens = objective_by_plain_passes(model_dir, policy, groups, args)
@@ -568,7 +568,7 @@ def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregat
     assert 5 < clipped < tokens - 5
     for size in (1, 2, 5):
         args.micro_batch = size
-        loss, sums = train_rft.update(args, policy, groups, range(len(groups)))
+        loss, sums = train_rft.update(args, policy, groups, range(len(groups)), args.beta)
         assert loss == pytest.approx(expected_loss.item(), abs=1e-5)
         assert_close_gradients(take_gradients(policy), expected)
         assert (sums.clipped, sums.tokens) == (clipped, tokens)
@@ -580,9 +580,9 @@ def test_first_update_has_loss_zero_and_the_gradient_of_reinforce(model_dir):
     policy = policy_with_adapter(model_dir)
     groups = hand_made_groups(model_dir, policy, 1.0, 0.0)
     args = argparse.Namespace(
-        max_new_tokens=9, aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=0.2, micro_batch=2
+        max_new_tokens=9, aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=0.2, clip_eps_high=None, micro_batch=2
     )
-    loss, sums = train_rft.update(args, policy, groups, range(len(groups)))
+    loss, sums = train_rft.update(args, policy, groups, range(len(groups)), args.beta)
     actual = take_gradients(policy)
     assert abs(loss) < 1e-5 and sums.max_ratio_error < 1e-4 and sums.clipped == 0
     model = plain_model(model_dir, policy)
@@ -610,7 +610,7 @@ def test_only_the_decisions_of_the_policys_seat_are_trained_unless_all_seats_are
     assert len(train_sft.in_trained_seats(ALL_SEATS, records)) == 18
     prompts = train_rft.make_prompts(policy, records, one)
     assert [p.record.seat for p in prompts] == [2] * 6
-    assert all(p.target.proposals_NN.shape == (3, 3) for p in prompts if p.record.kind == "G")
+    assert all(p.target.actions.shape == (3, 3) for p in prompts if p.record.kind == "G")
 
 
 @pytest.mark.parametrize(("graph", "effort"), [(3, 3), (3, 1), (1, 2), (4, 0), (0, 2)])
@@ -646,6 +646,13 @@ def rollouts_of(texts):
     return [Rollout([1], [2], [0.0], text, True) for text in texts]
 
 
+def reward_arguments(**changes):
+    parser = argparse.ArgumentParser()
+    experts.add_data_arguments(parser)
+    train_rft.add_rft_arguments(parser)
+    return argparse.Namespace(**vars(parser.parse_args([])) | {"seed": 0} | changes)
+
+
 @pytest.mark.parametrize("algo", ["tompo", "grpo"])
 def test_rewards_and_advantages_of_a_graph_group_by_hand(model_dir, algo):
     """The experts link everybody: 3 links. The agent's row is (0, 1, 1)."""
@@ -653,9 +660,9 @@ def test_rewards_and_advantages_of_a_graph_group_by_hand(model_dir, algo):
     group = rollouts_of(
         ["Decision: [0, 1, 1]", "Decision: [0, 1, 0]", "I choose everybody", "Belief: [0, 0, 0]\nDecision: [0, 0, 0]"]
     )
-    args = argparse.Namespace(algo=algo, w_local=0.5, w_global=0.25, w_sample=0.8, w_graph=0.2)
+    args = reward_arguments(algo=algo, w_global=0.25)
     memory = Memory({prompt.game.key: 2 / 3})
-    train_rft.reward_and_advantage(args, prompt, group, memory)
+    train_rft.rewards_and_advantages(args, [prompt], [group], memory, 0)
     # F1 1, 2/3, -, 0; accuracy 1, 1/2, -, 0; s: 0, 2, -, 4 of 6 entries of the graph differ
     r_S = np.array([2.5, 0.5 + 2 / 3 + 1 / 2, -0.5, 0.5])
     s = np.array([1, 2 / 3, 0, 1 / 3])
@@ -673,11 +680,11 @@ def test_rewards_and_advantages_of_a_graph_group_by_hand(model_dir, algo):
 
 def test_rewards_and_advantages_of_an_effort_group_by_hand(model_dir):
     prompt = prompt_of(model_dir, "E", "second-best")
-    x = prompt.target.effort
-    assert x > 0.05 * prompt.game.cap
+    x = prompt.target.actions[0]
+    assert x > 0.05 * prompt.target.cap
     group = rollouts_of([f"Decision: {x}", f"Decision: {x / 2}", "Decision: [0, 1, 1]"])
-    args = argparse.Namespace(algo="tompo", w_local=0.5, w_global=0.5, w_sample=0.8, w_graph=0.2)
-    train_rft.reward_and_advantage(args, prompt, group, Memory())
+    args = reward_arguments()
+    train_rft.rewards_and_advantages(args, [prompt], [group], Memory(), 0)
     r_S = np.array([2.5, 1.5, -0.5])
     assert [o.rewards["r_S"] for o in group] == pytest.approx(r_S, abs=1e-6)
     assert [o.advantage for o in group] == pytest.approx((r_S - r_S.mean()) / r_S.std(), abs=1e-3)
@@ -687,8 +694,8 @@ def test_rewards_and_advantages_of_an_effort_group_by_hand(model_dir):
 def test_a_group_without_variance_gets_advantage_zero(model_dir):
     for kind in "GE":
         group = rollouts_of(["no idea", "none", "nothing"])
-        args = argparse.Namespace(algo="tompo", w_local=0.5, w_global=0.5, w_sample=0.8, w_graph=0.2)
-        train_rft.reward_and_advantage(args, prompt_of(model_dir, kind, "second-best"), group, Memory())
+        args = reward_arguments()
+        train_rft.rewards_and_advantages(args, [prompt_of(model_dir, kind, "second-best")], [group], Memory(), 0)
         assert [o.advantage for o in group] == [0, 0, 0]
 
 
@@ -704,9 +711,9 @@ def test_every_decision_becomes_a_prompt_with_the_labels_of_all_experts(model_di
         if p.record.kind == "G":
             of_stage = [r for r in records if (r.game, r.stage) == (p.record.game, p.record.stage)]
             rows = [json.loads(r.label.split("Decision: ")[1]) for r in sorted(of_stage, key=lambda r: r.seat)]
-            assert p.target.proposals_NN.tolist() == rows
+            assert p.target.actions.tolist() == rows
         else:
-            assert p.target.effort == float(p.record.label.split("Decision: ")[1])
+            assert p.target.actions[p.record.seat] == float(p.record.label.split("Decision: ")[1])
 
 
 def test_evaluation_and_training_build_the_same_prompts():

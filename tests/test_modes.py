@@ -1,0 +1,146 @@
+"""Whole short runs in every mode that is not the default: other games, credits, rewards, penalties, two SFT adapters."""
+
+import json
+
+import numpy as np
+import pytest
+from test_train import lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
+
+import eval as evaluation
+import experts
+import lora
+import rewards
+import train_rft
+import train_sft
+from games import State
+from instances import game_from_json
+from policy import load_policy, put_adapter
+from prompts import PromptStyle, messages
+
+
+def short_run(model_dir, sft_adapter, folder, *more, **changes):  # noqa: F811
+    changes = dict(sft_adapter=sft_adapter, max_steps=3, eval_games=4, games=6) | changes
+    run_rft([*rft_flags(model_dir, folder, **changes), *more])
+    metrics, samples = (lines_of(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
+    assert len(metrics) == 3 and samples
+    return metrics, samples
+
+
+def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):  # noqa: F811
+    folder = tmp_path / "run"
+    changes = dict(game=["bcz", "pgg"], stages=["GE", "GEE"], expert="planner", graph_prompts=4, effort_prompts=4)
+    _, samples = short_run(model_dir, sft_adapter, folder, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["game"] == ["bcz", "pgg"] and config["stages"] == ["GE", "GEE"]
+    results = json.loads((folder / "eval.json").read_text())["results"]
+    for summary in results.values():
+        assert list(summary["games"]) == ["BCZ-GE", "BCZ-GEE", "PGG-GE", "PGG-GEE"]
+        played = [(row["instance"]["game"], row["instance"]["stages"]) for row in summary["instances"]]
+        assert sorted(played) == [("bcz", "GE"), ("bcz", "GEE"), ("pgg", "GE"), ("pgg", "GEE")]
+        means = [summary["games"][label]["U3"]["mean"] for label in summary["games"]]
+        assert np.mean(means) == pytest.approx(summary["all rounds"]["U3"]["mean"])
+    assert results["expert:planner"]["all rounds"]["U3"]["mean"] == pytest.approx(1, abs=1e-3)
+    assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
+
+
+def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_path, monkeypatch):  # noqa: F811
+    """The logged sample level is the normalised return of the decision, with the rest of the game played by experts."""
+    asked = []
+    real = train_rft.return_credits
+    monkeypatch.setattr(train_rft, "return_credits", lambda *args: asked.append((args, real(*args))) or asked[-1][1])
+    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", credit="return", gamma=0.5, rounds=2)
+    logged = [s["sample"] for s in samples]
+    assert [c or 0.0 for _, credits in asked for c in credits] == pytest.approx(logged)
+    (decisions, target, state, expert, gamma, seed), credits = next(
+        (args, credits) for args, credits in asked if len(args[2].history) == 1 and any(credits)
+    )
+    assert gamma == 0.5 and state.game.rounds == 2
+    i = next(i for i, c in enumerate(credits) if c)
+
+    def value(actions):
+        after, rng = state.step(actions), np.random.default_rng(0)
+        while not after.done:
+            after = after.step(np.array([expert(after, j, rng).action for j in range(after.game.N)]))
+        first, second = (pay[target.seat] for _, _, pay in after.round_results())
+        return first + 0.5 * second
+
+    mine = target.actions.copy()
+    mine[target.seat] = decisions[i].action
+    expected = 2 * (1 + (value(mine) - value(target.actions)) / abs(value(target.actions)))
+    assert credits[i] == pytest.approx(max(0, expected))
+
+
+def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp_path):  # noqa: F811
+    runs = {}
+    for zeta in (0.0, 0.25):
+        folder = tmp_path / str(zeta)
+        _, runs[zeta] = short_run(model_dir, sft_adapter, folder, credit="return", zeta=zeta, max_steps=3, rounds=1)
+    first = [(a, b) for a, b in zip(runs[0.0], runs[0.25]) if a["step"] == 0]
+    assert [a["reply"] for a, _ in first] == [b["reply"] for _, b in first]  # the same samples of the same adapter
+    credits = {}
+    for a, _ in first:
+        if a["compliance"] > 0:
+            credits.setdefault((a["game"], a["seat"], a["kind"]), []).append(a["sample"])
+    changed = 0
+    for a, b in first:
+        if a["compliance"] > 0:
+            other = credits.get((a["game"], a["seat"], {"G": "E", "E": "G"}[a["kind"]]))
+            distance = abs(a["sample"] - np.mean(other)) if other else 0
+            assert b["sample"] == pytest.approx(a["sample"] - 0.25 * distance)
+            changed += distance > 1e-6
+    assert changed > 3
+
+
+def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):  # noqa: F811
+    changes = dict(graph_score="welfare", w_belief=0.5, kl_target=0.001, clip_eps_high=0.3, aggregation="token")
+    metrics, samples = short_run(model_dir, sft_adapter, tmp_path / "run", "--no-memory", **changes)
+    ok = [s for s in samples if s["compliance"] > 0]
+    assert ok and all(s["r_S"] == pytest.approx(s["compliance"] + s["sample"] + 0.5 * s["belief"]) for s in samples)
+    assert all(s["global"] == 0 for s in samples if s["kind"] == "G") and any(s["local"] for s in ok if s["kind"] == "G")
+    assert len({round(s["s"], 6) for s in ok if s["kind"] == "G"}) > 2
+    betas = [m["beta"] for m in metrics]
+    for m, now, following in zip(metrics, betas, betas[1:]):
+        assert following == pytest.approx(train_rft.tompo.adapted_beta(now, m["kl"], 0.001))
+    assert betas[0] == 0.02 and betas[1] == pytest.approx(0.02 * 0.98)  # KL is 0 at step 0
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(beta=0, kl_target=0.1), "--kl-target"),
+        (dict(train_on="separate"), "train_sft.py"),
+        (dict(delta=0.1, game=["pgg"]), "--game bcz"),
+        (dict(stages=["GX"]), "stages"),
+    ],
+)
+def test_modes_that_make_no_sense_are_refused_before_anything_is_done(model_dir, tmp_path, capsys, changes, words):  # noqa: F811
+    with pytest.raises(SystemExit) as error:
+        train_rft.main(rft_flags(model_dir, tmp_path / "run", **changes))
+    said = capsys.readouterr().err.strip()
+    assert error.value.code == 2 and words in said and said.count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_belief_reward_without_beliefs_is_refused(model_dir, tmp_path, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        train_rft.main([*rft_flags(model_dir, tmp_path / "run", w_belief=0.5), "--no-belief"])
+    assert "--no-belief" in capsys.readouterr().err
+
+
+# --- SFT with an adapter for each kind of decision
+
+
+@pytest.fixture(scope="module")
+def separate(model_dir, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("sft") / "separate"
+    train_sft.main(sft_flags(model_dir, folder, train_on="separate", sft_lr=5e-3))
+    return folder
+
+
+def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):  # noqa: F811
+    for kind in ("graph", "effort"):
+        train_sft.main(sft_flags(model_dir, tmp_path / kind, train_on=kind, sft_lr=5e-3))
+        alone = (tmp_path / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes()
+        assert (separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() == alone
+    weights = [(separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() for kind in ("graph", "effort")]
+    assert weights[0] != weights[1] and not (separate / "adapter").exists()
