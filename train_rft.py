@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import diagnose
 import eval as evaluation
 import experts
 import lora
@@ -360,7 +361,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement fine-tuning and evaluation in one run.")
     add_training_arguments(parser)
     add_rft_arguments(parser)
-    evaluation.add_eval_arguments(parser)
+    evaluation.add_eval_arguments(parser, "--eval-seat")
     parser.add_argument("--out", default="runs/tompo", help="the run folder")
     ranks.start()
     args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
@@ -398,6 +399,7 @@ def main(argv=None) -> None:
         return
     plot_curves(folder, folder / "sft" / "metrics.jsonl")
     print("\n" + evaluation.report(results, args.rounds))
+    print("\n" + diagnose.summary(folder))
     times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})
     print(f"\ntime: {times}; peak memory {peak_memory_gib():.1f} GiB")
