@@ -223,9 +223,9 @@ def idle_groups(metrics: list[dict]) -> Finding:
 
 
 def collapse(metrics: list[dict], samples: list[dict]) -> Finding:
-    """One answer to everything, measured against how often the expert gives its own most common one."""
+    """One (compliant) answer to everything, against how often the expert gives its own most common one there."""
     steps = sorted({s["step"] for s in samples})
-    of_late = [s for s in samples if s["step"] in set(late(steps))]
+    of_late = [s for s in samples if s["step"] in set(late(steps)) and s["compliance"] > 0]
     levels, texts = [], []
     for kind, name in (("G", "graph"), ("E", "effort")):
         own, expert = (Counter(decision_text(s[who]) for s in of_late if s["kind"] == kind) for who in ("reply", "expert"))
