@@ -161,7 +161,9 @@ def welfare(results: dict[str, dict] | None) -> Finding:
     expert = next((s for n, s in rest if n.startswith("expert:") and n != "expert:random"), None)
     if expert is None:
         return Finding(name, "ok", "not judged: eval.json has no row of an expert to compare with")
-    u2, u3 = (own["all rounds"][m]["mean"] for m in ("U2", "U3"))
+    u1, u2, u3 = (own["all rounds"][m]["mean"] for m in ("U1", "U2", "U3"))
+    if u1 < U1_BELOW[1]:  # silence can have a high U2: where nobody links, nothing is at stake
+        return Finding(name, "ok", f"not judged: only {u1:.2f} of the evaluated replies are compliant")
     reach = expert["all rounds"]["U3"]["mean"]
     level = below(u3 / reach, U3_BELOW) if u2 >= U2_AT_LEAST and reach > 0 else "ok"
     text = f"{policy}: U2 {u2:.3f}, U3 {u3:.3f}, where the expert in its seat has U3 {reach:.3f}"
@@ -214,12 +216,10 @@ def _repeated_link_stages(results: dict[str, dict] | None) -> tuple[int, int]:
 def idle_groups(metrics: list[dict]) -> Finding:
     first, last = (mean(late(metrics, early), "zero_variance_groups") for early in (True, False))
     text = f"share of groups whose replies all got the same reward: {first:.2f} early, {last:.2f} late"
-    return finding(
-        "groups without variance",
-        above(last, IDLE_GROUPS_ABOVE),
-        text,
-        "Most sampling teaches nothing: stop here, take more replies per prompt (--m), or harder games (more agents, --no-hints).",
-    )
+    advice = "Most sampling teaches nothing: stop here, take more replies per prompt (--m), or harder games (more agents, --no-hints)."
+    if mean(late(metrics), "U1") < U1_BELOW[1]:
+        advice = "Replies fail alike, so there is nothing to prefer: train SFT longer first (--sft-steps)."
+    return finding("groups without variance", above(last, IDLE_GROUPS_ABOVE), text, advice)
 
 
 def collapse(metrics: list[dict], samples: list[dict]) -> Finding:

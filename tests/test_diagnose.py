@@ -41,10 +41,10 @@ def healthy():
     return metrics, samples, results_of(0.95, 0.87), {"inner_epochs": 1}
 
 
-def results_of(u2, u3, expert=0.88, stages="GE", replies=()):
+def results_of(u2, u3, expert=0.88, stages="GE", replies=(), u1=0.99):
     def summary(U2, U3):
         return {
-            "all rounds": {"U2": {"mean": U2}, "U3": {"mean": U3}},
+            "all rounds": {"U1": {"mean": u1}, "U2": {"mean": U2}, "U3": {"mean": U3}},
             "instances": [{"instance": {"stages": stages, "rounds": 1}}] * max(1, len(replies)),
             "replies": list(replies),
         }
@@ -148,10 +148,19 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     assert f"an entry that is not 0 or 1 (graph) {graph}" in text and f"number outside [0, cap] (effort) {effort}" in text
 
 
-def test_bad_play_is_no_social_dilemma(tmp_path):
+def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
     run = healthy()
-    run[2].update(results_of(0.4, 0.3))
-    assert levels(write(tmp_path / "run", *run)) == {}
+    for results in (results_of(0.4, 0.3), results_of(0.9, 0.3, u1=0.1)):
+        run[2].update(results)
+        assert levels(write(tmp_path / "run", *run)) == {}
+
+
+def test_groups_that_fail_alike_get_another_advice(tmp_path):
+    run = healthy()
+    for row in run[0]:
+        row |= {"zero_variance_groups": 1.0, "U1": 0.0}
+    advice = {f.name: f.advice for f in diagnose.diagnose(write(tmp_path / "run", *run))}["groups without variance"]
+    assert "SFT" in advice and "harder" not in advice
 
 
 def test_an_expert_that_changes_its_answer_is_not_followed_by_blame(tmp_path):
