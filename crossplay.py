@@ -16,11 +16,11 @@ import argparse
 
 import experts
 import ranks
-from eval import add_eval_arguments, by_stages, held_out_instances, seat_choice
+from eval import add_eval_arguments, by_stages, held_out_instances
 from games import Game
 from metrics import mean_interval, per_instance
 from players import make_cast, play_tables
-from runs import InputError, refuse_existing, reports_errors, write_json
+from runs import InputError, refuse_existing, reports_errors, seat_choice, write_json
 from train_sft import add_model_arguments
 
 DEFAULT = ["expert:second-best", "expert:planner", "expert:nash", "expert:always-link", "expert:random"]
@@ -88,7 +88,8 @@ def main(argv=None) -> None:
     experts.add_style_arguments(parser)
     add_eval_arguments(parser, seat_flag=None)
     parser.add_argument("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
-    parser.add_argument("--seat", type=seat_choice("rotate"), default=0, metavar="SEAT|rotate", help="the row player's; rotate: over games")
+    seat = dict(type=seat_choice("rotate"), default=0, metavar="SEAT|rotate")
+    parser.add_argument("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
     parser.add_argument("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
     parser.add_argument("--png", metavar="FILE", help="draw the two tables as heat maps in a new file")
     ranks.start()

@@ -117,7 +117,8 @@ def _broken_effort(text: str) -> str:
         return "text around the number" if re.search(r"\d", text) else "no number"
     if not abs(value) < float("inf"):
         return "not finite"
-    return "number outside [0, cap]" if re.fullmatch(r"[+-]?[\d.]+(?:[eE][+-]?\d+)?", text, re.ASCII) else "text around the number"
+    plain = re.fullmatch(r"[+-]?[\d.]+(?:[eE][+-]?\d+)?", text, re.ASCII)  # float() reads 1_000 too
+    return "number outside [0, cap]" if plain else "text around the number"
 
 
 def rule_of(sample: dict) -> str | None:
@@ -142,7 +143,8 @@ def compliance(metrics: list[dict], samples: list[dict]) -> Finding:
     u1 = mean(late(metrics), "U1")
     rules = Counter((s["kind"], rule) for s in samples if (rule := rule_of(s)))
     names = {"G": "graph", "E": "effort"}
-    text = f"U1 {mean(late(metrics, early=True), 'U1'):.3f} early, {u1:.3f} late; {sum(rules.values())} of {len(samples)} replies broke a rule"
+    text = f"U1 {mean(late(metrics, early=True), 'U1'):.3f} early, {u1:.3f} late; "
+    text += f"{sum(rules.values())} of {len(samples)} replies broke a rule"
     text += "".join(f", {rule} ({names[kind]}) {count}" for (kind, rule), count in rules.most_common(6))
     return finding(
         "replies that break the format",
@@ -167,7 +169,10 @@ def welfare(results: dict[str, dict] | None) -> Finding:
     reach = expert["all rounds"]["U3"]["mean"]
     level = below(u3 / reach, U3_BELOW) if u2 >= U2_AT_LEAST and reach > 0 else "ok"
     text = f"{policy}: U2 {u2:.3f}, U3 {u3:.3f}, where the expert in its seat has U3 {reach:.3f}"
-    advice = "Its replies to the others are good and the group is poor: raise --w-graph, or imitate a cooperative expert (--expert planner)."
+    advice = (
+        "Its replies to the others are good and the group is poor: raise --w-graph, or imitate a cooperative expert "
+        "(--expert planner)."
+    )
     return finding(name, level, text, advice)
 
 
@@ -216,7 +221,10 @@ def _repeated_link_stages(results: dict[str, dict] | None) -> tuple[int, int]:
 def idle_groups(metrics: list[dict]) -> Finding:
     first, last = (mean(late(metrics, early), "zero_variance_groups") for early in (True, False))
     text = f"share of groups whose replies all got the same reward: {first:.2f} early, {last:.2f} late"
-    advice = "Most sampling teaches nothing: stop here, take more replies per prompt (--m), or harder games (more agents, --no-hints)."
+    advice = (
+        "Most sampling teaches nothing: stop here, take more replies per prompt (--m), or harder games (more agents, "
+        "--no-hints)."
+    )
     if mean(late(metrics), "U1") < U1_BELOW[1]:
         advice = "Replies fail alike, so there is nothing to prefer: train SFT longer first (--sft-steps)."
     return finding("groups without variance", above(last, IDLE_GROUPS_ABOVE), text, advice)
@@ -228,7 +236,8 @@ def collapse(metrics: list[dict], samples: list[dict]) -> Finding:
     of_late = [s for s in samples if s["step"] in set(late(steps)) and s["compliance"] > 0]
     levels, texts = [], []
     for kind, name in (("G", "graph"), ("E", "effort")):
-        own, expert = (Counter(decision_text(s[who]) for s in of_late if s["kind"] == kind) for who in ("reply", "expert"))
+        of_kind = [s for s in of_late if s["kind"] == kind]
+        own, expert = (Counter(decision_text(s[who]) for s in of_kind) for who in ("reply", "expert"))
         if not own:
             continue
         (answer, count), total = own.most_common(1)[0], sum(own.values())
@@ -239,8 +248,8 @@ def collapse(metrics: list[dict], samples: list[dict]) -> Finding:
             f"(expert: {len(expert)} different, {usual:.2f})"
         )
     first, last = (mean(late(metrics, early), "distinct_replies") for early in (True, False))
-    text = "late answers: " + "; ".join(texts) + f"; distinct replies of a group / m: {first:.2f} early, {last:.2f} late"
-    advice = "One answer takes over: lower --lr, raise --beta, and check that always giving this answer does not earn a high reward."
+    text = "late answers: " + "; ".join([*texts, f"distinct replies of a group / m: {first:.2f} early, {last:.2f} late"])
+    advice = "One answer takes over: lower --lr, raise --beta, and check whether giving it always earns a high reward."
     return finding("one answer to everything", max(levels, key=LEVELS.index, default="ok"), text, advice)
 
 
@@ -254,7 +263,7 @@ def divergence(metrics: list[dict]) -> Finding:
     level = above(last, KL_ABOVE)
     spike = most > KL_ABOVE[0] and most > KL_SPIKE * last
     text = f"per token {first:.4f} early, {last:.4f} late, largest {most:.4f} (step {step})"
-    advice = "Raise --beta or lower --lr; read late replies in samples.jsonl: reward that rises with the KL may be bought with odd text."
+    advice = "Raise --beta or lower --lr, and read late replies in samples.jsonl: odd text may be what earns the reward."
     return finding(name, max(level, "watch" if spike else "ok", key=LEVELS.index), text, advice)
 
 
@@ -264,9 +273,11 @@ def clipping(metrics: list[dict], inner_epochs: int) -> Finding:
     if inner_epochs == 1:
         text = f"one inner epoch, so nothing should be clipped; largest |rho - 1| {error:.1e}"
         level = "bad" if error > RATIO_ERROR else "ok"
-        return finding(name, level, text, "The law that is scored is not the law that was sampled: look at dtype and temperature.")
+        advice = "The law that is scored is not the law that was sampled: look at dtype and temperature."
+        return finding(name, level, text, advice)
     text = f"share of tokens clipped: {fraction:.3f} late, largest |rho - 1| {error:.2f}"
-    return finding(name, above(fraction, CLIPPED_ABOVE), text, "Lower --lr or --inner-epochs: updates go further than the samples can say.")
+    advice = "Lower --lr or --inner-epochs: updates go further than the samples can say."
+    return finding(name, above(fraction, CLIPPED_ABOVE), text, advice)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,8 @@ from metrics import METRICS, Played, format_table, mean_over_seats, of_seat, rep
 from players import default_max_new_tokens as default_max_new_tokens  # train_rft.py finds it here
 from players import expert_player, make_cast, play, play_tables, policy_player
 from policy import Policy
-from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seed_int, write_json
+from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seat_choice, seed_int
+from runs import write_json
 from train_sft import add_model_arguments
 
 
@@ -40,18 +41,13 @@ from train_sft import add_model_arguments
 # games and seats
 
 
-def seat_choice(*words: str):
-    """An argparse type: a seat, or one of the words."""
-
-    return lambda text: text if text in words else seed_int(text)
-
-
 def add_eval_arguments(parser: argparse.ArgumentParser, seat_flag: str | None = "--seat") -> None:
     """seat_flag: training has a --seat of its own, which is then the default; None: no flag."""
     group = parser.add_argument_group("evaluation")
     group.add_argument("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
     group.add_argument("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
-    group.add_argument("--eval-temperature", type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")
+    temperature = dict(type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")
+    group.add_argument("--eval-temperature", **temperature)
     group.add_argument("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
     group.add_argument("--eval-seed", type=seed_int, default=0, help="of sampling and expert draws in evaluation")
     if seat_flag is None:
@@ -183,7 +179,7 @@ def main(argv=None) -> None:
     experts.add_style_arguments(parser)
     add_eval_arguments(parser)
     parser.add_argument("--policy", nargs="+", default=["base"], help="base, few-shot:K, an adapter folder, expert:NAME")
-    parser.add_argument("--few-shot", type=positive_int, metavar="K", help="add the policy few-shot:K: base, K expert games before it")
+    parser.add_argument("--few-shot", type=positive_int, metavar="K", help="add few-shot:K: base after K expert games")
     parser.add_argument("--repair", action="store_true", help="add rows in which replies are read leniently")
     parser.add_argument("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
     parser.add_argument("--table", nargs="+", metavar="PLAYER", help="a player for each seat, named as in --policy")
@@ -198,24 +194,24 @@ def main(argv=None) -> None:
         refuse_existing(args.json)
     held_out_instances(args)  # complains about its flags before a model is loaded
     experts.make_expert(args.expert)
-    if (args.by_seat or args.table) and (args.seat != 0 or args.repair or args.few_shot or (args.by_seat and args.table)):
-        raise InputError("--by-seat and --table say who sits where: they take no --seat, --few-shot, --repair, nor one another")
+    if (args.by_seat or args.table) and (args.seat or args.repair or args.few_shot or (args.by_seat and args.table)):
+        raise InputError("--by-seat and --table take no --seat, --few-shot or --repair, nor one another")
     if args.table and len(args.table) != args.eval_agents:
         raise InputError(f"--table names {len(args.table)} players, but a game has {args.eval_agents} seats (--eval-agents)")
     if args.by_seat:
         names, results = list(dict.fromkeys(args.policy)), {}
         for name, make_player in make_cast(args, names).items():
-            of_seat_, mean = evaluate_by_seat(args, make_player, name)
+            seats, mean = evaluate_by_seat(args, make_player, name)
             print("\n" * bool(results) + f"{name} in each seat, {args.expert} in the others")
-            print(format_table({seat: s["all rounds"] for seat, s in of_seat_.items()} | {"mean": mean}), flush=True)
-            results |= {f"{name} {seat}": summary for seat, summary in of_seat_.items()}
+            print(format_table({seat: s["all rounds"] for seat, s in seats.items()} | {"mean": mean}), flush=True)
+            results |= {f"{name} {seat}": summary for seat, summary in seats.items()}
     elif args.table:
         results = evaluate_table(args)
         print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
     else:
         results = evaluate_names(args)
         if isinstance(args.seat, str):
-            print({"all": "self-play: the policy in all seats", "random": "the policy in a random seat of each game"}[args.seat])
+            print("self-play: the policy in all seats" if args.seat == "all" else "the policy in a random seat of each game")
         print(report(results, args.rounds))
         repaired = {name: summary["repaired"] for name, summary in results.items() if name.endswith(" repaired")}
         for name, count in repaired.items():

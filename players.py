@@ -65,8 +65,8 @@ def policy_player(
     examples: dict[str, list[list[dict]]] | None = None,
     stream: int = 100,
 ) -> Player:
-    """A player that answers with the policy. It is for one play of games: of each conversation it keeps the keys and
-    values from one decision to the next.
+    """A player that answers with the policy. It is for one play of games: of the conversations of its first two batches
+    it keeps the keys and values from one decision to the next.
 
     adapter: is put on the model for every answer, so that players can share the model; examples: conversations that
     stand before every prompt, by game label; stream: players at one table must not have the same random numbers.
@@ -86,7 +86,9 @@ def policy_player(
                 generator = seeded(seed, stream, asks[0].stage, start)
                 part = prompts[start : start + batch]
                 mine = ranks.share(range(len(part)))
-                groups = policy.sample(part, 1, limit, temperature, generator, histories[start], mine)
+                # What was read takes 46 KB a token in the default model: later batches read their conversations again.
+                history = histories[start] if start < 2 * batch else None
+                groups = policy.sample(part, 1, limit, temperature, generator, history, mine)
                 texts += ranks.whole(mine, [group[0].text for group in groups])
         return texts
 

@@ -36,14 +36,15 @@ def test_entries_are_those_of_evaluation_against_that_expert(tmp_path, capsys):
                 assert pair[metric]["games"] == [row[metric] for row in rows]
                 v = mean_interval(row[metric] for row in rows)
                 assert pair[metric]["mean"] == v["mean"] and f"{v['mean']:.3f} [{v['low']:.2f}, {v['high']:.2f}]" in printed
-    planners = pairs["expert:planner", "expert:planner"]["U3"]
-    assert planners["mean"] == pytest.approx(1, abs=1e-4)
-    assert planners["mean"] > pairs["expert:random", "expert:planner"]["U3"]["mean"] > pairs["expert:random", "expert:random"]["U3"]["mean"]
+    random_among = {rest: pairs["expert:random", f"expert:{rest}"]["U3"]["mean"] for rest in names}
+    assert pairs["expert:planner", "expert:planner"]["U3"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert 1 > random_among["planner"] > random_among["random"]
 
 
 def test_the_matrix_has_the_row_player_in_rows(capsys):
     """An entry's place: a row's label is the player in one seat."""
-    values = {(a, b): {"mean": m, "low": None, "high": None} for (a, b), m in zip([(a, b) for a in "ab" for b in "ab"], (0.1, 0.2, 0.3, 0.4))}
+    means = {("a", "a"): 0.1, ("a", "b"): 0.2, ("b", "a"): 0.3, ("b", "b"): 0.4}
+    values = {pair: {"mean": mean, "low": None, "high": None} for pair, mean in means.items()}
     lines = [line.split() for line in crossplay.format_matrix(["a", "b"], values).splitlines()]
     assert lines == [["against", "1", "against", "2"], ["1", "a", "0.100", "0.200"], ["2", "b", "0.300", "0.400"]]
 

@@ -37,7 +37,8 @@ def healthy():
             game = k + 8 * (t % 2)
             answers = [ROWS[game % 4]] * 3 + [ROWS[(game + t) % 4]]
             samples += [sample(t, game, a, ROWS[game % 4]) for a in answers]
-            samples += [sample(t, game, f"{1 + 0.1 * game + 0.01 * i:.2f}", f"{1 + 0.1 * game:.2f}", "E", stage=1) for i in range(2)]
+            efforts = [f"{1 + 0.1 * game + error:.2f}" for error in (0, 0.01)]
+            samples += [sample(t, game, effort, efforts[0], "E", stage=1) for effort in efforts]
     return metrics, samples, results_of(0.95, 0.87), {"inner_epochs": 1}
 
 
@@ -49,7 +50,8 @@ def results_of(u2, u3, expert=0.88, stages="GE", replies=(), u1=0.99):
             "replies": list(replies),
         }
 
-    return {"tompo": summary(u2, u3), "sft": summary(0.1, 0.1), "expert:second-best": summary(0.97, expert), "expert:random": summary(0.5, 0.1)}
+    rows = {"tompo": (u2, u3), "sft": (0.1, 0.1), "expert:second-best": (0.97, expert), "expert:random": (0.5, 0.1)}
+    return {name: summary(*means) for name, means in rows.items()}
 
 
 def write(folder, metrics, samples, results, config):
@@ -99,19 +101,26 @@ def one_answer(run):
     # the answers differ from those before in 3 of 4 games once: 12 of 112 occasions, which is not "keeps changing"
 
 
+def idle(run, share):
+    for row in run[0][8:]:
+        row["zero_variance_groups"] = share
+
+
+CHANGED = [reply(ROWS[1]), reply(ROWS[2]), reply("1.0")]  # two link stages in a row, and efforts
+SELFISH = "good for itself, bad for all (high U2, low U3)"
 FAILURES = {
     "format, watch": (lambda run: non_compliant(run, 0.1), "replies that break the format", "watch"),
     "format, bad": (lambda run: non_compliant(run, 0.25), "replies that break the format", "bad"),
-    "welfare, watch": (lambda run: run[2].update(results_of(0.9, 0.80)), "good for itself, bad for all (high U2, low U3)", "watch"),
-    "welfare, bad": (lambda run: run[2].update(results_of(0.9, 0.50)), "good for itself, bad for all (high U2, low U3)", "bad"),
+    "welfare, watch": (lambda run: run[2].update(results_of(0.9, 0.80)), SELFISH, "watch"),
+    "welfare, bad": (lambda run: run[2].update(results_of(0.9, 0.50)), SELFISH, "bad"),
     "links between steps": (flip, "links that keep changing", "bad"),
     "links within a round": (
-        lambda run: run[2].update(results_of(0.95, 0.87, stages="GGE", replies=[[reply(ROWS[1]), reply(ROWS[2]), reply("1.0")]] * 10)),
+        lambda run: run[2].update(results_of(0.95, 0.87, stages="GGE", replies=[CHANGED] * 10)),
         "links that keep changing",
         "bad",
     ),
-    "idle, watch": (lambda run: [row.update(zero_variance_groups=0.7) for row in run[0][8:]], "groups without variance", "watch"),
-    "idle, bad": (lambda run: [row.update(zero_variance_groups=0.95) for row in run[0][8:]], "groups without variance", "bad"),
+    "idle, watch": (lambda run: idle(run, 0.7), "groups without variance", "watch"),
+    "idle, bad": (lambda run: idle(run, 0.95), "groups without variance", "bad"),
     "collapse": (one_answer, "one answer to everything", "bad"),
     "KL, bad": (lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]], "KL from the SFT policy that runs away", "bad"),
     "KL, a spike": (lambda run: run[0][7].update(kl=2.0), "KL from the SFT policy that runs away", "watch"),
@@ -146,6 +155,19 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     effort = sum(s["compliance"] < 0 and s["kind"] == "E" for s in run[1])
     assert f"U1 0.990 early, 0.750 late; {graph + effort} of {total} replies" in text
     assert f"an entry that is not 0 or 1 (graph) {graph}" in text and f"number outside [0, cap] (effort) {effort}" in text
+
+
+def test_only_link_stages_that_follow_one_another_in_a_round_are_compared(tmp_path):
+    """Efforts after links, and the links of the next round, may be others; games of self-play have N replies a stage."""
+    cases = [("GE", 1, CHANGED[:1] + CHANGED[2:]), ("GEG", 2, [CHANGED[0], "x", CHANGED[0], CHANGED[1], "x", CHANGED[1]])]
+    cases += [("GGE", 1, CHANGED[:2] * 2 + ["x", "x"])]  # two seats, each says the same twice
+    for stages, rounds, replies in cases:
+        results = results_of(0.95, 0.87, stages=stages, replies=[replies] * 10)
+        for row in results["tompo"]["instances"]:
+            row["instance"]["rounds"] = rounds
+        run = *healthy()[:2], results, {}
+        assert levels(write(tmp_path / stages, *run)) == {}
+    assert diagnose._repeated_link_stages(results) == (20, 0)
 
 
 def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
@@ -202,7 +224,8 @@ def test_rules_by_hand(decision, kind, rule):
 def test_a_rule_is_broken_exactly_where_the_strict_parser_refuses():
     """Replies of random pieces; the logged form of the rule (no cap known) agrees."""
     rng, refused, kept = np.random.default_rng(0), 0, 0
-    pieces = ["[", "]", "0", "1", "2", ", ", ".", " ", "-", "5", "[0, 1, 1]", "[0, 1, 0]", "nan", "x", "1.5", "e9", "\n", "Decision: "]
+    pieces = ["[", "]", "0", "1", "2", ", ", ".", " ", "-", "5", "[0, 1, 1]", "[0, 1, 0]", "nan", "x", "1.5", "e9"]
+    pieces += ["\n", "Decision: "]
     for _ in range(4000):
         text = "Decision: " * int(rng.integers(2)) + "".join(rng.choice(pieces, rng.integers(1, 5)))
         for kind in "GE":
@@ -217,8 +240,9 @@ def test_a_rule_is_broken_exactly_where_the_strict_parser_refuses():
 
 
 def test_no_run_is_one_line(tmp_path, capsys):
-    for make in (lambda: None, lambda: (tmp_path / "metrics.jsonl").write_text(""), lambda: (tmp_path / "metrics.jsonl").write_text('{"a": 1}\n')):
-        make()
+    for text in (None, "", '{"a": 1}\n'):
+        if text is not None:
+            (tmp_path / "metrics.jsonl").write_text(text)
         with pytest.raises(SystemExit) as stop:
             diagnose.main([str(tmp_path)])
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -25,8 +25,8 @@ from bcz import BCZ
 from games import State
 from instances import Family, draw_game, held_out_grid, split_of
 from metrics import Played, Turn, belief_accuracy, mean_interval, paired_difference, per_instance, summarise
-from players import play, play_tables
-from prompts import Decision, PromptStyle, parse_reply, repair_reply
+from players import play
+from prompts import Decision, PromptStyle
 from runs import InputError, write_json
 
 STYLE = PromptStyle()

@@ -19,11 +19,11 @@ from bcz import BCZ
 from games import State
 from instances import Family, draw_game, held_out_grid, split_of
 from metrics import belief_accuracy, mean_over_seats, of_seat, per_instance, strategic_efficiency, summarise
-from players import Ask, expert_decider, expert_examples, expert_player, play, play_tables, policy_player
+from players import Ask, expert_examples, expert_player, play, play_tables, policy_player
 from policy import load_policy, put_adapter
 from prompts import PromptStyle, fallback, messages, parse_reply, repair_reply, with_examples
 from rewards import Target, accuracy, graph_score
-from runs import InputError
+from shared_prefix import History
 
 STYLE = PromptStyle()
 TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
@@ -57,10 +57,8 @@ def reference_play(instances, player, seat, expert, seed):
         for i, (state, text) in enumerate(zip(states, texts)):
             N, cap = state.game.N, state.game.caps[seat]
             decision = parse_reply(text, state.kind, seat, N, cap)
-            played = [
-                (decision or fallback(state.kind, N)) if j == seat else others(state, j, np.random.default_rng([seed, i, j, stage]))
-                for j in range(N)
-            ]
+            played = [others(state, j, np.random.default_rng([seed, i, j, stage])) for j in range(N)]
+            played[seat] = decision or fallback(state.kind, N)
             actions = np.array([d.action for d in played])
             s = row = None
             if state.kind == "G":
@@ -126,7 +124,8 @@ def test_planners_in_all_seats_reach_the_first_best(tmp_path):
     results = run(tmp_path, "--policy", "expert:planner", "--seat", "all", "--expert", "never-link", games=9)
     assert all(row["U3"] == pytest.approx(1, abs=1e-4) for row in results["expert:planner"]["instances"])
     assert results["expert:planner"]["all rounds"]["U3"]["n"] == 9  # the game is the unit
-    assert results["expert:planner"]["all rounds"]["U1"]["n"] == 18 and results["expert:never-link"]["all rounds"]["s"]["mean"] == 1
+    assert results["expert:planner"]["all rounds"]["U1"]["n"] == 18
+    assert results["expert:never-link"]["all rounds"]["s"]["mean"] == 1
 
 
 def test_all_seats_are_asked_at_once():
@@ -265,16 +264,16 @@ def test_an_adapter_that_comes_and_goes_says_what_one_that_stays_says(policy, ad
     stays = replies_of(play(grid, policy_player(*settings), 1, "nash", 0))
     lora.remove(policy.model)
     assert comes == stays and all(a != b for a, b in zip(comes, base))
-    both = play_tables(grid, [[shared_of(settings, adapter_dir), policy_player(*settings, stream=101), *[expert("nash")] * 2]] * 3,
-                       [(0, 1)] * 3, "nash", 0)  # fmt: skip
-    again = play_tables(grid, [[shared_of(settings, adapter_dir), policy_player(*settings), *[expert("nash")] * 2]] * 3,
-                        [(0, 1)] * 3, "nash", 0)  # fmt: skip
-    assert [r[::2] for r in replies_of(both)] == [r[::2] for r in replies_of(again)]
-    assert [r[1::2] for r in replies_of(both)] != [r[1::2] for r in replies_of(again)]  # another stream
 
 
-def shared_of(settings, adapter_dir):
-    return policy_player(*settings, adapter=lora.read_adapter(adapter_dir))
+def test_players_at_one_table_have_their_own_random_numbers(policy):
+    grid, nash = list(held_out_grid(4))[:3], expert("nash")
+    played = []
+    for streams in ((100, 101), (100, 100)):
+        two = [policy_player(policy, STYLE, 6, 1.0, 0, stream=stream) for stream in streams]
+        played.append(replies_of(play_tables(grid, [[*two, nash, nash]] * 3, [(0, 1)] * 3, "nash", 0)))
+    first, second = ([[r[k::2] for r in replies] for replies in played] for k in (0, 1))
+    assert first[0] == first[1] and all(a != b for a, b in zip(*second))
 
 
 def test_self_play_of_a_model_does_not_depend_on_what_is_asked_together(policy):
@@ -284,6 +283,23 @@ def test_self_play_of_a_model_does_not_depend_on_what_is_asked_together(policy):
     together = policy_player(*settings)(asks)
     assert together == [policy_player(*settings)([ask])[0] for ask in asks] and len(set(together)) > 1
     assert together == policy_player(*settings, batch=3)(asks)
+
+
+def test_what_is_kept_of_conversations_is_memory_and_not_mathematics(policy):
+    """In batches of 1 only the first two conversations are kept."""
+    grid, kept = list(held_out_grid(4, Family("bcz", "GE", 2)))[:4], []
+
+    class Recorder:
+        model = policy.model
+        encode_prompt = staticmethod(policy.encode_prompt)
+
+        def sample(self, prompts, M, limit, temperature, generator, history, only):
+            kept.append(history is not None)
+            return policy.sample(prompts, M, limit, temperature, generator, history, only)
+
+    one = play(grid, policy_player(Recorder(), STYLE, 6, 0.0, 0, batch=1), 0, "nash", 0)
+    assert kept == [True, True, False, False] * 4
+    assert replies_of(one) == replies_of(play(grid, policy_player(policy, STYLE, 6, 0.0, 0), 0, "nash", 0))
 
 
 def test_the_command_with_a_model_in_several_seats(tiny_model_dir, adapter_dir, tmp_path, monkeypatch):
@@ -299,7 +315,8 @@ def test_the_command_with_a_model_in_several_seats(tiny_model_dir, adapter_dir, 
     assert seats["base seat 3"] == run(tmp_path, *flags, "--policy", "base", "--seat", "3", games=2)["base"]
     assert seats[f"{adapter_dir} seat 2"] == run(tmp_path, *flags, "--policy", adapter_dir, "--seat", "2", games=2)[adapter_dir]
     alone = run(tmp_path, *flags, "--policy", "base", "--seat", "all", "--few-shot", "1", "--repair", games=2)
-    assert list(alone) == ["base", "base repaired", "few-shot:1", "few-shot:1 repaired", "expert:second-best", "expert:random"]
+    rows = ["base", "base repaired", "few-shot:1", "few-shot:1 repaired", "expert:second-best", "expert:random"]
+    assert list(alone) == rows
     assert len(alone["base"]["replies"][0]) == 8  # 4 seats, 2 stages
 
 
@@ -340,7 +357,8 @@ def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     assert len(chats) == len(drawn) == 3
     compared = 0
     for chat, game in zip(chats, drawn):
-        assert split_of(game) == "train" and (game.label, game.N) == (family.label, N) and game.key not in {g.key for g in held_out_grid(N, family)}
+        assert split_of(game) == "train" and (game.label, game.N) == (family.label, N)
+        assert game.key not in {g.key for g in held_out_grid(N, family)}
         seat = int(re.search(r"agent (\d+) of", chat[0]["content"])[1]) - 1
         assert [m["role"] for m in chat] == ["system", *["user", "assistant"] * (len(game.stages) * game.rounds)]
         for kind, turn in zip(game.stages * game.rounds, chat[2::2]):
@@ -379,7 +397,7 @@ def test_a_prompt_with_examples_goes_on_where_the_last_one_ended(policy):
 
     played = play(grid, policy_player(Recorder(), STYLE, 8, 0.0, 0, examples=examples), 0, "nash", 0)
     (first, replies, history), (second, _, same) = asked
-    assert history is same
+    assert history is same and isinstance(history, History)
     common = [sum(a == b for a, b in zip(p + r, q)) for p, r, q in zip(first, replies, second)]
     assert all(n >= len(p) for n, p in zip(common, first))
     alone = [policy.sample([p], 1, 8, 0.0)[0][0].text for p in second]
