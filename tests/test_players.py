@@ -3,6 +3,7 @@
 The game of most tests by hand is that of test_eval.py: N = 3, alpha = 1, delta = 0.1, c = 0.05, cap 3, W* = 2.2.
 """
 
+import argparse
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from players import Ask, expert_examples, expert_player, play, play_tables, poli
 from policy import load_policy, put_adapter
 from prompts import PromptStyle, fallback, messages, parse_reply, repair_reply, with_examples
 from rewards import Target, accuracy, graph_score
+from runs import InputError
 from shared_prefix import History
 
 STYLE = PromptStyle()
@@ -153,6 +155,19 @@ def test_random_seats_belong_to_the_game_and_the_seed():
 
     play(grid, player, seats, "nash", 0)
     assert asked == [(i, j) for i, (j,) in enumerate(seats)] * 2
+
+
+def test_the_seat_of_evaluation_is_that_of_training_unless_another_is_named():
+    """train_rft.py has --seat for the data and --eval-seat; eval.py has --seat alone."""
+    for argv, seat in (([], 2), (["--eval-seat", "1"], 1), (["--eval-seat", "all"], "all"), (["--eval-seat", "0"], 0)):
+        parser = argparse.ArgumentParser()
+        experts.add_data_arguments(parser)
+        evaluation.add_eval_arguments(parser, "--eval-seat")
+        args = parser.parse_args(["--seat", "2", *argv])
+        assert (args.seat, evaluation.seat_of(args)) == (2, seat)
+        assert len(evaluation.held_out_instances(args)) == 60
+    with pytest.raises(InputError):
+        evaluation.held_out_instances(parser.parse_args(["--eval-seat", "4"]))
 
 
 def test_random_seats_are_the_same_for_all_policies(tmp_path):
