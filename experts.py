@@ -261,7 +261,6 @@ def add_style_arguments(parser: argparse.ArgumentParser) -> None:
     add_game_arguments(parser)
     group = parser.add_argument_group("players")
     group.add_argument("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
-    group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
     group.add_argument("--information", choices=("full", "local"), default="full", help="whose alpha an agent knows")
     group.add_argument("--belief", action=argparse.BooleanOptionalAction, default=True, help="ask for a Belief line")
     group.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True, help="worked numbers in prompts")
@@ -273,6 +272,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("expert games")
     group.add_argument("--games", type=positive_int, default=126, help="number of expert games [source: 126]")
     group.add_argument("--agents", type=parse_range, default=(4, 4), metavar="N|A-B", help="agents per game, 4 or 4-8")
+    group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
     group.add_argument("--all-seats", action="store_true", help="train on the decisions of every seat, not of --seat alone")
     group.add_argument("--noise", type=share, default=0.15, help="share of decisions replaced at random in the data")
 

@@ -81,6 +81,11 @@ class Game:
     def N(self) -> int:
         return len(self.types)
 
+    @property
+    def label(self) -> str:
+        """The game and its stages, such as BCZ-GE: that of its Family."""
+        return f"{self.name.upper()}-{self.stages}"
+
     def to_json(self) -> dict:
         return {"game": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 

@@ -154,6 +154,16 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
     return chat
 
 
+def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
+    """The conversation `chat` after other, finished ones, as one conversation. Many chat templates take one system
+    message, and take it first: each later conversation has its own at the head of its first user message."""
+    first, *rest = [*examples, chat]
+    joined = list(first)
+    for system, question, *more in rest:
+        joined += [{"role": "user", "content": f"A new game. {system['content']}\n{question['content']}"}, *more]
+    return joined
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what the agent answers
 
@@ -197,6 +207,14 @@ def _parse_list(text: str | None, N: int, pattern: re.Pattern = _LIST) -> np.nda
     return values if len(values) == N and np.isfinite(values).all() else None
 
 
+def _belief(reply: str, kind: str, seat: int, N: int) -> np.ndarray | None:
+    belief_N = _parse_list(_last_line(reply, "Belief:"), N)
+    if belief_N is None or (kind == "G" and not np.isin(belief_N, (0, 1)).all()):
+        return None
+    belief_N[seat] = 0
+    return belief_N
+
+
 def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
     """The decision of a compliant reply, None for any other. A reply is data: parsed, never evaluated or repaired.
 
@@ -204,12 +222,7 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
     finite number in [0, cap] (`E`). The belief is None unless the last `Belief:` line holds N finite numbers (`G`: in
     {0, 1}); it does not decide compliance.
     """
-    decision, belief_N = _last_line(reply, "Decision:"), _parse_list(_last_line(reply, "Belief:"), N)
-    if belief_N is not None:
-        if kind == "G" and not np.isin(belief_N, (0, 1)).all():
-            belief_N = None
-        else:
-            belief_N[seat] = 0
+    decision, belief_N = _last_line(reply, "Decision:"), _belief(reply, kind, seat, N)
     if decision is None:
         return None
     if kind == "G":
@@ -220,6 +233,36 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
     if _SCALAR.fullmatch(decision) is None or not 0 <= float(decision) <= cap:
         return None
     return Decision("E", float(decision) + 0.0, belief_N)  # + 0.0: -0 becomes 0
+
+
+def repair_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
+    """The compliant decision that is nearest to a reply; None where no decision can be read. It is for a baseline in
+    evaluation that tells formatting from strategy, and nothing in training calls it.
+
+    What is read is the last `Decision:` line; without one, for `G` the last list in brackets, for `E` all but Belief
+    lines. `G`: the numbers in it, in their order and each to the nearer of 0 and 1, cut or padded with 0 to N entries,
+    own position 0; none of them being 0 or 1, it is no row. `E`: the first finite number, clipped to [0, cap].
+    """
+    compliant = parse_reply(reply, kind, seat, N, cap)
+    if compliant:
+        return compliant
+    text, graph = _last_line(reply, "Decision:"), kind == "G"
+    if text is None and graph:
+        lists = re.findall(r"\[[^\[\]]*\]", re.sub("(?m)^ *Belief:.*$", "", reply))
+        text = lists[-1] if lists else ""
+    elif text is None:
+        text = re.sub("(?m)^ *Belief:.*$", "", reply)
+    found = [float(v) for v in re.findall(rf"(?<![\w.]){_NUMBER}(?!\w|\.\d)", text, re.ASCII)]
+    belief_N = _belief(reply, kind, seat, N)
+    if graph:
+        if not any(v in (0, 1) for v in found):
+            return None
+        row_N = np.zeros(N, int)
+        row_N[: len(found[:N])] = [v >= 0.5 for v in found[:N]]
+        row_N[seat] = 0
+        return Decision("G", row_N, belief_N)
+    finite = [v for v in found if np.isfinite(v)]
+    return Decision("E", min(max(finite[0], 0.0), float(cap)) + 0.0, belief_N) if finite else None
 
 
 def fallback(kind: str, N: int) -> Decision:

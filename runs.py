@@ -71,6 +71,11 @@ seed_int = number(int, 0)
 share = number(float, 0, 1)
 
 
+def seat_choice(*words: str):
+    """An argparse type: a seat, counted from 0, or one of the words."""
+    return lambda text: text if text in words else seed_int(text)
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Writes the whole file or leaves the old one as it was."""
     path = Path(path)

@@ -3,7 +3,7 @@
     python survey.py                                                 # {BCZ, PGG} x {GE, GEE, GGE} x types x N in 4, 6, 8
     python survey.py --game pgg --stages GE --agents 5 --json pgg.json
 
-A cell is U2 / U3 (see eval.py): U2, mean over all decisions of all seats, is how good they are for the one who takes
+A cell is U2 / U3 (see metrics.py): U2, mean over all decisions of all seats, is how good they are for the one who takes
 them, given what the others do; U3 is welfare against the first best. `planner` has U3 = 1 by definition; where its U2 is
 low, the first best is no equilibrium and somebody gains by leaving it.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 import experts
-from eval import strategic_efficiency, welfare_bounds
 from games import Game, State
 from instances import GAMES, KINDS, Family, held_out_grid
+from metrics import strategic_efficiency, welfare_bounds
 from runs import number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 
 TYPES = {"homogeneous": KINDS[:1], "heterogeneous": KINDS[1:]}

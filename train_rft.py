@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import diagnose
 import eval as evaluation
 import experts
 import lora
@@ -40,6 +41,7 @@ import ranks
 import tompo
 from games import Game, State
 from instances import game_from_json
+from players import default_max_new_tokens
 from policy import Policy, Rollout, put_adapter
 from prompts import Decision, parse_reply
 from rewards import GRAPH_SCORES, Memory, Target, group_rewards, made_consistent, return_credits
@@ -239,7 +241,7 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         lora.load_adapter_state(policy.model, adapter)
         memory, beta = Memory(extra["memory"]), extra["beta"]
     longest = max(prompts, key=lambda p: len(p.ids))
-    policy.check_length(len(longest.ids), args.max_new_tokens or evaluation.default_max_new_tokens(longest.game.N))
+    policy.check_length(len(longest.ids), args.max_new_tokens or default_max_new_tokens(longest.game.N))
     metrics, samples = (JsonLines(folder / f"{name}.jsonl", done, ranks.first()) for name in ("metrics", "samples"))
     steps = min(args.steps, args.max_steps or args.steps)
 
@@ -255,7 +257,7 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
             with clock("sample"):
                 batch = next_batch(prompts, args.graph_prompts, args.effort_prompts, step, args.seed)
                 mine = ranks.share([(p.record.game, p.record.seat) for p in batch])
-                limit = args.max_new_tokens or evaluation.default_max_new_tokens(max(p.game.N for p in batch))
+                limit = args.max_new_tokens or default_max_new_tokens(max(p.game.N for p in batch))
                 generator = checkpoint.seeded(args.seed, 6, step)
                 groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator, only=mine)
                 groups = ranks.whole(mine, groups)
@@ -393,7 +395,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement fine-tuning and evaluation in one run.")
     add_training_arguments(parser)
     add_rft_arguments(parser)
-    evaluation.add_eval_arguments(parser)
+    evaluation.add_eval_arguments(parser, "--eval-seat")
     parser.add_argument("--out", default="runs/tompo", help="the run folder")
     ranks.start()
     args = parse(parser, "train_rft.py", PAPER | dict(lr=1e-5), argv)  # the paper leaves its RFT rate open
@@ -437,6 +439,7 @@ def main(argv=None) -> None:
         return
     plot_curves(folder, folder / "sft" / "metrics.jsonl")
     print("\n" + evaluation.report(results, args.rounds))
+    print("\n" + diagnose.summary(folder))
     times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})
     print(f"\ntime: {times}; peak memory {peak_memory_gib():.1f} GiB")

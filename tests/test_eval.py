@@ -19,10 +19,13 @@ import pytest
 
 import eval as evaluation
 import experts
+import metrics
+import players
 from bcz import BCZ
-from eval import Played, Turn, mean_interval, paired_difference, per_instance, play, summarise
 from games import State
 from instances import Family, draw_game, held_out_grid, split_of
+from metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
+from players import play
 from prompts import Decision, PromptStyle
 from rewards import belief_accuracy
 from runs import InputError, write_json
@@ -34,11 +37,11 @@ SCRIPT = Path(evaluation.__file__).resolve()
 
 
 def constant(text):
-    return lambda states, seat, replies, stage: [text] * len(states)
+    return lambda asks: [text] * len(asks)
 
 
 def expert(name, seed=0):
-    return evaluation.expert_player(name, STYLE, seed)
+    return players.expert_player(name, STYLE, seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -51,11 +54,11 @@ def expert(name, seed=0):
     + [(14, 2.1448, 1e-3), (29, 2.0452, 1e-4), (59, 2.0010, 1e-4), (119, 1.9801, 1e-4), (10**6, 1.95997, 1e-4)],
 )
 def test_quantiles_of_t(df, t, within):
-    assert evaluation._t95(df) == pytest.approx(t, abs=within)
+    assert metrics._t95(df) == pytest.approx(t, abs=within)
 
 
 def test_quantiles_of_t_fall_with_the_degrees_of_freedom():
-    values = [evaluation._t95(df) for df in range(1, 200)]
+    values = [metrics._t95(df) for df in range(1, 200)]
     assert all(a > b > 1.95996 for a, b in itertools.pairwise(values))
 
 
@@ -64,7 +67,7 @@ def test_quantiles_of_t_fall_with_the_degrees_of_freedom():
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (0, 1, 0, 0.7935)],
 )
 def test_wilson_interval(successes, n, low, high):
-    v = evaluation.wilson_interval(successes, n)
+    v = metrics.wilson_interval(successes, n)
     assert v["mean"] == successes / n and v["n"] == n
     assert v["low"] == pytest.approx(low, abs=1e-4) and v["high"] == pytest.approx(high, abs=1e-4)
 
@@ -72,7 +75,7 @@ def test_wilson_interval(successes, n, low, high):
 def test_wilson_ends_solve_the_score_equation():
     """|share - p| = z sqrt(p (1 - p) / n) at both ends."""
     for s, n in ((3, 17), (41, 60), (1, 200)):
-        v = evaluation.wilson_interval(s, n)
+        v = metrics.wilson_interval(s, n)
         for p in (v["low"], v["high"]):
             assert abs(s / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
 
@@ -134,7 +137,7 @@ def test_graph_efficiency_over_all_rows():
                 Q = P.copy()
                 Q[seat, others] = bits
                 expected = 1 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
-                U2 = evaluation.strategic_efficiency(State(game), seat, Q)
+                U2 = metrics.strategic_efficiency(State(game), seat, Q)
                 assert U2 == pytest.approx(expected, abs=1e-6)
                 values.append(U2)
                 compared += 1
@@ -154,10 +157,10 @@ def test_effort_efficiency_over_a_fine_grid():
             u = game.alpha[seat] * grid - grid**2 / 2 + game.delta * grid * neighbours
             own = game.alpha[seat] * x[seat] - x[seat] ** 2 / 2 + game.delta * x[seat] * neighbours  # costs cancel
             expected = 1 - (u.max() - own) / (u.max() - u.min())
-            assert evaluation.strategic_efficiency(state, seat, x) == pytest.approx(expected, abs=1e-5)
+            assert metrics.strategic_efficiency(state, seat, x) == pytest.approx(expected, abs=1e-5)
             for v, value in ((grid[u.argmax()], 1), (grid[u.argmin()], 0)):
                 y = np.r_[x[:seat], v, x[seat + 1 :]]
-                assert evaluation.strategic_efficiency(state, seat, y) == pytest.approx(value, abs=1e-5)
+                assert metrics.strategic_efficiency(state, seat, y) == pytest.approx(value, abs=1e-5)
             compared += 1
     assert compared == 48
 
@@ -169,22 +172,22 @@ def test_efficiency_by_hand():
     for row, U2 in (([0, 1, 1], 1.0), ([0, 0, 0], 0.0), ([0, 1, 0], 0.07995 / 0.18125)):
         P = all_links.copy()
         P[0] = row
-        assert evaluation.strategic_efficiency(State(TRIO), 0, P) == pytest.approx(U2, abs=1e-4)
+        assert metrics.strategic_efficiency(State(TRIO), 0, P) == pytest.approx(U2, abs=1e-4)
     alone = State(TRIO).step(0 * all_links)
     for x, U2 in ((1.0, 1.0), (3.0, 0.0), (0.0, 0.75), (2.0, 0.75), (2.5, 1 - 1.125 / 2)):
-        assert evaluation.strategic_efficiency(alone, 1, np.array([2.0, x, 0.5])) == pytest.approx(U2)
+        assert metrics.strategic_efficiency(alone, 1, np.array([2.0, x, 0.5])) == pytest.approx(U2)
 
 
 def test_efficiency_where_nothing_is_at_stake_is_1():
     """Nobody chooses seat 0, so all its rows are the same."""
     P = np.array([[0, 1, 1], [0, 0, 1], [0, 1, 0]])
-    assert evaluation.strategic_efficiency(State(TRIO), 0, P) == 1
+    assert metrics.strategic_efficiency(State(TRIO), 0, P) == 1
 
 
 def test_efficiency_leaves_the_actions_alone():
     P, x = 1 - np.eye(3, dtype=int), np.array([1.0, 2.0, 3.0])
-    evaluation.strategic_efficiency(State(TRIO), 0, P)
-    evaluation.strategic_efficiency(State(TRIO).step(P), 0, x)
+    metrics.strategic_efficiency(State(TRIO), 0, P)
+    metrics.strategic_efficiency(State(TRIO).step(P), 0, x)
     assert (P == 1 - np.eye(3)).all() and x.tolist() == [1, 2, 3]
 
 
@@ -264,7 +267,7 @@ def test_there_is_no_gain_where_the_first_best_is_empty():
 
 
 def test_bounds_by_hand():
-    assert evaluation.welfare_bounds(TRIO) == pytest.approx((2.2, 1.5))
+    assert metrics.welfare_bounds(TRIO) == pytest.approx((2.2, 1.5))
 
 
 def test_summary_counts_decisions_and_averages_instances():
@@ -323,8 +326,8 @@ def test_replies_that_are_not_compliant_play_nothing_and_count(text):
 
 
 def test_one_bad_reply_does_not_spoil_the_other():
-    def player(states, seat, replies, stage):
-        return ["Belief: [0, 1, 1]\nDecision: [0, 1, 1]" if s.kind == "G" else "Decision: 3.01" for s in states]
+    def player(asks):
+        return ["Belief: [0, 1, 1]\nDecision: [0, 1, 1]" if a.state.kind == "G" else "Decision: 3.01" for a in asks]
 
     (played,) = play([TRIO], player, 0, "planner", 0)
     row = per_instance(played)
@@ -402,7 +405,7 @@ def test_long_names_stay_apart_from_their_numbers():
     """Adapter folders have long names: in the last lines too a blank must follow the colon."""
     s = summarise(play([TRIO, TRIO], expert("planner"), 0, "planner", 0))
     name = "runs/a-rather-long-name-of-a-run/adapter"
-    text = evaluation.report({"base": s, name: s}, 1)
+    text = metrics.report({"base": s, name: s}, 1)
     assert f"{name}: " in text
 
 
@@ -410,10 +413,10 @@ def recording(player):
     """The same player, and a list of the histories it was shown: [stage][game] -> arrays."""
     seen = []
 
-    def answer(states, seat, replies, stage):
-        assert stage == len(seen) and all(len(r) == stage for r in replies)
-        seen.append([s.history for s in states])
-        return player(states, seat, replies, stage)
+    def answer(asks):
+        assert all(a.stage == len(seen) == len(a.state.history) for a in asks)
+        seen.append([a.state.history for a in asks])
+        return player(asks)
 
     return answer, seen
 
@@ -453,8 +456,8 @@ def test_round_1_alone_is_the_first_round_of_two():
     """Compliant in round 1, silent in round 2."""
     planner = expert("planner")
 
-    def player(states, seat, replies, stage):
-        return planner(states, seat, replies, stage) if stage < 2 else [""] * len(states)
+    def player(asks):
+        return planner(asks) if asks[0].stage < 2 else [""] * len(asks)
 
     instances = [TRIO_2, TRIO_2]
     s = summarise(play(instances, player, 0, "planner", 0))
@@ -463,7 +466,7 @@ def test_round_1_alone_is_the_first_round_of_two():
     assert s["round 1"]["U3"]["mean"] == pytest.approx(1, abs=1e-5)
     assert s["all rounds"]["U3"]["mean"] == pytest.approx((1 + 1.15 / 2.2) / 2, abs=1e-5)
     alone = summarise(play([TRIO, TRIO], planner, 0, "planner", 0))
-    for metric in evaluation.METRICS:
+    for metric in metrics.METRICS:
         assert s["round 1"][metric] == alone["all rounds"][metric]
 
 
@@ -495,13 +498,13 @@ def test_evaluation_prompts_are_the_training_prompts(style):
             return [[SimpleNamespace(text=told[p % len(instances)][p // len(instances)])] for p in prompts]
 
     policy = Recorder()
-    player = evaluation.policy_player(policy, style, None, 0.7, 0, batch=3)
+    player = players.policy_player(policy, style, None, 0.7, 0, batch=3)
     played = play(instances, player, seat, "nash", 0)
     assert len(policy.prompts) == 4 * len(instances) == 20
     for k, chat in enumerate(policy.prompts):
         assert chat == asked[k % len(instances)][k // len(instances)]
     assert len({id(history) for history in policy.histories.values()}) == 2  # batches of 3 and 2 games
-    assert policy.settings == {(1, evaluation.default_max_new_tokens(4), 0.7)}
+    assert policy.settings == {(1, players.default_max_new_tokens(4), 0.7)}
     assert [[t.reply for t in p.turns] for p in played] == told
 
 
@@ -557,8 +560,8 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     rows = ["expert:planner", "expert:nash", "expert:second-best", "expert:random"]
-    assert lines[0].split() == " ".join(["policy", *evaluation.METRICS]).split()
-    assert {"U1", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok"} <= set(evaluation.METRICS)
+    assert lines[0].split() == " ".join(["policy", *metrics.METRICS]).split()
+    assert {"U1", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok"} <= set(metrics.METRICS)
     assert [line.split()[0] for line in lines[1:5]] == rows
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["results"]) == rows and written["arguments"]["eval_games"] == 8

@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 from test_train import lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
 
-import eval as evaluation
-import experts
 import lora
-import rewards
 import train_rft
 import train_sft
-from games import State
-from instances import game_from_json
-from policy import load_policy, put_adapter
-from prompts import PromptStyle, messages
 
 
 def short_run(model_dir, sft_adapter, folder, *more, **changes):  # noqa: F811

@@ -1,0 +1,265 @@
+"""Who sits at a table, and games played at tables.
+
+A player answers a list of `Ask`s, all of one stage, with one answer each: a reply's text, which is parsed as strictly as
+the policy's in training, or a Decision (experts in seats that are not measured). A table names a player for every seat
+of a game; a player in several seats, or in several games, is asked once per stage for all of them.
+
+Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in the prompt), an
+adapter folder, `expert:NAME`. All that need the model share one.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import experts
+import lora
+import ranks
+from checkpoint import seeded
+from games import Game, State
+from instances import Family, draw_game, families, split_of
+from metrics import Played, Turn, strategic_efficiency
+from policy import Policy, put_adapter
+from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, repair_reply, with_examples
+from rewards import Target, accuracy, belief_accuracy, graph_score
+from runs import InputError
+from shared_prefix import History
+from train_sft import load_policy_of_rank
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """One decision that is asked for. game: which of the games that are played; replies: what this seat has answered in
+    the stages before."""
+
+    game: int
+    state: State
+    seat: int
+    replies: list[str]
+
+    @property
+    def stage(self) -> int:
+        return len(self.replies)
+
+
+Player = Callable[[list[Ask]], list[str | Decision]]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# players
+
+
+def policy_player(
+    policy: Policy,
+    style: PromptStyle,
+    max_new_tokens: int | None,
+    temperature: float,
+    seed: int,
+    batch: int = 64,
+    adapter: tuple[dict, lora.LoRAConfig] | None = None,
+    examples: dict[str, list[list[dict]]] | None = None,
+    stream: int = 100,
+) -> Player:
+    """A player that answers with the policy. It is for one play of games: of the conversations of its first two batches
+    it keeps the keys and values from one decision to the next.
+
+    adapter: is put on the model for every answer, so that players can share the model; examples: conversations that
+    stand before every prompt, by game label; stream: players at one table must not have the same random numbers.
+    """
+    histories: dict[int, History] = defaultdict(History)
+
+    def prompt(ask: Ask) -> list[int]:
+        chat = messages(ask.state, ask.seat, ask.replies, style)
+        return policy.encode_prompt(with_examples(examples[ask.state.game.label], chat) if examples else chat)
+
+    def answer(asks):
+        prompts = [prompt(ask) for ask in asks]
+        limit = max_new_tokens or default_max_new_tokens(max(ask.state.game.N for ask in asks))
+        texts = []
+        with adapter_on(policy, adapter) if adapter else nullcontext():
+            for start in range(0, len(prompts), batch):
+                generator = seeded(seed, stream, asks[0].stage, start)
+                part = prompts[start : start + batch]
+                mine = ranks.share(range(len(part)))
+                # What was read takes 46 KB a token in the default model: later batches read their conversations again.
+                history = histories[start] if start < 2 * batch else None
+                groups = policy.sample(part, 1, limit, temperature, generator, history, mine)
+                texts += ranks.whole(mine, [group[0].text for group in groups])
+        return texts
+
+    return answer
+
+
+@contextmanager
+def adapter_on(policy: Policy, adapter: tuple[dict, lora.LoRAConfig]):
+    state, config = adapter
+    lora.inject(policy.model, config, torch.Generator())
+    try:
+        lora.load_adapter_state(policy.model, state)
+        yield
+    finally:
+        lora.remove(policy.model)
+
+
+def expert_decider(name: str, seed: int) -> Player:
+    """The expert's decisions. Its draws belong to (seed, game, seat, stage): they depend on no other player."""
+    expert = experts.make_expert(name)
+    return lambda asks: [
+        expert(a.state, a.seat, np.random.default_rng([seed, a.game, a.seat, a.stage])) for a in asks
+    ]
+
+
+def expert_player(name: str, style: PromptStyle, seed: int) -> Player:
+    """The same in the words of a policy."""
+    decide = expert_decider(name, seed)
+    return lambda asks: [format_reply(decision, style) for decision in decide(asks)]
+
+
+def default_max_new_tokens(N: int) -> int:
+    """Room for two lines of N entries."""
+    return 20 + 7 * N
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# players by name
+
+
+def expert_examples(count: int, family: Family, N: int, expert: str, style: PromptStyle, seed: int) -> list[list[dict]]:
+    """`count` expert games of the training split, each as the conversation of a random seat."""
+    rng = np.random.default_rng([seed, 0, 0, 0, 2])
+    chats = []
+    for _ in range(count):
+        game = draw_game(rng, N, "train", family)
+        if split_of(game) != "train":
+            raise InputError("few-shot examples would be the evaluated game itself: the game flags leave but one instance")
+        seat = int(rng.integers(N))
+        *_, last = (r for r in experts.simulate(game, experts.make_expert(expert), rng, style) if r.seat == seat)
+        chats.append([*last.prompt, {"role": "assistant", "content": last.label}])
+    return chats
+
+
+def check_names(names: list[str], flag: str) -> None:
+    for name in names:
+        kind, _, rest = name.partition(":")
+        if kind == "expert":
+            experts.make_expert(rest)
+        elif kind == "few-shot":
+            if not rest.isdecimal() or int(rest) < 1:
+                raise InputError(f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3")
+        elif name != "base" and not Path(name).is_dir():
+            raise InputError(f"{flag} {name}: neither base, nor few-shot:K, nor expert:NAME, nor an adapter folder")
+
+
+def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Callable[..., Player]]:
+    """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The model is
+    loaded once, and a wrong adapter is found before the first game, not after the last."""
+    check_names(names, flag)
+    style, cast = experts.style_of(args), {}
+    policy = None if all(name.startswith("expert:") for name in names) else load_policy_of_rank(args)
+
+    def model_player(stream=100, batch=64, **how):
+        settings = style, args.max_new_tokens, args.eval_temperature, args.eval_seed
+        return policy_player(policy, *settings, batch=batch, stream=stream, **how)
+
+    for name in names:
+        kind, _, rest = name.partition(":")
+        if kind == "expert":
+            cast[name] = lambda stream=100, expert=rest: expert_player(expert, style, args.eval_seed)
+        elif kind == "few-shot":
+            settings = args.eval_agents, args.expert, style, args.eval_seed
+            examples = {f.label: expert_examples(int(rest), f, *settings) for f in families(args)}
+            smaller = max(1, 64 // (int(rest) + 1))  # every conversation keeps its own copy of what it has read
+            cast[name] = lambda stream=100, e=examples, b=smaller: model_player(stream, b, examples=e)
+        elif name == "base":
+            cast[name] = model_player
+        else:
+            put_adapter(policy, name)  # complains about one that does not fit
+            lora.remove(policy.model)
+            cast[name] = lambda stream=100, adapter=lora.read_adapter(name): model_player(stream, adapter=adapter)
+    return cast
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# games at tables
+
+
+def play(
+    instances: list[Game],
+    player: Player,
+    seat: int | list[tuple[int, ...]],
+    expert: str,
+    seed: int,
+    label: str = "",
+    repair: bool = False,
+) -> list[Played]:
+    """The player in one seat, or in each game in the seats that the list names, and the expert in the others."""
+    seats = [(seat,)] * len(instances) if isinstance(seat, int) else seat
+    others = expert_decider(expert, seed)
+    tables = [[player if j in own else others for j in range(g.N)] for g, own in zip(instances, seats)]
+    return play_tables(instances, tables, seats, expert, seed, label, repair)
+
+
+def play_tables(
+    instances: list[Game],
+    tables: list[list[Player]],
+    watched: list[tuple[int, ...]],
+    expert: str,
+    seed: int,
+    label: str = "",
+    repair: bool = False,
+) -> list[Played]:
+    """All games side by side, stage by stage; they must have the same stages and rounds. tables: of each game the
+    player in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions in all seats
+    a graph decision is compared with (as in training: its row among the expert's others); repair: of replies that are
+    not compliant, play what can be read in them."""
+    reference = expert_decider(expert, seed)
+    players = list({id(p): p for table in tables for p in table}.values())
+    states = [State(g) for g in instances]
+    replies: list[list[list[str]]] = [[[] for _ in table] for table in tables]
+    turns: list[list[Turn]] = [[] for _ in instances]
+    stages = len(instances[0].stages) * instances[0].rounds
+    for _ in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()):
+        asked = [[Ask(i, s, j, replies[i][j]) for j in range(s.game.N)] for i, s in enumerate(states)]
+        answers = {}
+        for player in players:
+            asks = [ask for of_game in asked for ask in of_game if tables[ask.game][ask.seat] is player]
+            answers |= {(ask.game, ask.seat): a for ask, a in zip(asks, player(asks), strict=True)}
+        for i, state in enumerate(states):
+            N, caps, kind = state.game.N, state.game.caps, state.kind
+            of_game = [answers[i, j] for j in range(N)]
+            strict = [a if isinstance(a, Decision) else parse_reply(a, kind, j, N, caps[j]) for j, a in enumerate(of_game)]
+            meant = [d or (repair_reply(of_game[j], kind, j, N, caps[j]) if repair else None) for j, d in enumerate(strict)]
+            actions = np.array([(d or fallback(kind, N)).action for d in meant])
+            expert_NN = np.array([d.action for d in reference(asked[i])]) if kind == "G" else None
+            for j in watched[i]:
+                turns[i].append(_turn(state, j, of_game[j], strict[j], meant[j], actions, expert_NN))
+            for of_seat, a in zip(replies[i], of_game):
+                of_seat.append(a if isinstance(a, str) else "")  # experts remember nothing but the state
+            states[i] = state.step(actions)
+    welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
+    return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
+
+
+def _turn(state: State, seat: int, reply, strict, meant, actions: np.ndarray, expert_NN: np.ndarray | None) -> Turn:
+    """strict: the decision of the reply as it is; meant: after repair, where there is one; expert_NN: (N, N) or None."""
+    s = row = None
+    if state.kind == "G":
+        s = graph_score(meant, Target(state.game, "G", seat, expert_NN))
+        row = accuracy(meant.action, expert_NN[seat], seat) if meant else 0.0
+    return Turn(
+        state.round,
+        state.kind,
+        reply if isinstance(reply, str) else "",
+        strict,
+        s,
+        row,
+        strategic_efficiency(state, seat, actions),
+        belief_accuracy(meant, state.game, seat, actions),
+        seat,
+        strict is None and meant is not None,
+    )
