@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import experts
 import games
+import llm_experts
 import lora
 import ranks
 from checkpoint import seeded
@@ -153,13 +154,14 @@ def policy_player(policy: Policy, style: PromptStyle, max_new_tokens, temperatur
     return answer
 
 
-def expert_player(name: str, style: PromptStyle, seed: int):
+def expert_player(expert: str | experts.Expert, style: PromptStyle, seed: int):
     """A player that answers as an expert, in the same words as a policy would."""
-    expert = experts.make_expert(name)
+    expert = experts.make_expert(expert) if isinstance(expert, str) else expert
 
     def answer(states, seat, replies, stage):
         rngs = [np.random.default_rng([seed, i, seat, stage]) for i in range(len(states))]
-        return [format_reply(expert(s, seat, rng), style) for s, rng in zip(states, rngs)]
+        decisions = experts.settle([expert(s, seat, rng, r) for s, rng, r in zip(states, rngs, replies)])
+        return [format_reply(decision, style) for decision in decisions]
 
     return answer
 
@@ -169,35 +171,39 @@ def default_max_new_tokens(N: int) -> int:
     return 20 + 7 * N
 
 
-def play(instances: list[Game], player, seat: int, expert: str, seed: int, label: str = "") -> list[Played]:
+def play(
+    instances: list[Game], player, seat: int, expert: str | experts.Expert, seed: int, label: str = ""
+) -> list[Played]:
     """All games side by side, stage by stage; they must have the same stages and rounds. Draws of an expert belong to
     (seed, game, seat, stage), so they do not depend on the policy."""
-    others = experts.make_expert(expert)
-    states, replies = [State(g) for g in instances], [[] for _ in instances]
+    others = experts.make_expert(expert) if isinstance(expert, str) else expert
+    states, past = [State(g) for g in instances], [[[] for _ in range(g.N)] for g in instances]
+    replies = [of_game[seat] for of_game in past]
     turns: list[list[Turn]] = [[] for _ in instances]
     stages = len(instances[0].stages) * instances[0].rounds
     for stage in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()):
         texts = player(states, seat, replies, stage)
+        # In a graph stage also what would have been played with the expert in the policy's seat too.
+        asked = [(i, j) for i, s in enumerate(states) for j in range(s.game.N) if j != seat or s.kind == "G"]
+        rngs = [np.random.default_rng([seed, i, j, stage]) for i, j in asked]
+        decisions = experts.settle([others(states[i], j, rng, past[i][j]) for (i, j), rng in zip(asked, rngs)])
+        of_expert = dict(zip(asked, decisions))
         for i, (state, text) in enumerate(zip(states, texts)):
             N = state.game.N
             decision = parse_reply(text, state.kind, seat, N, state.game.caps[seat])
-            played = [
-                (decision or fallback(state.kind, N))
-                if j == seat
-                else others(state, j, np.random.default_rng([seed, i, j, stage]))
-                for j in range(N)
-            ]
+            played = [(decision or fallback(state.kind, N)) if j == seat else of_expert[i, j] for j in range(N)]
             actions = np.array([d.action for d in played])
             efficiency = strategic_efficiency(state, seat, actions)
             belief = belief_accuracy(decision, state, seat, actions)
             s = row = None
             if state.kind == "G":
-                expert_NN = actions.copy()  # what would have been played with the expert in the policy's seat too
-                expert_NN[seat] = others(state, seat, np.random.default_rng([seed, i, seat, stage])).action
+                expert_NN = actions.copy()
+                expert_NN[seat] = of_expert[i, seat].action
                 s = graph_score(decision, Target("G", seat, state.game.caps[seat], expert_NN))
                 row = accuracy(decision.action, expert_NN[seat], seat) if decision else 0.0
             turns[i].append(Turn(state.round, state.kind, text, decision, s, row, efficiency, belief))
-            replies[i].append(text)
+            for j in range(N):
+                past[i][j].append(text if j == seat else of_expert[i, j])
             states[i] = state.step(actions)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
     return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
@@ -379,11 +385,11 @@ def held_out_instances(args) -> list[Game]:
 
 def evaluate(args, make_player, label: str) -> dict:
     """The summary of one kind of player on the held-out games of these arguments."""
-    instances = held_out_instances(args)
+    instances, others = held_out_instances(args), experts.expert_of(args)
     played: dict[int, Played] = {}
     for stages in dict.fromkeys((g.stages, g.rounds) for g in instances):
         part = [i for i, g in enumerate(instances) if (g.stages, g.rounds) == stages]
-        of_part = play([instances[i] for i in part], make_player(), args.seat, args.expert, args.eval_seed, label)
+        of_part = play([instances[i] for i in part], make_player(), args.seat, others, args.eval_seed, label)
         played |= zip(part, of_part)
     return summarise([played[i] for i in range(len(instances))])
 
@@ -394,7 +400,8 @@ def evaluate_policy(args, policy: Policy, label: str) -> dict:
 
 
 def evaluate_expert(args, name: str) -> dict:
-    return evaluate(args, lambda: expert_player(name, experts.style_of(args), args.eval_seed), f"expert:{name}")
+    expert, style = experts.expert_of(args, name), experts.style_of(args)
+    return evaluate(args, lambda: expert_player(expert, style, args.eval_seed), f"expert:{name}")
 
 
 def read_results(path: str) -> dict[str, dict]:
@@ -435,7 +442,7 @@ def main(argv=None) -> None:
     names = [*args.policy, f"expert:{args.expert}", "expert:random"]
     for name in names:
         if name.startswith("expert:"):
-            experts.make_expert(name.removeprefix("expert:"))
+            experts.expert_of(args, name.removeprefix("expert:"))
         elif name != "base" and not Path(name).is_dir():
             raise InputError(f"--policy {name}: neither base, nor expert:NAME, nor an adapter folder")
     names = list(dict.fromkeys(names))
@@ -456,6 +463,7 @@ def main(argv=None) -> None:
             results[name] = evaluate_policy(args, policy, name)
             lora.remove(policy.model)
     print(report(results, args.rounds))
+    llm_experts.print_report()
     if args.json and ranks.first():
         write_json(args.json, {"arguments": vars(args), "results": results})
         print(f"\nwritten: {args.json}")

@@ -171,7 +171,7 @@ class Decision:
 def format_reply(decision: Decision, style: PromptStyle) -> str:
     graph = decision.kind == "G"
     lines = []
-    if style.belief:
+    if style.belief and decision.belief is not None:
         lines.append("Belief: " + (_short if graph else _numbers)(decision.belief))
     action = _short(decision.action) if graph else f"{decision.action:.{EFFORT_DIGITS}f}"
     lines.append(f"Decision: {action}")
@@ -184,7 +184,8 @@ _ROW = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\]", re.ASCII)
 _SCALAR = re.compile(_NUMBER, re.ASCII)
 
 
-def _last_line(reply: str, label: str) -> str | None:
+def last_line(reply: str, label: str) -> str | None:
+    """What stands behind the label in the last line that begins with it."""
     found = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
     return found[-1][len(label) :].strip() if found else None
 
@@ -204,7 +205,7 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
     finite number in [0, cap] (`E`). The belief is None unless the last `Belief:` line holds N finite numbers (`G`: in
     {0, 1}); it does not decide compliance.
     """
-    decision, belief_N = _last_line(reply, "Decision:"), _parse_list(_last_line(reply, "Belief:"), N)
+    decision, belief_N = last_line(reply, "Decision:"), _parse_list(last_line(reply, "Belief:"), N)
     if belief_N is not None:
         if kind == "G" and not np.isin(belief_N, (0, 1)).all():
             belief_N = None

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import eval as evaluation
 import experts
+import llm_experts
 import lora
 import ranks
 import tompo
@@ -368,7 +369,7 @@ def main(argv=None) -> None:
         raise InputError("--graph-prompts and --effort-prompts are both 0: a step needs prompts")
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
-    experts.make_expert(args.expert)
+    experts.expert_of(args)
     evaluation.held_out_instances(args)  # complains about its flags before anything is trained
     clock = Stopwatch()
     with clock("load"):
@@ -398,6 +399,7 @@ def main(argv=None) -> None:
         return
     plot_curves(folder, folder / "sft" / "metrics.jsonl")
     print("\n" + evaluation.report(results, args.rounds))
+    llm_experts.print_report()
     times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})
     print(f"\ntime: {times}; peak memory {peak_memory_gib():.1f} GiB")

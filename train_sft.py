@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import checkpoint
 import experts
+import llm_experts
 import lora
 import ranks
 from policy import Policy, load_policy
@@ -80,7 +81,7 @@ def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) 
     args.script, args.resumed = script, False
     if args.seat >= args.agents[0]:
         raise InputError(f"--seat {args.seat} must be below the number of agents, which is {args.agents[0]} in some games")
-    for name in ("data", "sft_adapter"):  # a run may be resumed from another working directory
+    for name in ("data", "sft_adapter", "expert_cache"):  # a run may be resumed from another working directory
         if getattr(args, name, None):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     return args
@@ -277,6 +278,7 @@ def main(argv=None) -> None:
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)
+    llm_experts.print_report()
     print(f"adapter: {folder / 'adapter'}\nnext:    python train_rft.py --sft-adapter {folder / 'adapter'}")
 
 
