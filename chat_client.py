@@ -4,7 +4,8 @@ The server's address and key come from the environment (OPENAI_BASE_URL, OPENAI_
 into the record, not into a log, and the key is taken out of whatever a server says before that is shown or kept.
 
 The record is the cache: a JSON line per answer, on the disk before the answer is used, so a run that is killed loses no
-answer that was paid for, and the same command goes on where it stopped. What has an answer there is never asked again.
+answer that was paid for, and the same command goes on where it stopped. What has an answer there is never asked again;
+only what is under way at the moment of a kill, or is answered after the time-out, is asked once more.
 An answer is found by (model, messages, sampling settings, draw, attempt), and not by the server it came from. `draw`
 names which sample of the model's law it is, see llm_experts.py; `attempt` counts how often the question was repeated
 because the answer could not be read.
@@ -140,8 +141,9 @@ def server_from_environment() -> Server:
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     try:
         parts = urllib.parse.urlsplit(base)
-        good = parts.scheme in ("http", "https") and parts.hostname and not (parts.username or parts.query or parts.fragment)
-        good = good and base.isascii() and base.isprintable() and " " not in base and (parts.port or 1)
+        good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
+        good = good and not (parts.username or parts.query or parts.fragment)
+        good = good and base.isascii() and base.isprintable() and " " not in base
     except ValueError:
         good = False
     if not good:
@@ -235,8 +237,9 @@ def _refusal(server: Server, error: urllib.error.HTTPError, model: str) -> Excep
     try:
         detail = error.read(2**16).decode(errors="replace")
         inner = json.loads(detail)["error"]
-        detail, code = (inner["message"], inner.get("code") or inner.get("type")) if isinstance(inner, dict) else (inner, None)
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        detail = inner if isinstance(inner, str) else inner["message"]
+        code = None if isinstance(inner, str) else inner.get("code") or inner.get("type")
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     detail = server.clean(" ".join(str(detail).split()))[:200]
     said = f"{server.host} answered {status}" + (f": {detail}" if detail else "")
@@ -309,14 +312,16 @@ class ChatClient:
         with ThreadPoolExecutor(self.concurrency) as pool:
             futures = [pool.submit(self._ask, key, *question, attempt) for key, question in new.items()]
             try:
-                for future in tqdm(as_completed(futures), "asking the expert", len(futures), leave=False, disable=len(futures) < 10):
+                done, silent = as_completed(futures), len(futures) < 10
+                for future in tqdm(done, "asking the expert", len(futures), leave=False, disable=silent):
                     if not isinstance(future.exception(), _Stopped):  # then another has the reason
                         future.result()
             except BaseException as e:
                 self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(e, KeyboardInterrupt):
-                    tqdm.write(f"waiting for the answers under way; all are kept in {self.file.path}, the same command goes on")
+                    kept = f"all are kept in {self.file.path}, and the same command goes on"
+                    tqdm.write(f"waiting for the answers under way; {kept}")
                 raise
         return [self.file.answers[key]["text"] for key in keys]
 

@@ -34,7 +34,9 @@ from prompts import EFFORT_DIGITS, Decision, PromptStyle, fallback, format_reply
 from runs import InputError, number, positive_int
 
 KINDS = ("openai:", "hf:")
-PROGRAM = " You may write an effort as a sum to be computed, of numbers and + - * / ( ) alone, for example Decision: 1 + 0.095 * 3"
+PROGRAM = (
+    " You may write an effort as a calculation, of numbers and + - * / ( ) alone, for example Decision: 1 + 0.095 * 3"
+)
 MAX_TOKENS = 4096  # of a server's answer: models that reason at length need them, and others do not use them
 LARGEST_BELIEF = 1e6  # a belief beyond it is none: it would stand in the label in full
 
@@ -164,7 +166,8 @@ class LocalModel:
         import torch
 
         texts = []
-        for start in tqdm(range(0, len(questions), self.BATCH), "asking the expert", leave=False, disable=len(questions) < 10):
+        starts = range(0, len(questions), self.BATCH)
+        for start in tqdm(starts, "asking the expert", leave=False, disable=len(questions) < 10):
             part = questions[start : start + self.BATCH]
             prompts = [self.policy.encode_prompt(chat) for chat, _, _ in part]
             limit = self.max_tokens or 20 + (7 + 10 * self.program) * max(N for _, _, N in part)
@@ -324,7 +327,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--expert-concurrency", type=positive_int, default=8, help="questions under way at a time")
     add("--expert-timeout", type=number(float, 0.01), default=180.0, help="seconds to wait for an answer")
     add("--expert-retries", type=number(int, 0), default=6, help="tries after one that failed (429, 5xx, time-outs, ...)")
-    add("--expert-cache", default="expert_answers.jsonl", metavar="FILE", help="the record of a server's answers; none is asked twice")
+    record = "record of a server's answers; none that it holds is asked for again"
+    add("--expert-cache", default="expert_answers.jsonl", metavar="FILE", help=record)
     price = "USD per million tokens, to report what was spent"
     add("--expert-price", nargs=2, type=number(float, 0), metavar=("IN", "OUT"), help=price)
     add("--expert-budget", type=number(float, 0), metavar="USD", help="ask no more once the answers in the record cost this")
