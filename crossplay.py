@@ -41,7 +41,7 @@ def play_pair(args, make_one, make_rest, label: str) -> list[dict]:
         one, rest = make_one(stream=100), make_rest(stream=101)
         tables = [[one if j == seats[i] else rest for j in range(instances[i].N)] for i in part]
         of_part = [instances[i] for i in part], tables, [(seats[i],) for i in part]
-        return play_tables(*of_part, args.expert, args.eval_seed, label)
+        return play_tables(*of_part, experts.expert_of(args), args.eval_seed, label)
 
     return [per_instance(played) for played in by_stages(instances, play_part)]
 
@@ -100,7 +100,7 @@ def main(argv=None) -> None:
     if len(names) < 2:
         raise InputError("--player: cross-play needs at least two different players")
     instances = held_out_instances(args)
-    experts.make_expert(args.expert)
+    experts.expert_of(args)
     cast = make_cast(args, names, "--player")
     games = {(a, b): play_pair(args, cast[a], cast[b], f"{a} among {b}") for a in names for b in names}
     tables = {m: {pair: mean_interval([row[m] for row in rows]) for pair, rows in games.items()} for m in SHOWN}

@@ -25,6 +25,7 @@ import numpy as np
 
 import experts
 import games
+import llm_experts
 import ranks
 from games import Game
 from instances import families, held_out_grid
@@ -97,7 +98,7 @@ def play_held_out(args, make_player, label: str, seat: int | str | None = None, 
 
     def play_part(part):
         of_part = [instances[i] for i in part], make_player(), [seats[i] for i in part]
-        return play(*of_part, args.expert, args.eval_seed, label, repair)
+        return play(*of_part, experts.expert_of(args), args.eval_seed, label, repair)
 
     return by_stages(instances, play_part)
 
@@ -108,7 +109,7 @@ def evaluate_policy(args, policy: Policy, label: str) -> dict:
 
 
 def evaluate_expert(args, name: str) -> dict:
-    settings = name, experts.style_of(args), args.eval_seed
+    settings = experts.expert_of(args, name), experts.style_of(args), args.eval_seed
     return summarise(play_held_out(args, lambda: expert_player(*settings), f"expert:{name}"))
 
 
@@ -143,7 +144,7 @@ def evaluate_table(args) -> dict[str, dict]:
         cast = {name: make(stream=100 + k) for k, (name, make) in enumerate(makers.items())}
         table, seats = [cast[name] for name in args.table], tuple(range(args.eval_agents))
         of_part = [instances[i] for i in part], [table] * len(part), [seats] * len(part)
-        return play_tables(*of_part, args.expert, args.eval_seed, "the table")
+        return play_tables(*of_part, experts.expert_of(args), args.eval_seed, "the table")
 
     played = by_stages(instances, play_part)
     return {f"seat {i} {name}": summarise(of_seat(played, i)) for i, name in enumerate(args.table)}
@@ -192,7 +193,7 @@ def main(argv=None) -> None:
     if args.json:
         refuse_existing(args.json)
     held_out_instances(args)  # complains about its flags before a model is loaded
-    experts.make_expert(args.expert)
+    experts.expert_of(args)
     if (args.by_seat or args.table) and (args.seat or args.repair or args.few_shot or (args.by_seat and args.table)):
         raise InputError("--by-seat and --table take no --seat, --few-shot or --repair, nor one another")
     if args.table and len(args.table) != args.eval_agents:
@@ -215,6 +216,7 @@ def main(argv=None) -> None:
         repaired = {name: summary["repaired"] for name, summary in results.items() if name.endswith(" repaired")}
         for name, count in repaired.items():
             print(f"\n{name}: a decision was read in {count} replies that were not compliant")
+    llm_experts.print_report()
     if args.json and ranks.first():
         write_json(args.json, {"arguments": vars(args), "results": results})
         print(f"\nwritten: {args.json}")

@@ -2,7 +2,8 @@
 
     python experts.py --out expert_games.jsonl --games 126
 
-An expert is a function (state, seat, rng) -> Decision. The exact ones need no model:
+An expert is a function (state, seat, rng, past) -> Decision; `past` is what the agent answered in the stages before,
+which only language models look at. The exact ones need no model:
 
     second-best   the efficient graph at Nash efforts, then Nash efforts on the graph that formed (the default)
     planner       the first best: the efficient graph at planner efforts, then planner efforts
@@ -11,13 +12,16 @@ An expert is a function (state, seat, rng) -> Decision. The exact ones need no m
     selfish       the row with the highest own Nash payoff if everybody else were to choose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
     random        a coin for every link, a uniform effort
+    openai:MODEL / hf:PATH   a language model on a server, a local one: see llm_experts.py
     noisy:EXPERT:RATE   any of them, with that share of its decisions replaced by `random`
 
 [source] of the paper is GPT-o3 as the expert, 126 games of 4 to 8 agents; the exact experts are a [choice].
 """
 
 import argparse
+import copy
 import json
+from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Callable
@@ -26,12 +30,14 @@ import numpy as np
 from tqdm import tqdm
 
 import games
+import llm_experts
 from games import Game, State
 from instances import Family, add_game_arguments, draw_game, families, game_from_json
+from llm_experts import Asking, Question, settle
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
 from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seed_int, share, write_atomic
 
-Expert = Callable[[State, int, np.random.Generator], Decision]
+Expert = Callable[..., Decision | Question]  # (state, seat, rng, past=()); a Question is for llm_experts.settle
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,7 +89,7 @@ RULES = {
 NAMES = (*RULES, "random")
 
 
-def _exact(name: str, state: State, seat: int, rng: np.random.Generator) -> Decision:
+def _exact(name: str, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
     """Plays its rule, and believes that everybody else plays it too."""
     propose, exert = RULES[name]
     if state.kind == "G":
@@ -95,7 +101,7 @@ def _exact(name: str, state: State, seat: int, rng: np.random.Generator) -> Deci
     return Decision("E", float(efforts_N[seat]), belief_N)
 
 
-def _random(state: State, seat: int, rng: np.random.Generator) -> Decision:
+def _random(state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
     """Coins and uniform efforts; so are its beliefs."""
     N, caps = state.game.N, state.game.caps
     if state.kind == "G":
@@ -107,12 +113,13 @@ def _random(state: State, seat: int, rng: np.random.Generator) -> Decision:
     return Decision("E", float(min(caps[seat], round(rng.uniform(0, caps[seat]), EFFORT_DIGITS))), belief_N)
 
 
-def _noisy(expert: Expert, rate: float, state: State, seat: int, rng: np.random.Generator) -> Decision:
-    return (_random if rng.random() < rate else expert)(state, seat, rng)
+def _noisy(expert: Expert, rate: float, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision | Question:
+    return (_random if rng.random() < rate else expert)(state, seat, rng, past)
 
 
-def make_expert(name: str) -> Expert:
-    """The expert of a name. Raises InputError for a name that is none."""
+def make_expert(name: str, asking: Asking = Asking(), stand_in: Expert | None = None) -> Expert:
+    """The expert of a name. asking: how language models are asked; stand_in: plays in place of one. Raises InputError
+    for a name that is none, or a language model that cannot be had."""
     if name == "random":
         return _random
     if name in RULES:
@@ -123,8 +130,12 @@ def make_expert(name: str) -> Expert:
             noise = share(rate)
         except argparse.ArgumentTypeError:
             raise InputError(f"{name!r} is not noisy:EXPERT:RATE, rate 0 to 1, for example noisy:nash:0.15") from None
-        return partial(_noisy, make_expert(inner), noise)
-    raise InputError(f"unknown expert {name!r}; choose from {', '.join(NAMES)} or noisy:EXPERT:RATE")
+        return partial(_noisy, make_expert(inner, asking, stand_in), noise)
+    if llm_experts.is_language(name):
+        llm_experts.check_name(name)
+        return stand_in or llm_experts.make(name, asking)
+    known = f"{', '.join(NAMES)}, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
+    raise InputError(f"unknown expert {name!r}; choose from {known}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,11 +172,31 @@ def simulate(
     game: Game, expert: Expert, rng: np.random.Generator, style: PromptStyle, noise: float = 0.0, index: int = 0
 ) -> list[Record]:
     """Plays one game with the expert in every seat; T * len(stages) * N records, in order of play."""
+    return _side_by_side([_stages(game, expert, rng, style, noise, index)])
+
+
+def _side_by_side(runs: list[Generator]) -> list[Record]:
+    """Plays games stage by stage, so that the questions of a stage are asked together; their records, game by game."""
+    asked, records = {i: next(run) for i, run in enumerate(runs)}, {}
+    while asked:
+        settled = iter(settle([d for decisions in asked.values() for d in decisions]))
+        asked_next = {}
+        for i, decisions in asked.items():
+            try:
+                asked_next[i] = runs[i].send([next(settled) for _ in decisions])
+            except StopIteration as end:
+                records[i] = end.value
+        asked = asked_next
+    return [r for i in range(len(runs)) for r in records[i]]
+
+
+def _stages(game: Game, expert: Expert, rng: np.random.Generator, style: PromptStyle, noise: float, index: int) -> Generator:
+    """One game: yields what the experts answer in a stage, receives it settled, returns the records at the end."""
     state, records = State(game), []
     replies: list[list[str]] = [[] for _ in range(game.N)]
     while not state.done:
         seats = range(game.N)
-        labels = [expert(state, i, rng) for i in seats]
+        labels = yield [expert(state, i, rng, replies[i]) for i in seats]
         replaced = [bool(rng.random() < noise) for _ in seats]
         played = [_random(state, i, rng) if replaced[i] else labels[i] for i in seats]
         after = state.step(np.array([d.action for d in played]))
@@ -204,16 +235,30 @@ def simulate_many(
     split: str = "train",
     families: tuple[Family, ...] = (Family(),),
     noise: float = 0.15,
+    asking: Asking | None = None,
+    stand_in: Expert | None = None,
 ) -> list[Record]:
     """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents. Families take
-    turns."""
+    turns. asking: how language models are asked (by default: in this style); stand_in: plays in place of one.
+
+    A language model plays all games side by side. It gets the instances and the replaced decisions that an exact
+    expert gets: none of them turns on the answers, so each game is first played by an exact expert, to move on the
+    random stream, and then in earnest with a copy of the stream from before.
+    """
     rng = np.random.default_rng([seed, split == "held-out"])
-    records = []
+    player = make_expert(expert, asking or Asking(style), stand_in)
+    waits = llm_experts.is_language(expert) and stand_in is None
+    rehearsing = make_expert(expert, stand_in=partial(_exact, "second-best")) if waits else None
+    records, runs = [], []
     for index in tqdm(range(count), desc="expert games", disable=count < 1000):
         N = int(rng.integers(agents[0], agents[1] + 1))
         game = draw_game(rng, N, split, families[index % len(families)])
-        records += simulate(game, make_expert(expert), rng, style, noise, index)
-    return records
+        if waits:
+            runs.append(_stages(game, player, copy.deepcopy(rng), style, noise, index))
+            simulate(game, rehearsing, rng, style, noise, index)
+        else:
+            records += simulate(game, player, rng, style, noise, index)
+    return records + _side_by_side(runs)
 
 
 def write_records(path: str, records: list[Record]) -> None:
@@ -264,6 +309,7 @@ def add_style_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--information", choices=("full", "local"), default="full", help="whose alpha an agent knows")
     group.add_argument("--belief", action=argparse.BooleanOptionalAction, default=True, help="ask for a Belief line")
     group.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True, help="worked numbers in prompts")
+    llm_experts.add_arguments(parser)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -281,11 +327,21 @@ def style_of(args: argparse.Namespace) -> PromptStyle:
     return PromptStyle(args.information, args.belief, args.hints)
 
 
-def simulate_args(args: argparse.Namespace, count: int, seed: int, split: str = "train") -> list[Record]:
+def asking_of(args: argparse.Namespace, name: str) -> Asking:
+    """How the expert of this name is asked; exact ones are not, so runs from before language models need no flags."""
+    return llm_experts.asking_of(args, style_of(args)) if llm_experts.is_language(name) else Asking()
+
+
+def expert_of(args: argparse.Namespace, name: str | None = None) -> Expert:
+    """The expert of the flags of `add_style_arguments`, or the one of this name. Raises InputError."""
+    name = args.expert if name is None else name
+    return make_expert(name, asking_of(args, name))
+
+
+def simulate_args(args: argparse.Namespace, count: int, seed: int, split: str = "train", stand_in=None) -> list[Record]:
     """`simulate_many` with the flags of `add_data_arguments`."""
-    return simulate_many(
-        count, args.expert, seed, style_of(args), args.agents, split, families(args), args.noise
-    )
+    settings = style_of(args), args.agents, split, families(args), args.noise, asking_of(args, args.expert), stand_in
+    return simulate_many(count, args.expert, seed, *settings)
 
 
 @reports_errors
@@ -295,11 +351,20 @@ def main(argv=None) -> None:
     parser.add_argument("--out", default="expert_games.jsonl", help="the file to write")
     parser.add_argument("--seed", type=seed_int, default=0, help="seed of instances and noise")
     parser.add_argument("--split", choices=("train", "held-out"), default="train", help="which instances are drawn")
+    parser.add_argument("--dry-run", action="store_true", help="only estimate what a language model would be asked")
     args = parser.parse_args(argv)
+    if args.dry_run:
+        if not llm_experts.is_language(args.expert):
+            raise InputError(f"--dry-run is for experts that are language models; {args.expert} costs nothing")
+        rehearsal = llm_experts.Rehearsal(partial(_exact, "second-best"), asking_of(args, args.expert))
+        simulate_args(args, args.games, args.seed, args.split, rehearsal)
+        print(rehearsal.report(args.expert))
+        return
     refuse_existing(args.out)
     records = simulate_args(args, args.games, args.seed, args.split)
     write_records(args.out, records)
     print(f"{args.out}: {len(records)} decisions of {args.games} games by {args.expert}")
+    llm_experts.print_report()
 
 
 if __name__ == "__main__":

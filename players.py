@@ -41,7 +41,7 @@ class Ask:
     game: int
     state: State
     seat: int
-    replies: list[str]
+    replies: list[str | Decision]
 
     @property
     def stage(self) -> int:
@@ -106,17 +106,20 @@ def adapter_on(policy: Policy, adapter: tuple[dict, lora.LoRAConfig]):
         lora.remove(policy.model)
 
 
-def expert_decider(name: str, seed: int) -> Player:
+def expert_decider(expert: str | experts.Expert, seed: int) -> Player:
     """The expert's decisions. Its draws belong to (seed, game, seat, stage): they depend on no other player."""
-    expert = experts.make_expert(name)
-    return lambda asks: [
-        expert(a.state, a.seat, np.random.default_rng([seed, a.game, a.seat, a.stage])) for a in asks
-    ]
+    expert = experts.make_expert(expert) if isinstance(expert, str) else expert
+
+    def decide(asks):
+        rngs = [np.random.default_rng([seed, a.game, a.seat, a.stage]) for a in asks]
+        return experts.settle([expert(a.state, a.seat, rng, a.replies) for a, rng in zip(asks, rngs)])
+
+    return decide
 
 
-def expert_player(name: str, style: PromptStyle, seed: int) -> Player:
+def expert_player(expert: str | experts.Expert, style: PromptStyle, seed: int) -> Player:
     """The same in the words of a policy."""
-    decide = expert_decider(name, seed)
+    decide = expert_decider(expert, seed)
     return lambda asks: [format_reply(decision, style) for decision in decide(asks)]
 
 
@@ -129,7 +132,7 @@ def default_max_new_tokens(N: int) -> int:
 # players by name
 
 
-def expert_examples(count: int, family: Family, N: int, expert: str, style: PromptStyle, seed: int) -> list[list[dict]]:
+def expert_examples(count: int, family: Family, N: int, expert: experts.Expert, style: PromptStyle, seed: int) -> list[list[dict]]:
     """`count` expert games of the training split, each as the conversation of a random seat."""
     rng = np.random.default_rng([seed, 0, 0, 0, 2])
     chats = []
@@ -138,16 +141,16 @@ def expert_examples(count: int, family: Family, N: int, expert: str, style: Prom
         if split_of(game) != "train":
             raise InputError("few-shot examples would be the evaluated game itself: the game flags leave but one instance")
         seat = int(rng.integers(N))
-        *_, last = (r for r in experts.simulate(game, experts.make_expert(expert), rng, style) if r.seat == seat)
+        *_, last = (r for r in experts.simulate(game, expert, rng, style) if r.seat == seat)
         chats.append([*last.prompt, {"role": "assistant", "content": last.label}])
     return chats
 
 
-def check_names(names: list[str], flag: str) -> None:
+def check_names(args, names: list[str], flag: str) -> None:
     for name in names:
         kind, _, rest = name.partition(":")
         if kind == "expert":
-            experts.make_expert(rest)
+            experts.expert_of(args, rest)
         elif kind == "few-shot":
             if not rest.isdecimal() or int(rest) < 1:
                 raise InputError(f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3")
@@ -158,7 +161,7 @@ def check_names(names: list[str], flag: str) -> None:
 def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Callable[..., Player]]:
     """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The model is
     loaded once, and a wrong adapter is found before the first game, not after the last."""
-    check_names(names, flag)
+    check_names(args, names, flag)
     style, cast = experts.style_of(args), {}
     policy = None if all(name.startswith("expert:") for name in names) else load_policy_of_rank(args)
 
@@ -169,9 +172,10 @@ def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Calla
     for name in names:
         kind, _, rest = name.partition(":")
         if kind == "expert":
-            cast[name] = lambda stream=100, expert=rest: expert_player(expert, style, args.eval_seed)
+            expert = experts.expert_of(args, rest)
+            cast[name] = lambda stream=100, expert=expert: expert_player(expert, style, args.eval_seed)
         elif kind == "few-shot":
-            settings = args.eval_agents, args.expert, style, args.eval_seed
+            settings = args.eval_agents, experts.expert_of(args), style, args.eval_seed
             examples = {f.label: expert_examples(int(rest), f, *settings) for f in families(args)}
             smaller = max(1, 64 // (int(rest) + 1))  # every conversation keeps its own copy of what it has read
             cast[name] = lambda stream=100, e=examples, b=smaller: model_player(stream, b, examples=e)
@@ -192,7 +196,7 @@ def play(
     instances: list[Game],
     player: Player,
     seat: int | list[tuple[int, ...]],
-    expert: str,
+    expert: str | experts.Expert,
     seed: int,
     label: str = "",
     repair: bool = False,
@@ -208,7 +212,7 @@ def play_tables(
     instances: list[Game],
     tables: list[list[Player]],
     watched: list[tuple[int, ...]],
-    expert: str,
+    expert: str | experts.Expert,
     seed: int,
     label: str = "",
     repair: bool = False,
@@ -229,17 +233,19 @@ def play_tables(
         for player in players:
             asks = [ask for of_game in asked for ask in of_game if tables[ask.game][ask.seat] is player]
             answers |= {(ask.game, ask.seat): a for ask, a in zip(asks, player(asks), strict=True)}
+        graph = states[0].kind == "G"
+        of_reference = iter(reference([ask for of_game in asked for ask in of_game]) if graph else ())
         for i, state in enumerate(states):
             N, caps, kind = state.game.N, state.game.caps, state.kind
             of_game = [answers[i, j] for j in range(N)]
             strict = [a if isinstance(a, Decision) else parse_reply(a, kind, j, N, caps[j]) for j, a in enumerate(of_game)]
             meant = [d or (repair_reply(of_game[j], kind, j, N, caps[j]) if repair else None) for j, d in enumerate(strict)]
             actions = np.array([(d or fallback(kind, N)).action for d in meant])
-            expert_NN = np.array([d.action for d in reference(asked[i])]) if kind == "G" else None
+            expert_NN = np.array([next(of_reference).action for _ in range(N)]) if kind == "G" else None
             for j in watched[i]:
                 turns[i].append(_turn(state, j, of_game[j], strict[j], meant[j], actions, expert_NN))
             for of_seat, a in zip(replies[i], of_game):
-                of_seat.append(a if isinstance(a, str) else "")  # experts remember nothing but the state
+                of_seat.append(a)
             states[i] = state.step(actions)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
     return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]

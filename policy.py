@@ -133,7 +133,7 @@ class Policy:
         M: int,
         max_new_tokens: int,
         temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         history: History | None = None,
         only: list[int] | None = None,
     ) -> list[list[Rollout]]:
@@ -142,11 +142,15 @@ class Policy:
         Token t of a reply is the inverse of the law's distribution function at a uniform number that belongs to that
         reply and that t alone, so a sample does not depend on what else is in the batch. Replies to one prompt that
         have said the same so far are computed as one, and a reply that has ended costs nothing more.
+        generator: a list has one for each prompt, and its sample does not even depend on its place in the batch.
         history (M = 1): what earlier calls have read of these conversations is not read again; it is brought up to date.
         only: answer these prompts alone, with the samples that they would get among all.
         """
         assert history is None or M == 1
-        uniforms_PMS = torch.rand(len(prompts), M, max_new_tokens, generator=generator)
+        if isinstance(generator, list):
+            uniforms_PMS = torch.stack([torch.rand(M, max_new_tokens, generator=g) for g in generator])
+        else:
+            uniforms_PMS = torch.rand(len(prompts), M, max_new_tokens, generator=generator)
         if only is not None:
             prompts, uniforms_PMS = [prompts[i] for i in only], uniforms_PMS[only]
         if not prompts:

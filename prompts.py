@@ -181,7 +181,7 @@ class Decision:
 def format_reply(decision: Decision, style: PromptStyle) -> str:
     graph = decision.kind == "G"
     lines = []
-    if style.belief:
+    if style.belief and decision.belief is not None:
         lines.append("Belief: " + (_short if graph else _numbers)(decision.belief))
     action = _short(decision.action) if graph else f"{decision.action:.{EFFORT_DIGITS}f}"
     lines.append(f"Decision: {action}")
@@ -194,7 +194,8 @@ _ROW = re.compile(r"\[\s*([01](?:\s*,\s*[01])*)\s*\]", re.ASCII)
 _SCALAR = re.compile(_NUMBER, re.ASCII)
 
 
-def _last_line(reply: str, label: str) -> str | None:
+def last_line(reply: str, label: str) -> str | None:
+    """What stands behind the label in the last line that begins with it."""
     found = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
     return found[-1][len(label) :].strip() if found else None
 
@@ -208,7 +209,7 @@ def _parse_list(text: str | None, N: int, pattern: re.Pattern = _LIST) -> np.nda
 
 
 def _belief(reply: str, kind: str, seat: int, N: int) -> np.ndarray | None:
-    belief_N = _parse_list(_last_line(reply, "Belief:"), N)
+    belief_N = _parse_list(last_line(reply, "Belief:"), N)
     if belief_N is None or (kind == "G" and not np.isin(belief_N, (0, 1)).all()):
         return None
     belief_N[seat] = 0
@@ -222,7 +223,7 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
     finite number in [0, cap] (`E`). The belief is None unless the last `Belief:` line holds N finite numbers (`G`: in
     {0, 1}); it does not decide compliance.
     """
-    decision, belief_N = _last_line(reply, "Decision:"), _belief(reply, kind, seat, N)
+    decision, belief_N = last_line(reply, "Decision:"), _belief(reply, kind, seat, N)
     if decision is None:
         return None
     if kind == "G":
@@ -246,7 +247,7 @@ def repair_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisi
     compliant = parse_reply(reply, kind, seat, N, cap)
     if compliant:
         return compliant
-    text, graph = _last_line(reply, "Decision:"), kind == "G"
+    text, graph = last_line(reply, "Decision:"), kind == "G"
     if text is None and graph:
         lists = re.findall(r"\[[^\[\]]*\]", re.sub("(?m)^ *Belief:.*$", "", reply))
         text = lists[-1] if lists else ""

@@ -24,10 +24,13 @@ TYPES = {"homogeneous": KINDS[:1], "heterogeneous": KINDS[1:]}
 
 def self_play(game: Game, expert: experts.Expert, seed: list[int]) -> tuple[float, float]:
     """(U2, U3) of one game with the expert in all seats."""
-    state, efficiencies = State(game), []
+    state, efficiencies, past = State(game), [], [[] for _ in range(game.N)]
     while not state.done:
         rngs = [np.random.default_rng([*seed, i, len(state.history)]) for i in range(game.N)]
-        actions = np.array([expert(state, i, rng).action for i, rng in enumerate(rngs)])
+        decisions = experts.settle([expert(state, i, rng, past[i]) for i, rng in enumerate(rngs)])
+        for own, decision in zip(past, decisions):
+            own.append(decision)
+        actions = np.array([d.action for d in decisions])
         efficiencies += [strategic_efficiency(state, i, actions) for i in range(game.N)]
         state = state.step(actions)
     welfare = np.mean([payoffs.sum() for _, _, payoffs in state.round_results()])

@@ -36,6 +36,7 @@ import checkpoint
 import diagnose
 import eval as evaluation
 import experts
+import llm_experts
 import lora
 import ranks
 import tompo
@@ -130,7 +131,7 @@ def credits_of(args, batch: list[Prompt], decisions: list[list[Decision | None]]
     """The credit of every rollout of a step, which takes the place of the sample level; None under --credit immediate."""
     if args.credit == "immediate":
         return [None] * len(batch)
-    expert, credits = experts.make_expert(args.expert), {}
+    expert, credits = experts.expert_of(args), {}
     for p, of_group in zip(batch, decisions):
         seed = [args.seed, 8, step, p.record.game]
         key = (p.record.game, p.record.seat, p.record.round), p.record.kind
@@ -409,7 +410,9 @@ def main(argv=None) -> None:
         raise InputError("--kl-target adapts --beta, which is 0: give it a value to start from")
     if args.w_belief and not args.belief:
         raise InputError("--w-belief rewards the Belief line, which --no-belief switches off")
-    experts.make_expert(args.expert)
+    if args.credit == "return" and llm_experts.is_language(args.expert):
+        raise InputError("--credit return plays every game to its end with the expert: choose an exact --expert for it")
+    experts.expert_of(args)
     evaluation.held_out_instances(args)  # complains about its flags before anything is trained
     clock = Stopwatch()
     with clock("load"):
@@ -440,6 +443,7 @@ def main(argv=None) -> None:
     plot_curves(folder, folder / "sft" / "metrics.jsonl")
     print("\n" + evaluation.report(results, args.rounds))
     print("\n" + diagnose.summary(folder))
+    llm_experts.print_report()
     times = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": peak_memory_gib()})
     print(f"\ntime: {times}; peak memory {peak_memory_gib():.1f} GiB")

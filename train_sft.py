@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import checkpoint
 import experts
+import llm_experts
 import lora
 import ranks
 from policy import Policy, load_policy
@@ -82,7 +83,7 @@ def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) 
     args.script, args.resumed = script, False
     if args.seat >= args.agents[0]:
         raise InputError(f"--seat {args.seat} must be below the number of agents, which is {args.agents[0]} in some games")
-    for name in ("data", "sft_adapter"):  # a run may be resumed from another working directory
+    for name in ("data", "sft_adapter", "expert_cache"):  # a run may be resumed from another working directory
         if getattr(args, name, None):
             setattr(args, name, os.path.abspath(getattr(args, name)))
     return args
@@ -292,6 +293,7 @@ def main(argv=None) -> None:
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)
+    llm_experts.print_report()
     if separate:
         print(f"adapters: {folder}/graph/adapter, {folder}/effort/adapter\nnext:     python eval.py --policy {folder}")
         return

@@ -368,7 +368,7 @@ def test_bad_flags_are_one_line(flags, capsys, monkeypatch):
 def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     drawn = []
     monkeypatch.setattr(players, "draw_game", lambda *a: drawn.append(draw_game(*a)) or drawn[-1])
-    chats = expert_examples(3, family, N, "second-best", STYLE, 0)
+    chats = expert_examples(3, family, N, experts.make_expert("second-best"), STYLE, 0)
     assert len(chats) == len(drawn) == 3
     compared = 0
     for chat, game in zip(chats, drawn):
@@ -380,14 +380,14 @@ def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
             assert parse_reply(turn["content"], kind, seat, N, game.caps[seat]) is not None
             compared += 1
     assert compared == 3 * len(family.stages) * family.rounds
-    assert expert_examples(3, family, N, "second-best", STYLE, 0) == chats
-    assert expert_examples(2, family, N, "second-best", STYLE, 0) == chats[:2]
-    assert expert_examples(3, family, N, "second-best", STYLE, 1) != chats
+    assert expert_examples(3, family, N, experts.make_expert("second-best"), STYLE, 0) == chats
+    assert expert_examples(2, family, N, experts.make_expert("second-best"), STYLE, 0) == chats[:2]
+    assert expert_examples(3, family, N, experts.make_expert("second-best"), STYLE, 1) != chats
 
 
 def test_examples_stand_before_the_conversation():
     state = State(held_out_grid(4)[0])
-    chat, examples = messages(state, 2, [], STYLE), expert_examples(2, Family(), 4, "nash", STYLE, 0)
+    chat, examples = messages(state, 2, [], STYLE), expert_examples(2, Family(), 4, experts.make_expert("nash"), STYLE, 0)
     joined = with_examples(examples, chat)
     assert [m["role"] for m in joined] == ["system", *["user", "assistant"] * 4, "user"]
     assert joined[:5] == examples[0] and joined[6:9] == examples[1][2:]
@@ -398,7 +398,7 @@ def test_examples_stand_before_the_conversation():
 
 def test_a_prompt_with_examples_goes_on_where_the_last_one_ended(policy):
     """So that the keys and values of the first stage serve in the second: with and without them the replies agree."""
-    examples = {"BCZ-GE": expert_examples(1, Family(), 4, "nash", STYLE, 0)}
+    examples = {"BCZ-GE": expert_examples(1, Family(), 4, experts.make_expert("nash"), STYLE, 0)}
     grid, asked = list(held_out_grid(4))[:2], []
 
     class Recorder:
