@@ -408,7 +408,7 @@ def test_what_is_not_compliant_is_asked_again_and_then_given_up(ask, tmp_path, c
 
 def test_expert_program(ask):
     def script(body, n):
-        if "efforts. " in body["messages"][-1]["content"]:
+        if "Your effort?" in body["messages"][-1]["content"]:
             return "text", "Belief: nothing\nDecision: (1 + 0.5) * 2 / 3 - -0.236"
 
     with ChatServer(script) as server:
