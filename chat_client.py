@@ -37,11 +37,11 @@ BACKOFF = 1.0  # seconds before the first repetition; doubles with each, and is 
 LONGEST_BACKOFF = 60.0
 LONGEST_WAIT = 600.0  # a server that asks for more patience (Retry-After) ends the run
 LARGEST_BODY = 2**24
-CHARACTERS_PER_TOKEN = 2.5  # of these prompts, which are half digits; for estimates alone
+PROMPT_CHARACTERS, ANSWER_CHARACTERS = 2.3, 1.3  # per token, by SmolLM2's tokenizer; for estimates alone
 
 
-def estimated_tokens(characters: int) -> int:
-    return round(characters / CHARACTERS_PER_TOKEN)
+def estimated_tokens(prompt_characters: int, answer_characters: int) -> tuple[int, int]:
+    return round(prompt_characters / PROMPT_CHARACTERS), round(answer_characters / ANSWER_CHARACTERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,10 +69,10 @@ class AnswerFile:
             import fcntl  # here, since Windows has none
 
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except OSError:
+        except BlockingIOError:
             raise InputError(f"another run is writing answers to {path}; wait, or name another --expert-cache") from None
+        except (ImportError, OSError):  # a file system without locks
+            pass
         self.answers: dict[str, dict] = {}
         for line in lines:
             try:
@@ -299,7 +299,7 @@ class ChatClient:
         if isinstance(usage, list) and len(usage) == 2 and all(type(n) is int and n >= 0 for n in usage):
             return tuple(usage)
         said = sum(len(m["content"]) for m in answer.get("messages", ()))
-        return estimated_tokens(said), estimated_tokens(len(answer["text"]))
+        return estimated_tokens(said, len(answer["text"]))
 
     def ask_all(self, questions: list[tuple[list[dict], str]], attempt: int) -> list[str]:
         """The texts that answer (messages, draw), several at a time. Raises InputError when one fails for good; what

@@ -308,7 +308,7 @@ class Rehearsal:
 
     def report(self, name: str) -> str:
         limit, price = self.asking.max_tokens or MAX_TOKENS, self.asking.price
-        tokens_in, tokens_out = estimated_tokens(self.characters_in), estimated_tokens(self.characters_out)
+        tokens_in, tokens_out = estimated_tokens(self.characters_in, self.characters_out)
         text = f"dry run, nothing was asked: {name} would get {self.requests} questions (and some of them again), about "
         text += f"{tokens_in} tokens in and {tokens_out} out (as many as {limit * self.requests} if it reasons at length)"
         if price:

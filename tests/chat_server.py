@@ -14,7 +14,7 @@ def good_reply(body: dict) -> str:
     """Links with everybody; or the worked number, believed of all others too."""
     system, question = body["messages"][0]["content"], body["messages"][-1]["content"]
     own, N = (int(n) for n in re.search(r"You are agent (\d+) of (\d+)", system).groups())
-    if "links. " in question:
+    if "Whom do you choose?" in question:
         row = [int(i + 1 != own) for i in range(N)]
         return f"Belief: {row}\nDecision: {row}"
     effort = float(re.search(r"(?:efforts alpha: |Your alpha )([\d.]+\d)|$", question)[1] or 1)

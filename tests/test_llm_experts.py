@@ -408,7 +408,7 @@ def test_what_is_not_compliant_is_asked_again_and_then_given_up(ask, tmp_path, c
 
 def test_expert_program(ask):
     def script(body, n):
-        if "efforts. " in body["messages"][-1]["content"]:
+        if "Your effort?" in body["messages"][-1]["content"]:
             return "text", "Belief: nothing\nDecision: (1 + 0.5) * 2 / 3 - -0.236"
 
     with ChatServer(script) as server:
@@ -563,7 +563,7 @@ def test_a_server_that_does_not_count_tokens(tmp_path, monkeypatch):
         c.ask_all([(CHAT, "")], 1)
     (line,) = lines(tmp_path / "r.jsonl")
     characters = sum(len(m["content"]) for m in CHAT)
-    assert line["usage"] is None and c.tokens[0] == round(characters / chat_client.CHARACTERS_PER_TOKEN) and c.spent > 0
+    assert line["usage"] is None and c.tokens[0] == round(characters / chat_client.PROMPT_CHARACTERS) and c.spent > 0
 
 
 def test_a_dry_run_asks_nothing_and_writes_nothing(tmp_path):
@@ -575,7 +575,7 @@ def test_a_dry_run_asks_nothing_and_writes_nothing(tmp_path):
     assert int(re.search(r"(\d+) questions", done.stdout)[1]) == 64 == len(server.questions)
     tokens = int(re.search(r"(\d+) tokens in", done.stdout)[1])
     really = sum(len(m["content"]) for q in server.questions for m in json.loads(q)["messages"])
-    assert tokens == pytest.approx(really / chat_client.CHARACTERS_PER_TOKEN, rel=0.1)
+    assert tokens == pytest.approx(really / chat_client.PROMPT_CHARACTERS, rel=0.1)
     assert re.search(r"about \$\d+\.\d\d \(at most", done.stdout)
 
 
