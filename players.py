@@ -5,7 +5,8 @@ the policy's in training, or a Decision (experts in seats that are not measured)
 of a game; a player in several seats, or in several games, is asked once per stage for all of them.
 
 Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in the prompt), an
-adapter folder, `expert:NAME`. All that need the model share one.
+adapter folder (or one with two adapters, graph/adapter and effort/adapter, that take turns), `expert:NAME`. All that need
+the model share one.
 """
 
 from collections import defaultdict
@@ -61,17 +62,17 @@ def policy_player(
     temperature: float,
     seed: int,
     batch: int = 64,
-    adapter: tuple[dict, lora.LoRAConfig] | None = None,
+    adapters: dict[str, tuple[dict, lora.LoRAConfig]] | None = None,
     examples: dict[str, list[list[dict]]] | None = None,
     stream: int = 100,
 ) -> Player:
     """A player that answers with the policy. It is for one play of games: of the conversations of its first two batches
     it keeps the keys and values from one decision to the next.
 
-    adapter: is put on the model for every answer, so that players can share the model; examples: conversations that
+    adapters: by kind of decision, G and E; is put on the model for every answer, so that players can share the model; examples: conversations that
     stand before every prompt, by game label; stream: players at one table must not have the same random numbers.
     """
-    histories: dict[int, History] = defaultdict(History)
+    histories: dict[tuple, History] = defaultdict(History)  # each adapter reads conversations for itself
 
     def prompt(ask: Ask) -> list[int]:
         chat = messages(ask.state, ask.seat, ask.replies, style)
@@ -80,14 +81,14 @@ def policy_player(
     def answer(asks):
         prompts = [prompt(ask) for ask in asks]
         limit = max_new_tokens or default_max_new_tokens(max(ask.state.game.N for ask in asks))
-        texts = []
-        with adapter_on(policy, adapter) if adapter else nullcontext():
+        texts, adapter = [], adapters[asks[0].state.kind] if adapters else None
+        with adapter_on(policy, *adapter) if adapter else nullcontext():
             for start in range(0, len(prompts), batch):
                 generator = seeded(seed, stream, asks[0].stage, start)
                 part = prompts[start : start + batch]
                 mine = ranks.share(range(len(part)))
                 # What was read takes 46 KB a token in the default model: later batches read their conversations again.
-                history = histories[start] if start < 2 * batch else None
+                history = histories[id(adapter), start] if start < 2 * batch else None
                 groups = policy.sample(part, 1, limit, temperature, generator, history, mine)
                 texts += ranks.whole(mine, [group[0].text for group in groups])
         return texts
@@ -96,8 +97,7 @@ def policy_player(
 
 
 @contextmanager
-def adapter_on(policy: Policy, adapter: tuple[dict, lora.LoRAConfig]):
-    state, config = adapter
+def adapter_on(policy: Policy, state: dict, config: lora.LoRAConfig):
     lora.inject(policy.model, config, torch.Generator())
     try:
         lora.load_adapter_state(policy.model, state)
@@ -158,6 +158,12 @@ def check_names(args, names: list[str], flag: str) -> None:
             raise InputError(f"{flag} {name}: neither base, nor few-shot:K, nor expert:NAME, nor an adapter folder")
 
 
+def adapter_folders(name: str) -> dict[str, str]:
+    """The adapter for each kind of decision: the folder itself, or the two that `--train-on separate` leaves in it."""
+    separate = {"G": str(Path(name) / "graph" / "adapter"), "E": str(Path(name) / "effort" / "adapter")}
+    return separate if any(Path(folder).is_dir() for folder in separate.values()) else {"G": name, "E": name}
+
+
 def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Callable[..., Player]]:
     """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The model is
     loaded once, and a wrong adapter is found before the first game, not after the last."""
@@ -182,9 +188,13 @@ def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Calla
         elif name == "base":
             cast[name] = model_player
         else:
-            put_adapter(policy, name)  # complains about one that does not fit
-            lora.remove(policy.model)
-            cast[name] = lambda stream=100, adapter=lora.read_adapter(name): model_player(stream, adapter=adapter)
+            both = adapter_folders(name)
+            for folder in set(both.values()):
+                put_adapter(policy, folder)  # complains about one that does not fit
+                lora.remove(policy.model)
+            read = {folder: lora.read_adapter(folder) for folder in set(both.values())}
+            adapters = {kind: read[folder] for kind, folder in both.items()}
+            cast[name] = lambda stream=100, adapters=adapters: model_player(stream, adapters=adapters)
     return cast
 
 

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from test_train import lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
+from test_train import fake_parse, lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
 
+import eval as evaluation
 import lora
+import players
 import train_rft
 import train_sft
 
@@ -137,3 +139,27 @@ def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):
         assert (separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() == alone
     weights = [(separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() for kind in ("graph", "effort")]
     assert weights[0] != weights[1] and not (separate / "adapter").exists()
+
+
+def test_play_uses_the_adapter_of_each_kind_of_decision(separate, model_dir, capsys, tmp_path, monkeypatch):  # noqa: F811
+    """Graph decisions are those of the graph adapter alone; effort decisions those of the effort adapter after them."""
+    sampled = []
+    monkeypatch.setattr(players, "parse_reply", fake_parse)
+    real = players.adapter_on
+
+    def noted(policy, state, config):
+        sampled.append(next(iter(state.values())).flatten()[0].item())
+        return real(policy, state, config)
+
+    monkeypatch.setattr(players, "adapter_on", noted)
+    argv = ["--model", model_dir, "--device", "cpu", "--eval-games", "3", "--eval-agents", "3", "--max-new-tokens", "8"]
+    out = {}
+    for name in ("", "graph/adapter", "effort/adapter"):
+        path = tmp_path / f"{name.replace('/', '-')}.json"
+        evaluation.main([*argv, "--policy", str(separate / name), "--stages", "GEE", "--json", str(path)])
+        out[name] = json.loads(path.read_text())["results"][str(separate / name)]["replies"]
+    graph, effort = sampled[3], sampled[6]
+    assert sampled == [graph, effort, effort] + [graph] * 3 + [effort] * 3 and graph != effort
+    both = out[""]
+    assert [r[0] for r in both] == [r[0] for r in out["graph/adapter"]] != [r[0] for r in out["effort/adapter"]]
+    assert [r[1:] for r in both] != [r[1:] for r in out["graph/adapter"]]

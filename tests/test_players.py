@@ -272,7 +272,7 @@ def test_an_adapter_that_comes_and_goes_says_what_one_that_stays_says(policy, ad
     grid = list(held_out_grid(4))[:3]
     settings = policy, STYLE, 6, 1.0, 0
     base = replies_of(play(grid, policy_player(*settings), 1, "nash", 0))
-    shared = policy_player(*settings, adapter=lora.read_adapter(adapter_dir))
+    shared = policy_player(*settings, adapters=dict.fromkeys("GE", lora.read_adapter(adapter_dir)))
     comes = replies_of(play(grid, shared, 1, "nash", 0))
     assert not lora.lora_layers(policy.model)
     put_adapter(policy, adapter_dir)
