@@ -5,7 +5,8 @@
 Entry (i, j): player i sits in one seat, player j in all others. Two tables: U3, how well the whole table does, and U2 of
 the decisions in i's seat, how well i answers what j plays; means over games with 95 % t intervals. The diagonal is
 self-play. Down a column the opponents are the same, so a column compares players; a row shows how one player's results
-depend on whom it meets. A policy trained among experts has met nobody else: off the expert's column it is out of its
+depend on whom it meets. U2 is also 1 where nothing is at stake: if nobody in the other seats links with the one, all its
+choices are equally good; U3 of the same entry shows it. A policy trained among experts has met nobody else: off the expert's column it is out of its
 training.
 
 Players are named as in eval.py; adapters share one base model in memory. All entries play the same games with the same
@@ -70,13 +71,14 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
     figure, axes = plt.subplots(1, len(tables), figsize=(size * len(tables), size), layout="constrained")
     for axis, (metric, values) in zip(axes, tables.items()):
         means = [[values[a, b]["mean"] for b in names] for a in names]
-        axis.imshow(means, vmin=min(0, *map(min, means)), vmax=1, cmap="viridis")
+        low = min(0, *map(min, means))
+        axis.imshow(means, vmin=low, vmax=1, cmap="viridis")
         axis.set(title=SHOWN[metric], xlabel="in all other seats", ylabel="in one seat")
         axis.set_xticks(range(len(names)), short, rotation=40, ha="right")
         axis.set_yticks(range(len(names)), short)
         for i, row in enumerate(means):
             for j, mean in enumerate(row):
-                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color="black" if mean > 0.6 else "white")
+                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color="black" if 2 * mean > low + 1 else "white")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
