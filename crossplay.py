@@ -5,9 +5,9 @@
 Entry (i, j): player i sits in one seat, player j in all others. Two tables: U3, how well the whole table does, and U2 of
 the decisions in i's seat, how well i answers what j plays; means over games with 95 % t intervals. The diagonal is
 self-play. Down a column the opponents are the same, so a column compares players; a row shows how one player's results
-depend on whom it meets. U2 is also 1 where nothing is at stake: if nobody in the other seats links with the one, all its
-choices are equally good; U3 of the same entry shows it. A policy trained among experts has met nobody else: off the expert's column it is out of its
-training.
+depend on whom it meets. A policy trained among experts has met nobody else: off the expert's column it is out of its
+training. Read U2 beside U3: where nobody in the other seats links with the one, all its links are equally good, and U2
+is 1.
 
 Players are named as in eval.py; adapters share one base model in memory. All entries play the same games with the same
 seats and random numbers, so they are paired by game.
