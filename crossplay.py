@@ -6,7 +6,8 @@ Entry (i, j): player i sits in one seat, player j in all others. Two tables: U3,
 the decisions in i's seat, how well i answers what j plays; means over games with 95 % t intervals. The diagonal is
 self-play. Down a column the opponents are the same, so a column compares players; a row shows how one player's results
 depend on whom it meets. A policy trained among experts has met nobody else: off the expert's column it is out of its
-training.
+training. Read U2 beside U3: where nobody in the other seats links with the one, all its links are equally good, and U2
+is 1.
 
 Players are named as in eval.py; adapters share one base model in memory. All entries play the same games with the same
 seats and random numbers, so they are paired by game.
@@ -70,13 +71,14 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
     figure, axes = plt.subplots(1, len(tables), figsize=(size * len(tables), size), layout="constrained")
     for axis, (metric, values) in zip(axes, tables.items()):
         means = [[values[a, b]["mean"] for b in names] for a in names]
-        axis.imshow(means, vmin=min(0, *map(min, means)), vmax=1, cmap="viridis")
+        low = min(0, *map(min, means))
+        axis.imshow(means, vmin=low, vmax=1, cmap="viridis")
         axis.set(title=SHOWN[metric], xlabel="in all other seats", ylabel="in one seat")
         axis.set_xticks(range(len(names)), short, rotation=40, ha="right")
         axis.set_yticks(range(len(names)), short)
         for i, row in enumerate(means):
             for j, mean in enumerate(row):
-                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color="black" if mean > 0.6 else "white")
+                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color="black" if 2 * mean > low + 1 else "white")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -213,9 +213,9 @@ def main(argv=None) -> None:
         if isinstance(args.seat, str):
             print("self-play: the policy in all seats" if args.seat == "all" else "the policy in a random seat of each game")
         print(report(results, args.rounds))
-        repaired = {name: summary["repaired"] for name, summary in results.items() if name.endswith(" repaired")}
-        for name, count in repaired.items():
-            print(f"\n{name}: a decision was read in {count} replies that were not compliant")
+        if args.repair:
+            read = ", ".join(f"{n} {s['repaired']}" for n, s in results.items() if n.endswith(" repaired"))
+            print(f"\nreplies that are not compliant, but in which a decision was read and played: {read}")
     llm_experts.print_report()
     if args.json and ranks.first():
         write_json(args.json, {"arguments": vars(args), "results": results})

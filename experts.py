@@ -35,7 +35,8 @@ from games import Game, State
 from instances import Family, add_game_arguments, draw_game, families, game_from_json
 from llm_experts import Asking, Question, settle
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
-from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seed_int, share, write_atomic
+from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seat_choice, seed_int, share
+from runs import write_atomic
 
 Expert = Callable[..., Decision | Question]  # (state, seat, rng, past=()); a Question is for llm_experts.settle
 
@@ -318,7 +319,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("expert games")
     group.add_argument("--games", type=positive_int, default=126, help="number of expert games [source: 126]")
     group.add_argument("--agents", type=parse_range, default=(4, 4), metavar="N|A-B", help="agents per game, 4 or 4-8")
-    group.add_argument("--seat", type=seed_int, default=0, help="the policy's seat, from 0 [source: 0]")
+    told = "the policy's seat, from 0 [source: 0]; random: one drawn for each game"
+    group.add_argument("--seat", type=seat_choice("random"), metavar="SEAT|random", default=0, help=told)
     group.add_argument("--all-seats", action="store_true", help="train on the decisions of every seat, not of --seat alone")
     group.add_argument("--noise", type=share, default=0.15, help="share of decisions replaced at random in the data")
 

@@ -240,19 +240,20 @@ def repair_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisi
     """The compliant decision that is nearest to a reply; None where no decision can be read. It is for a baseline in
     evaluation that tells formatting from strategy, and nothing in training calls it.
 
-    What is read is the last `Decision:` line; without one, for `G` the last list in brackets, for `E` all but Belief
-    lines. `G`: the numbers in it, in their order and each to the nearer of 0 and 1, cut or padded with 0 to N entries,
+    What is read is the line that follows the last `Decision:`, wherever that stands; without one, for `G` the last list
+    in brackets, for `E` all but Belief lines. `G`: the numbers in it, in their order and each to the nearer of 0 and 1, cut or padded with 0 to N entries,
     own position 0; none of them being 0 or 1, it is no row. `E`: the first finite number, clipped to [0, cap].
     """
     compliant = parse_reply(reply, kind, seat, N, cap)
     if compliant:
         return compliant
-    text, graph = last_line(reply, "Decision:"), kind == "G"
-    if text is None and graph:
-        lists = re.findall(r"\[[^\[\]]*\]", re.sub("(?m)^ *Belief:.*$", "", reply))
-        text = lists[-1] if lists else ""
-    elif text is None:
+    graph, (_, label, text) = kind == "G", reply.rpartition("Decision:")
+    if label:
+        text = text.strip().partition("\n")[0]
+    else:
         text = re.sub("(?m)^ *Belief:.*$", "", reply)
+        if graph:
+            text = (re.findall(r"\[[^\[\]]*\]", text) or [""])[-1]
     found = [float(v) for v in re.findall(rf"(?<![\w.]){_NUMBER}(?!\w|\.\d)", text, re.ASCII)]
     belief_N = _belief(reply, kind, seat, N)
     if graph:

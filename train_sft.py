@@ -18,6 +18,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -81,7 +82,7 @@ def parse(parser: argparse.ArgumentParser, script: str, paper: dict, argv=None) 
         print(f"continuing {args.resume} with the settings in its config.json (other flags do not count)")
         return argparse.Namespace(**resumed_arguments(args.resume, script) | {"out": args.resume, "resumed": True})
     args.script, args.resumed = script, False
-    if args.seat >= args.agents[0]:
+    if args.seat != "random" and args.seat >= args.agents[0]:
         raise InputError(f"--seat {args.seat} must be below the number of agents, which is {args.agents[0]} in some games")
     for name in ("data", "sft_adapter", "expert_cache"):  # a run may be resumed from another working directory
         if getattr(args, name, None):
@@ -130,8 +131,14 @@ def load_records(args) -> list[experts.Record]:
 
 
 def in_trained_seats(args, records: list[experts.Record]) -> list[experts.Record]:
-    """Those of the decisions that are trained on: the policy's seat [source: seat 0], or every seat."""
-    return [r for r in records if args.all_seats or r.seat == args.seat]
+    """Those of the decisions that are trained on: the policy's seat [source: seat 0], one drawn per game, or every seat."""
+    if args.all_seats or args.seat != "random":
+        return [r for r in records if args.all_seats or r.seat == args.seat]
+    agents: dict[int, int] = {}
+    for r in records:
+        agents[r.game] = max(agents.get(r.game, 0), r.seat + 1)
+    drawn = {game: np.random.default_rng([args.seed, 9, game]).integers(N) for game, N in agents.items()}
+    return [r for r in records if r.seat == drawn[r.game]]
 
 
 def conversations(policy: Policy, records: list[experts.Record], train_on: str) -> list[tuple[Row, str]]:

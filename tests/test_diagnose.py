@@ -177,6 +177,13 @@ def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
         assert levels(write(tmp_path / "run", *run)) == {}
 
 
+def test_a_level_kl_with_a_small_hump_is_no_spike(tmp_path):
+    run = healthy()
+    for row in run[0]:
+        row["kl"] = 0.12 if row["step"] == 7 else 0.08
+    assert levels(write(tmp_path / "run", *run)) == {}
+
+
 def test_groups_that_fail_alike_get_another_advice(tmp_path):
     run = healthy()
     for row in run[0]:

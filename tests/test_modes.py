@@ -1,5 +1,6 @@
 """Whole short runs in every mode that is not the default: other games, credits, rewards, penalties, two SFT adapters."""
 
+import argparse
 import json
 
 import numpy as np
@@ -7,15 +8,17 @@ import pytest
 from test_train import fake_parse, lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
 
 import eval as evaluation
+import experts
 import lora
 import players
 import train_rft
 import train_sft
+from prompts import PromptStyle
 
 
-def short_run(model_dir, sft_adapter, folder, *more, **changes):  # noqa: F811
+def short_run(model_dir, sft_adapter, folder, *more, all_seats=True, **changes):  # noqa: F811
     changes = dict(sft_adapter=sft_adapter, max_steps=3, eval_games=4, games=6) | changes
-    run_rft([*rft_flags(model_dir, folder, **changes), *more])
+    run_rft([flag for flag in rft_flags(model_dir, folder, **changes) if all_seats or flag != "--all-seats"] + [*more])
     metrics, samples = (lines_of(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
     assert len(metrics) == 3 and samples
     return metrics, samples
@@ -163,3 +166,22 @@ def test_play_uses_the_adapter_of_each_kind_of_decision(separate, model_dir, cap
     both = out[""]
     assert [r[0] for r in both] == [r[0] for r in out["graph/adapter"]] != [r[0] for r in out["effort/adapter"]]
     assert [r[1:] for r in both] != [r[1:] for r in out["graph/adapter"]]
+
+
+def test_a_random_seat_is_one_per_game_and_belongs_to_the_seed():
+    records = experts.simulate_many(40, "second-best", 0, PromptStyle(), (4, 8))
+
+    def seats(seed):
+        chosen = train_sft.in_trained_seats(argparse.Namespace(all_seats=False, seat="random", seed=seed), records)
+        of_game = {r.game: {q.seat for q in chosen if q.game == r.game} for r in chosen}
+        assert set(of_game) == set(range(40)) and all(len(s) == 1 for s in of_game.values())
+        assert len(chosen) == 80  # both decisions of the seat
+        return [s.pop() for s in of_game.values()]
+
+    assert seats(1) == seats(1) != seats(2) and set(seats(1)) >= {0, 1, 2, 3, 4}
+
+
+def test_training_in_a_random_seat(model_dir, sft_adapter, tmp_path):  # noqa: F811
+    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", seat="random", eval_seat="all", all_seats=False)
+    assert len({s["seat"] for s in samples}) > 1
+    assert len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})

@@ -439,6 +439,8 @@ def test_a_prompt_with_examples_goes_on_where_the_last_one_ended(policy):
         ("Decision: [0, 1, 0, 1", [0, 1, 0, 1]),  # cut off
         ("Decision: [1]", [0, 0, 0, 0]),
         ("Decision: [0, 1, 1, 1]\nDecision: [0, 0, 0, 1] or so", [0, 0, 0, 1]),  # the last
+        ("Belief: [0, 1, 1, 1] Decision: [0, 1, 0, 1]", [0, 1, 0, 1]),  # on one line
+        ("Decision:\n[0, 1, 0, 1]\n[0, 0, 0, 0]", [0, 1, 0, 1]),
         ("I link: [0, 1, 0, 1]", [0, 1, 0, 1]),
         ("[0, 0, 0, 1] and then [0, 1, 0, 0]", [0, 1, 0, 0]),
         ("Belief: [0, 1, 1, 1]", None),  # a belief is no decision
