@@ -93,7 +93,7 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
         of_stage = sorted(stages[game_index, stage], key=lambda r: r.seat)
         state = State(game_from_json(of_stage[0].instance), histories.get(game_index, ()))
         if [r.seat for r in of_stage] != list(range(state.game.N)) or len(state.history) != stage:
-            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all of a game")
+            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all seats and stages")
         played = of_stage[0].proposals if of_stage[0].kind == "G" else of_stage[0].efforts
         histories[game_index] = (*state.history, np.array(played))
         actions = np.array([experts.label_decision(r).action for r in of_stage])
