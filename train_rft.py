@@ -93,7 +93,8 @@ def make_prompts(policy: Policy, records: list[experts.Record], args) -> list[Pr
         of_stage = sorted(stages[game_index, stage], key=lambda r: r.seat)
         state = State(game_from_json(of_stage[0].instance), histories.get(game_index, ()))
         if [r.seat for r in of_stage] != list(range(state.game.N)) or len(state.history) != stage:
-            raise InputError(f"the data set lacks decisions of game {game_index}, stage {stage}: RFT needs all seats and stages")
+            missing = f"the data set lacks decisions of game {game_index}, stage {stage}"
+            raise InputError(f"{missing}: RFT needs all seats and stages")
         played = of_stage[0].proposals if of_stage[0].kind == "G" else of_stage[0].efforts
         histories[game_index] = (*state.history, np.array(played))
         actions = np.array([experts.label_decision(r).action for r in of_stage])
@@ -132,12 +133,11 @@ def credits_of(args, batch: list[Prompt], decisions: list[list[Decision | None]]
     if args.credit == "immediate":
         return [None] * len(batch)
     expert, credits = experts.expert_of(args), {}
-    for p, of_group in zip(batch, decisions):
-        seed = [args.seed, 8, step, p.record.game]
-        key = (p.record.game, p.record.seat, p.record.round), p.record.kind
-        credits[key] = credits.get(key, []) + return_credits(of_group, p.target, p.state, expert, args.gamma, seed)
-    credits = {key: iter(values) for key, values in made_consistent(credits, args.zeta).items()}
     keys = [((p.record.game, p.record.seat, p.record.round), p.record.kind) for p in batch]
+    for key, p, of_group in zip(keys, batch, decisions):
+        seed = [args.seed, 8, step, p.record.game]
+        credits.setdefault(key, []).extend(return_credits(of_group, p.target, p.state, expert, args.gamma, seed))
+    credits = {key: iter(values) for key, values in made_consistent(credits, args.zeta).items()}
     return [[next(credits[key]) for _ in of_group] for key, of_group in zip(keys, decisions)]
 
 
