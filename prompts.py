@@ -26,9 +26,9 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
     hints: worked numbers next to the question. BCZ: what a link would earn if all link and reply once to efforts alpha,
-    and the best reply to efforts alpha; PGG: what groups of the richest would earn, and what a unit returns. [choice]:
-    a small model cannot multiply. These are one step of reasoning about the others, not the answer: in BCZ "link where
-    it earns at least its cost" is wrong about one in ten of the efficient graph's links."""
+    and the best reply to efforts alpha; PGG: what the last member brings to each of a group of neighbours in riches, and
+    what a unit returns. [choice]: a small model cannot multiply. These are one step of reasoning about the others, not
+    the answer: "link where it earns at least its cost" is wrong about one in ten of the efficient graph's links."""
 
     information: str = "full"
     belief: bool = True
@@ -116,13 +116,20 @@ def _bcz_effort_facts(seen: Observation, hints: bool) -> str:
 
 def _pgg_link_hint(seen: Observation) -> str:
     r, b, c = (seen.parameters[name] for name in "rbc")
-    order = sorted(range(seen.N), key=lambda i: -seen.types[i])
-    sizes = range(2, seen.N + 1)
-    earns = [sum(seen.types[i] for i in order[:k]) * (r * k**b - 1) - c * k * (k - 1) for k in sizes]
-    return (
-        f". Richest first: {_short(i + 1 for i in order)}. If they give all, groups of the 2 to {seen.N} richest earn "
-        f"{_numbers(earns)}"
-    )
+    if not c:
+        return ""
+    e, order = seen.types, sorted(range(seen.N), key=lambda i: -seen.types[i])
+
+    def each_gets(members) -> float:  # from the group, links apart
+        return sum(e[i] for i in members) * (r * len(members) ** b - 1) / len(members) if len(members) > 1 else 0.0
+
+    worth = [0.0] * seen.N
+    for j in range(seen.N):
+        if j != seen.seat:
+            first, last = sorted((order.index(seen.seat), order.index(j)))
+            group = order[first : last + 1]
+            worth[j] = (each_gets(group) - each_gets([i for i in group if i != j])) / c
+    return f". If you and all in riches up to an agent give all in one group, its link earns each {_numbers(worth)} c"
 
 
 def _pgg_effort_facts(seen: Observation, hints: bool) -> str:

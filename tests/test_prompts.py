@@ -1,15 +1,17 @@
 """Prompts by their content (not their wording), and the strict reading of replies."""
 
 import itertools
+import json
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from bcz import BCZ
 from games import State, form_links
-from instances import Family
+from instances import Family, held_out_grid
 from pgg import PGG
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 
@@ -469,16 +471,17 @@ def test_the_fallback_is_no_links_and_no_effort(N):
 
 
 def test_what_a_player_of_the_public_goods_game_reads():
-    """r 1.35, b 0.5, c 4.27, e 10: k give 10 k (1.35 sqrt(k) - 1) - 4.27 k (k - 1); a unit in a pair returns
-    1.35 / sqrt(2) to each."""
+    """r 1.35, b 0.5, c 4.27, e 10: a group of k brings each 10 (1.35 sqrt(k) - 1): 9.09 for 2, 13.38 for 3, 17 for 4, and
+    the last member's share in units of c is 9.09 / c, (13.38 - 9.09) / c, (17 - 13.38) / c; a unit in a pair returns
+    1.35 / sqrt(2) to each. Agent 4 comes last among equals."""
     game = PGG((10.0, 10.0, 10.0, 10.0), 1.35, 0.5, 4.27)
     pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
     system, asked, reply, then = messages(State(game).step(pairs), 3, ["Decision: [0, 0, 1, 0]"], PromptStyle())
     assert "r k^b / k of what it gets" in system["content"] and "alpha" not in system["content"]
     assert system["content"].endswith("You are agent 4 of 4. r 1.35, b 0.5, c 4.27, effort x 0 to 10.")
     assert asked["content"] == (
-        "Round 1 links. Your e 10 of [10, 10, 10, 10]. Richest first: [1, 2, 3, 4]. If they give all, groups of the 2 "
-        "to 4 richest earn [9.64, 14.53, 16.76]. Whom do you choose?"
+        "Round 1 links. Your e 10 of [10, 10, 10, 10]. If you and all in riches up to an agent give all in one group, its "
+        "link earns each [0.85, 1.00, 2.13, 0] c. Whom do you choose?"
     )
     assert then["content"] == (
         "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, 1.91 to all. "
@@ -489,10 +492,29 @@ def test_what_a_player_of_the_public_goods_game_reads():
     assert plain[3] == "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. Your effort?"
 
 
-def test_the_richest_come_first_and_ones_own_endowment_is_the_cap():
+def test_what_a_link_earns_in_the_public_goods_game():
+    """Agent 1 is the poorest: up to agent 2 (15), all three are in the group, and agent 2 is taken out of it again."""
     game = PGG((5.0, 15.0, 8.0), 1.3, 0.5, 2.0)
     chat = messages(State(game), 0, [], PromptStyle())
-    assert "Richest first: [2, 3, 1]" in chat[-1]["content"] and chat[0]["content"].endswith("effort x 0 to 5.")
+    pair = 13 * (1.3 * 2**0.5 - 1) / 2 / 2
+    whole = (28 * (1.3 * 3**0.5 - 1) / 3 - 13 * (1.3 * 2**0.5 - 1) / 2) / 2
+    assert f"its link earns each [0, {whole:.2f}, {pair:.2f}] c." in chat[-1]["content"]
+    assert chat[0]["content"].endswith("effort x 0 to 5.")
+    assert "earns" not in messages(State(replace(game, c=0.0)), 0, [], PromptStyle())[-1]["content"]
+
+
+@pytest.mark.parametrize("game", ["bcz", "pgg"])
+def test_the_hint_about_links_is_near_the_solution_and_is_not_the_solution(game):
+    """The docstring of PromptStyle: "link where it earns at least its cost" is wrong about one in ten links."""
+    right, rows = [], []
+    for instance in held_out_grid(6, Family(game)):
+        expert_N = instance.efficient_graph("nash" if game == "bcz" else "planner")[0][0]
+        text = messages(State(instance), 0, [], PromptStyle())[-1]["content"]
+        row_N = np.array([v >= 1 for v in json.loads(re.search(r"earns (?:each )?(\[.*\]) c", text)[1])])
+        right.append((row_N == expert_N)[1:].mean())
+        rows.append((row_N == expert_N).all())
+    assert 0.85 < np.mean(right) < 0.95
+    assert 0.6 < np.mean(rows) < 0.85
 
 
 def test_a_payoff_is_told_when_a_round_begins_and_not_again():
