@@ -14,6 +14,7 @@ import pytest
 
 import experts
 from bcz import BCZ
+from brute import all_graphs, bcz_payoffs
 from experts import Record, label_decision, make_expert, read_records, simulate, simulate_many, write_records
 from games import State
 from instances import Family, draw_game, game_from_json, held_out_grid
@@ -31,25 +32,6 @@ SCRIPT = Path(experts.__file__).resolve()
 def ref_efforts(game, G, k):
     """k = 1: Nash, k = 2: planner."""
     return np.linalg.solve(np.eye(game.N) - k * game.delta * G, np.array(game.alpha))
-
-
-def ref_payoffs(game, G, x):
-    out = []
-    for i in range(game.N):
-        value = game.alpha[i] * x[i] - x[i] ** 2 / 2
-        for j in range(game.N):
-            value += G[i][j] * (game.delta * x[i] * x[j] - game.c)
-        out.append(value)
-    return np.array(out)
-
-
-def all_graphs(N):
-    pairs = list(itertools.combinations(range(N), 2))
-    for bits in itertools.product((0, 1), repeat=len(pairs)):
-        G = np.zeros((N, N), int)
-        for (i, j), b in zip(pairs, bits):
-            G[i, j] = G[j, i] = b
-        yield G
 
 
 def sample_games(count, N=4, seed=0, **kwargs):
@@ -81,8 +63,8 @@ def test_the_efficient_graph_by_brute_force(name, k):
     for game in sample_games(15) + sample_games(5, N=3):
         P, beliefs = rows(name, State(game))
         assert (P == P.T).all() and (beliefs == P).all()
-        best = max(ref_payoffs(game, G, ref_efforts(game, G, k)).sum() for G in all_graphs(game.N))
-        assert ref_payoffs(game, P, ref_efforts(game, P, k)).sum() == pytest.approx(best, abs=1e-9)
+        best = max(bcz_payoffs(game, G, ref_efforts(game, G, k)).sum() for G in all_graphs(game.N))
+        assert bcz_payoffs(game, P, ref_efforts(game, P, k)).sum() == pytest.approx(best, abs=1e-9)
         sizes.add((game.N, int(P.sum()) // 2))
     assert len(sizes) >= 4  # not always the same graph
 
@@ -112,7 +94,7 @@ def test_selfish_by_brute_force():
             for bits in itertools.product((0, 1), repeat=3):
                 G = 1 - np.eye(4, dtype=int)
                 G[seat, others] = G[others, seat] = bits  # the others are all willing: own choice decides
-                value[bits] = ref_payoffs(game, G, ref_efforts(game, G, 1))[seat]
+                value[bits] = bcz_payoffs(game, G, ref_efforts(game, G, 1))[seat]
             assert P[seat, seat] == 0
             assert value[tuple(P[seat, others].tolist())] == pytest.approx(max(value.values()), abs=1e-9)
             differs_from_all += P[seat].sum() < 3
@@ -293,7 +275,7 @@ def test_records_tell_what_was_played_and_what_came_of_it(data):
                 assert r.efforts is None and r.payoffs is None
             else:
                 assert r.efforts == played.tolist()
-                assert np.allclose(r.payoffs, ref_payoffs(game, np.array(r.links), played), atol=1e-6)
+                assert np.allclose(r.payoffs, bcz_payoffs(game, np.array(r.links), played), atol=1e-6)
             checked += 1
     assert checked == len(data) > 500
 

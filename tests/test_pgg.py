@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 
 import pgg
+from brute import all_graphs
 from games import GameError, State, complete_graph, empty_graph
 from instances import Family, draw_game, game_from_json, held_out_grid
 from pgg import PGG, groups, isomorphism_classes, partitions
 
 TRIANGLE_AND_TAIL = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # 1-2-3 and 3-4
-
-
-def all_graphs(N):
-    pairs = list(itertools.combinations(range(N), 2))
-    for code in range(2 ** len(pairs)):
-        links_NN = np.zeros((N, N), int)
-        for k, (i, j) in enumerate(pairs):
-            links_NN[i, j] = links_NN[j, i] = code >> k & 1
-        yield links_NN
 
 
 def loop_payoffs(game, links_NN, x):
