@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from test_train import fake_parse, lines_of, model_dir, rft_flags, run_rft, sft_adapter, sft_flags, full  # noqa: F401
+from whole_runs import fake_parse, lines_of, rft_flags, run_rft, sft_flags
 
 import eval as evaluation
 import experts
@@ -16,7 +16,7 @@ import train_sft
 from prompts import PromptStyle
 
 
-def short_run(model_dir, sft_adapter, folder, *more, all_seats=True, **changes):  # noqa: F811
+def short_run(model_dir, sft_adapter, folder, *more, all_seats=True, **changes):
     changes = dict(sft_adapter=sft_adapter, max_steps=3, eval_games=4, games=6) | changes
     run_rft([flag for flag in rft_flags(model_dir, folder, **changes) if all_seats or flag != "--all-seats"] + [*more])
     metrics, samples = (lines_of(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
@@ -24,7 +24,7 @@ def short_run(model_dir, sft_adapter, folder, *more, all_seats=True, **changes):
     return metrics, samples
 
 
-def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):  # noqa: F811
+def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     folder = tmp_path / "run"
     changes = dict(game=["bcz", "pgg"], stages=["GE", "GEE"], expert="planner", graph_prompts=4, effort_prompts=4)
     _, samples = short_run(model_dir, sft_adapter, folder, **changes)
@@ -41,7 +41,7 @@ def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path): 
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
 
 
-def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_path, monkeypatch):  # noqa: F811
+def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_path, monkeypatch):
     """The logged sample level is the normalised return of the decision, with the rest of the game played by experts."""
     asked = []
     real = train_rft.return_credits
@@ -68,7 +68,7 @@ def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_
     assert credits[i] == pytest.approx(max(0, expected))
 
 
-def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp_path):  # noqa: F811
+def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp_path):
     runs = {}
     for zeta in (0.0, 0.25):
         folder = tmp_path / str(zeta)
@@ -89,7 +89,7 @@ def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp
     assert changed > 3
 
 
-def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):  # noqa: F811
+def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):
     changes = dict(graph_score="welfare", w_belief=0.5, kl_target=0.001, clip_eps_high=0.3, aggregation="token")
     metrics, samples = short_run(model_dir, sft_adapter, tmp_path / "run", "--no-memory", **changes)
     ok = [s for s in samples if s["compliance"] > 0]
@@ -111,7 +111,7 @@ def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_pat
         (dict(stages=["GX"]), "stages"),
     ],
 )
-def test_modes_that_make_no_sense_are_refused_before_anything_is_done(model_dir, tmp_path, capsys, changes, words):  # noqa: F811
+def test_modes_that_make_no_sense_are_refused_before_anything_is_done(model_dir, tmp_path, capsys, changes, words):
     with pytest.raises(SystemExit) as error:
         train_rft.main(rft_flags(model_dir, tmp_path / "run", **changes))
     said = capsys.readouterr().err.strip()
@@ -119,7 +119,7 @@ def test_modes_that_make_no_sense_are_refused_before_anything_is_done(model_dir,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_belief_reward_without_beliefs_is_refused(model_dir, tmp_path, capsys):  # noqa: F811
+def test_a_belief_reward_without_beliefs_is_refused(model_dir, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train_rft.main([*rft_flags(model_dir, tmp_path / "run", w_belief=0.5), "--no-belief"])
     assert "--no-belief" in capsys.readouterr().err
@@ -129,13 +129,13 @@ def test_a_belief_reward_without_beliefs_is_refused(model_dir, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
-def separate(model_dir, tmp_path_factory):  # noqa: F811
+def separate(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sft") / "separate"
     train_sft.main(sft_flags(model_dir, folder, train_on="separate", sft_lr=5e-3))
     return folder
 
 
-def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):  # noqa: F811
+def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):
     for kind in ("graph", "effort"):
         train_sft.main(sft_flags(model_dir, tmp_path / kind, train_on=kind, sft_lr=5e-3))
         alone = (tmp_path / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes()
@@ -144,7 +144,7 @@ def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):
     assert weights[0] != weights[1] and not (separate / "adapter").exists()
 
 
-def test_play_uses_the_adapter_of_each_kind_of_decision(separate, model_dir, capsys, tmp_path, monkeypatch):  # noqa: F811
+def test_play_uses_the_adapter_of_each_kind_of_decision(separate, model_dir, capsys, tmp_path, monkeypatch):
     """Graph decisions are those of the graph adapter alone; effort decisions those of the effort adapter after them."""
     sampled = []
     monkeypatch.setattr(players, "parse_reply", fake_parse)
@@ -181,7 +181,7 @@ def test_a_random_seat_is_one_per_game_and_belongs_to_the_seed():
     assert seats(1) == seats(1) != seats(2) and set(seats(1)) >= {0, 1, 2, 3, 4}
 
 
-def test_training_in_a_random_seat(model_dir, sft_adapter, tmp_path):  # noqa: F811
+def test_training_in_a_random_seat(model_dir, sft_adapter, tmp_path):
     _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", seat="random", eval_seat="all", all_seats=False)
     assert len({s["seat"] for s in samples}) > 1
     assert len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 import checkpoint
 import ranks
-from test_train import ROOT, lines_of, model_dir, rft_flags, run_rft, wait_for_lines  # noqa: F401 (a fixture)
+from whole_runs import ROOT, lines_of, rft_flags, run_rft, wait_for_lines
 
 DRIVER = f"""
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").write(str(os.getpid()))
-import test_train
-test_train.driver()
+import whole_runs
+whole_runs.driver()
 """
 LR = 2e-4  # with the 5e-3 of the other tests, rounding grows until it turns a sampled token
 
@@ -33,7 +33,7 @@ def torchrun(folder, processes, argv):
 
 
 @pytest.fixture(scope="module")
-def alone(model_dir, tmp_path_factory):  # noqa: F811
+def alone(model_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone") / "run"
     run_rft(rft_flags(model_dir, folder, lr=LR))
     return folder
@@ -61,7 +61,7 @@ def assert_same_up_to_rounding(folder, alone):
 
 
 @pytest.mark.parametrize("processes", [2, 3])  # 3: one of them has no conversation of RFT, which has 2 a step
-def test_many_processes_end_in_the_adapter_of_one(alone, model_dir, tmp_path, processes):  # noqa: F811
+def test_many_processes_end_in_the_adapter_of_one(alone, model_dir, tmp_path, processes):
     process = torchrun(tmp_path, processes, rft_flags(model_dir, tmp_path / "run", lr=LR))
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 0, output
@@ -72,7 +72,7 @@ def test_many_processes_end_in_the_adapter_of_one(alone, model_dir, tmp_path, pr
 
 
 @pytest.mark.parametrize("dies", [0, 1])
-def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(alone, model_dir, tmp_path, dies):  # noqa: F811
+def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(alone, model_dir, tmp_path, dies):
     folder = tmp_path / "run"
     process = torchrun(tmp_path, 2, rft_flags(model_dir, folder, lr=LR))
     try:
@@ -108,7 +108,7 @@ def test_items_with_the_same_key_stay_together(monkeypatch, rank, mine):
     assert ranks.share(["a", "b", "a", "b", "c"]) == mine
 
 
-def test_ctrl_c_ends_all_processes_after_the_same_step(alone, model_dir, tmp_path):  # noqa: F811
+def test_ctrl_c_ends_all_processes_after_the_same_step(alone, model_dir, tmp_path):
     folder = tmp_path / "run"
     process = torchrun(tmp_path, 2, rft_flags(model_dir, folder, lr=LR))
     try:
