@@ -202,19 +202,21 @@ def changing_links(samples: list[dict], results: dict[str, dict] | None) -> Find
 
 
 def _repeated_link_stages(results: dict[str, dict] | None) -> tuple[int, int]:
-    """(link stages that follow one in the same round, those whose compliant decision differs from it)."""
+    """(link stages that follow one in the same round, both compliant; those whose decision differs from it)."""
     repeated = moved = 0
     for summary in list(results.values())[:1] if results else ():
         games = [row["instance"] for row in summary["instances"] if "instance" in row]
         for game, replies in zip(games[:: max(1, len(games) // 10)], summary["replies"]):
-            stages = game["stages"] * game["rounds"]
+            stages, N = game["stages"] * game["rounds"], len(game.get("alpha") or game["endowment"])
             seats = len(replies) // len(stages)
             for k in range(1, len(stages)):
                 if stages[k - 1 : k + 1] != "GG" or k % len(game["stages"]) == 0:
                     continue
                 for seat in range(seats):
-                    a, b = (decision_text(replies[i * seats + seat]) for i in (k - 1, k))
-                    repeated, moved = repeated + 1, moved + (a != b)
+                    pair = [replies[i * seats + seat] for i in (k - 1, k)]
+                    if all(any(broken_rule(reply, "G", own, N) is None for own in range(N)) for reply in pair):
+                        a, b = map(decision_text, pair)
+                        repeated, moved = repeated + 1, moved + (a != b)
     return repeated, moved
 
 

@@ -62,6 +62,7 @@ class Game:
     """
 
     name: ClassVar[str]  # as in --game
+    scored_at: ClassVar[str] = "nash"  # efforts at which the welfare score of a graph is counted
     c: float
     stages: str  # of a round: `G` links, `E` efforts
     rounds: int  # T

@@ -29,6 +29,7 @@ class PGG(Game):
     stages, rounds: see Game."""
 
     name = "pgg"
+    scored_at = "planner"  # at Nash efforts mostly nobody contributes: every link would only cost
     endowment: tuple[float, ...]
     r: float
     b: float

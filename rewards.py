@@ -8,7 +8,8 @@
     graph level, graph decisions only:
         G_i = form(P_expert with the agent's row := row_i)                                                    [source]
         s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                           [source]
-        or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts                   [choice]
+        or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG, where
+        those are mostly 0 and the empty graph would score best, at planner efforts                           [choice]
         R^G_i = s_i + w_local [s_i is the best of the group] + w_global [s_i >= the best so far in memory]
                                                           [source: the terms; choice: w_local = w_global = 0.5]
     belief       w_belief times how well the Belief line foresees the experts, in [0, 1]; 0 by default        [choice]
@@ -93,7 +94,8 @@ def graph_score(decision: Decision | None, target: Target, kind: str = "hamming"
         return 0.0
     game, links_NN = target.game, form_links(with_own(decision, target))
     if kind == "welfare":
-        return max(0.0, game.welfare(links_NN, game.nash_efforts(links_NN))) / game.efficient_graph("nash")[1]
+        efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
+        return max(0.0, game.welfare(links_NN, efforts_N)) / best
     hamming = (links_NN != form_links(target.actions)).sum()
     return float(1 - hamming / (game.N * (game.N - 1)))
 
@@ -138,7 +140,7 @@ def made_consistent(credits: dict[tuple, list[float | None]], zeta: float) -> di
     compliant = {key: [c for c in values if c is not None] for key, values in credits.items()}
     means = {key: sum(values) / len(values) for key, values in compliant.items() if values}
     return {
-        (place, kind): [c and c - zeta * abs(c - means.get((place, other[kind]), c)) for c in values]
+        (place, kind): [None if c is None else c - zeta * abs(c - means.get((place, other[kind]), c)) for c in values]
         for (place, kind), values in credits.items()
     }
 

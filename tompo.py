@@ -68,7 +68,7 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
 
 def adapted_beta(beta: float, kl: float, target: float) -> float:
     """The next step's KL coefficient (Ziegler et al. 2019, section 2.2): up where KL is above its target, down where it
-    is below, by at most 2 % a step for each 20 % of error."""
+    is below, by a tenth of the relative error, at most 2 % a step."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + 0.1 * error)
 

@@ -285,6 +285,8 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         live = ", ".join(f"{name} {line[key]:.3f}" for name, key in live.items() if line[key] is not None)
         bar.set_postfix_str(f"{live}, {line['tokens_per_s']:.0f} reply tok/s")
         bar.update()
+        if ranks.first() and (step + 1) % max(8, steps // 4) == 0 and step + 1 < steps:  # the end has its own
+            tqdm.write(diagnose.summary(folder))
         stopping = agreed_stop(stop, lambda: save(step + 1), args.out)
         if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
             save(step + 1)
@@ -406,6 +408,8 @@ def main(argv=None) -> None:
         raise InputError("--train-on separate makes two adapters, RFT trains one policy: use train_sft.py, or train on both")
     if args.temperature <= 0:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
+    if args.kl_target == 0:
+        raise InputError("--kl-target must be above 0; leave it out for a fixed --beta")
     if args.kl_target and not args.beta:
         raise InputError("--kl-target adapts --beta, which is 0: give it a value to start from")
     if args.w_belief and not args.belief:
