@@ -46,7 +46,7 @@ def results_of(u2, u3, expert=0.88, stages="GE", replies=(), u1=0.99):
     def summary(U2, U3):
         return {
             "all rounds": {"U1": {"mean": u1}, "U2": {"mean": U2}, "U3": {"mean": U3}},
-            "instances": [{"instance": {"stages": stages, "rounds": 1}}] * max(1, len(replies)),
+            "instances": [{"instance": {"stages": stages, "rounds": 1, "alpha": [1.0] * 4}}] * max(1, len(replies)),
             "replies": list(replies),
         }
 
@@ -168,6 +168,27 @@ def test_only_link_stages_that_follow_one_another_in_a_round_are_compared(tmp_pa
         run = *healthy()[:2], results, {}
         assert levels(write(tmp_path / stages, *run)) == {}
     assert diagnose._repeated_link_stages(results) == (20, 0)
+
+
+def test_a_pair_of_link_stages_with_a_reply_that_is_not_compliant_is_not_counted(tmp_path):
+    """Neither as moved nor as repeated: what was played there are no links. BCZ's alpha and PGG's endowments say N."""
+    good, other = CHANGED[:2]
+    bad = ["x", "", reply("[0, 1, 2, 0]"), reply("[0, 1, 0]"), reply("[1, 1, 1, 1]"), reply("[0, 1, 0, 0].")]
+    pairs = [pair for b in bad for pair in ((good, b), (b, good), (b, b))]
+    for types in ("alpha", "endowment"):
+        results = results_of(0.95, 0.87, stages="GGE", replies=[[*pair, "1.0"] for pair in pairs[:10]])
+        for summary in results.values():
+            summary["instances"] = [{"instance": {"stages": "GGE", "rounds": 1, types: [2.0] * 4}}] * 10
+        assert diagnose._repeated_link_stages(results) == (0, 0)
+        results["tompo"]["replies"] = [[*pair, "1.0"] for pair in pairs[8:]]
+        assert diagnose._repeated_link_stages(results) == (0, 0)
+        results["tompo"]["replies"] = [[good, other, "1.0"], [good, good, "1.0"], [good, bad[2], "1.0"]]
+        assert diagnose._repeated_link_stages(results) == (2, 1)
+        # two seats: the first one's pair counts, the second one's does not
+        results["tompo"]["replies"] = [[good, bad[3], other, other, "1.0", "1.0"]] * 10
+        assert diagnose._repeated_link_stages(results) == (10, 10)
+        found = {f.name: f for f in diagnose.diagnose(write(tmp_path / types, *healthy()[:2], results, {}))}
+        assert found["links that keep changing"].level == "bad" and "10 of 10" in found["links that keep changing"].numbers
 
 
 def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
