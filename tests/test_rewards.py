@@ -11,6 +11,7 @@ import pytest
 
 from bcz import BCZ
 from games import State, form_links
+from instances import Family, draw_game
 from pgg import PGG
 from prompts import Decision
 from rewards import (
@@ -291,6 +292,37 @@ def test_welfare_score_by_hand():
     assert [x["s"] for x in terms] == pytest.approx([0.5625, 1]) and [x["local"] for x in terms] == [0, 0.5]
 
 
+def test_welfare_score_of_public_goods_by_hand():
+    """At planner efforts: two groups of three, each member gets 12.5 sqrt(3) and pays 6. Without agent 1 its group is a
+    pair, whose members get 12.5 sqrt(2) and pay 3, and agent 1 keeps its 10. (At Nash efforts nobody would contribute,
+    and the fewer links the better.)"""
+    game = PGG((10.0,) * 6, 1.25, 0.5, 3.0)
+    t = Target(game, "G", 0, np.kron(np.eye(2, dtype=int), 1 - np.eye(3, dtype=int)))
+    three, pair = 3 * (12.5 * 3**0.5 - 6), 2 * (12.5 * 2**0.5 - 3)
+    assert graph_score(row(0, 1, 1, 0, 0, 0), t, "welfare") == pytest.approx(1)
+    assert graph_score(row(0, 1, 1, 1, 1, 1), t, "welfare") == pytest.approx(1)  # nobody answers
+    assert graph_score(row(0, 0, 0, 0, 0, 0), t, "welfare") == pytest.approx((three + pair + 10) / (2 * three))
+    assert graph_score(None, t, "welfare") == 0
+
+
+def test_among_planners_the_planners_row_has_the_best_welfare_score():
+    rng, compared = np.random.default_rng(0), 0
+    for _ in range(20):
+        game = draw_game(rng, 5, family=Family("pgg"))
+        proposals_NN = game.efficient_graph("planner")[0]
+        for seat in range(5):
+            t = Target(game, "G", seat, proposals_NN)
+            own, nobody, any_row = (
+                graph_score(Decision("G", r), t, "welfare")
+                for r in (proposals_NN[seat], np.zeros(5, int), np.insert(rng.integers(0, 2, 4), seat, 0))
+            )
+            assert own == pytest.approx(1) and max(nobody, any_row) <= 1 + 1e-9
+            if proposals_NN[seat].any():
+                assert nobody < 1 - 1e-3
+                compared += 1
+    assert compared > 50
+
+
 def test_belief_reward_is_added_to_the_sample_level_only():
     foresaw = Decision("G", P[0], np.array([0, 1, 1, 1]))  # who chooses seat 0: 1, 2 and 3
     half = Decision("G", P[0], np.array([0, 1, 0, 0]))
@@ -354,8 +386,11 @@ def test_a_graph_credit_is_the_value_of_the_state_that_it_leads_to():
 
 def test_consistency_takes_the_distance_from_the_other_kinds_mean():
     credits = {("a", "G"): [2.0, 1.0, None], ("a", "E"): [1.0, 2.0, 3.0], ("b", "G"): [1.0, 2.0], ("c", "E"): [None]}
+    credits |= {("d", "G"): [0.0, None], ("d", "E"): [1.0, 3.0, 0.0, 4.0]}
     assert made_consistent(credits, 0.0) == credits
     found = made_consistent(credits, 0.5)
     assert found[("a", "G")] == [2.0, 0.5, None]  # the efforts' mean is 2
     assert found[("a", "E")] == [0.75, 1.75, 2.25]  # the rows' mean is 1.5
     assert found[("b", "G")] == [1.0, 2.0] and found[("c", "E")] == [None]
+    assert found[("d", "G")] == [-1.0, None]  # a credit of 0 is one like any other: the efforts' mean is 2
+    assert found[("d", "E")] == [0.5, 1.5, 0.0, 2.0]  # the rows' mean is 0
