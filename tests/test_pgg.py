@@ -68,6 +68,24 @@ def test_payoffs_are_those_of_the_equation():
         np.testing.assert_allclose(game.payoffs(links_NN, x), loop_payoffs(game, links_NN, x), atol=1e-9)
 
 
+def test_link_gains_are_what_each_end_gets_with_the_link_and_not_without_it():
+    """All other links and all efforts as they are, whether the link is there or not; the two ends need not gain alike."""
+    rng, compared, unlike = np.random.default_rng(8), 0, 0
+    for _ in range(50):
+        game, upper = random_pgg(rng, 4), np.triu(rng.random((4, 4)) < 0.6, 1).astype(int)
+        links_NN, x = upper + upper.T, rng.uniform(0, game.caps)
+        kept, gains_NN = links_NN.copy(), game.link_gains(links_NN, x)
+        for i, j in itertools.combinations(range(4), 2):
+            with_it, without = links_NN.copy(), links_NN.copy()
+            with_it[i, j] = with_it[j, i] = 1
+            without[i, j] = without[j, i] = 0
+            change = np.array(loop_payoffs(game, with_it, x)) - loop_payoffs(game, without, x)
+            np.testing.assert_allclose([gains_NN[i, j], gains_NN[j, i]], change[[i, j]], atol=1e-9)
+            compared, unlike = compared + 1, unlike + (abs(change[i] - change[j]) > 0.1)
+        assert (links_NN == kept).all() and not gains_NN.diagonal().any()
+    assert compared == 300 and unlike > 100
+
+
 def test_nash_and_planner_efforts_are_the_best_corners():
     """Payoffs are linear in each contribution, so the best is at 0 or at the endowment, whatever the others give."""
     rng, contributed = np.random.default_rng(2), set()
