@@ -13,8 +13,8 @@ import train_rft
 import train_sft
 from instances import Family
 from policy import Rollout, load_policy
-from prompts import PromptStyle
-from rewards import Memory
+from prompts import Decision, PromptStyle
+from rewards import Memory, graph_score
 from runs import InputError
 
 ALL_SEATS = argparse.Namespace(all_seats=True, seat=0, graph_prompts=1, effort_prompts=1)
@@ -100,6 +100,31 @@ def test_rewards_and_advantages_of_a_graph_group_by_hand(model_dir, algo):
     assert [o.rewards["A_G"] for o in group] == pytest.approx(A_G, abs=1e-3)
     assert [o.advantage for o in group] == pytest.approx(A, abs=1e-3)
     assert memory.best == {prompt.game.key: 2 / 3}  # updated after the step, not here
+
+
+def test_the_weights_and_the_score_of_a_graph_group_are_those_of_the_flags(model_dir):
+    """The group of above, its first row after a Belief line that is right about both others, its second after one that
+    is right about one of them. Memory: the welfare of the second graph."""
+    prompt = prompt_of(model_dir, "G", "always-link")
+    group = rollouts_of(
+        ["Belief: [0, 1, 1]\nDecision: [0, 1, 1]", "Belief: [0, 1, 0]\nDecision: [0, 1, 0]", "I choose everybody"]
+        + ["Belief: [0, 0, 0]\nDecision: [0, 0, 0]"]
+    )
+    args = reward_arguments(w_sample=0.6, w_graph=0.7, w_local=0.3, w_belief=0.5, graph_score="welfare")
+    rows = [[0, 1, 1], [0, 1, 0], None, [0, 0, 0]]
+    s = np.array([graph_score(r and Decision("G", np.array(r)), prompt.target, "welfare") for r in rows])
+    assert s[0] > s[1] > s[3] > s[2] == 0
+    train_rft.rewards_and_advantages(args, [prompt], [group], Memory({prompt.game.key: s[1]}), 0)
+    belief = np.array([1, 0.5, 0, 0])
+    r_S = np.array([2.5, 0.5 + 2 / 3 + 1 / 2, -0.5, 0.5]) + 0.5 * belief
+    local = np.array([0.3, 0, 0, 0])
+    R_G = s + local + 0.5 * np.array([1, 1, 0, 0])
+    A_S, A_G = ((x - x.mean()) / x.std() for x in (r_S, R_G))
+    for key, values in {"belief": belief, "r_S": r_S, "s": s, "local": local, "R_G": R_G}.items():
+        assert [o.rewards[key] for o in group] == pytest.approx(values, abs=1e-6), key
+    assert [o.rewards["A_S"] for o in group] == pytest.approx(A_S, abs=1e-3)
+    assert [o.rewards["A_G"] for o in group] == pytest.approx(A_G, abs=1e-3)
+    assert [o.advantage for o in group] == pytest.approx(0.6 * A_S + 0.7 * A_G, abs=1e-3)
 
 
 def test_rewards_and_advantages_of_an_effort_group_by_hand(model_dir):

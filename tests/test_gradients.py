@@ -123,20 +123,22 @@ def hand_made_groups(model_dir, policy, temperature, spread):
 
 
 def objective_by_plain_passes(model_dir, policy, groups, args):
-    """J written out rollout by rollout: per token, min(rho A, clip(rho) A) - beta k3."""
+    """J written out rollout by rollout: per token, min(rho A, clip(rho) A) - beta k3. Returns -J, the tokens that were
+    clipped at the lower and at the upper end, and all."""
     model, reference = plain_model(model_dir, policy), plain_model(model_dir)
     rollouts = [o for group in groups for o in group]
-    tokens, total, clipped = sum(len(o.reply_ids) for o in rollouts), 0.0, 0
+    tokens, total, below, above = sum(len(o.reply_ids) for o in rollouts), 0.0, 0, 0
+    low, high = 1 - args.clip_eps, 1 + (args.clip_eps_high or args.clip_eps)
     for o in rollouts:
         logp = plain_logps(model, o.prompt_ids, o.reply_ids, args.temperature)
         with torch.no_grad():
             ref = plain_logps(reference, o.prompt_ids, o.reply_ids, args.temperature)
         for t in range(len(o.reply_ids)):
             rho = (logp[t] - o.sampled_logps[t]).exp()
-            A, low, high = o.advantage, 1 - args.clip_eps, 1 + args.clip_eps
-            outside = (A > 0 and rho > high) or (A < 0 and rho < low)
-            clipped += outside
-            term = (high if A > 0 else low) * A if outside else rho * A
+            A = o.advantage
+            over, under = A > 0 and rho > high, A < 0 and rho < low
+            above, below = above + over, below + under
+            term = high * A if over else low * A if under else rho * A
             term = term - args.beta * ((ref[t] - logp[t]).exp() - (ref[t] - logp[t]) - 1)
             weight = {
                 "sequence": 1 / (len(rollouts) * len(o.reply_ids)),
@@ -144,30 +146,32 @@ def objective_by_plain_passes(model_dir, policy, groups, args):
                 "constant": 1 / (len(rollouts) * args.max_new_tokens),
             }[args.aggregation]
             total = total + weight * term
-    return -total, clipped, tokens
+    return -total, below, above, tokens
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "temperature", "beta"),
-    [("sequence", 1.0, 0.1), ("token", 0.7, 0.1), ("constant", 1.0, 0.0)],
+    ("aggregation", "temperature", "beta", "clip_eps", "high"),
+    [("sequence", 1.0, 0.1, 0.2, None), ("token", 0.7, 0.1, 0.2, None), ("constant", 1.0, 0.0, 0.2, None)]
+    + [("sequence", 1.0, 0.1, 0.1, 0.4)],
 )
-def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregation, temperature, beta):
+def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregation, temperature, beta, clip_eps, high):
     policy = policy_with_adapter(model_dir)
     groups = hand_made_groups(model_dir, policy, temperature, 0.5)
     args = argparse.Namespace(
-        max_new_tokens=9, aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=0.2, clip_eps_high=None, micro_batch=1
-    )
+        max_new_tokens=9, aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=clip_eps, clip_eps_high=high,
+        micro_batch=1,
+    )  # fmt: skip
     before = [(list(o.prompt_ids), list(o.reply_ids), list(o.sampled_logps)) for g in groups for o in g]
-    expected_loss, clipped, tokens = objective_by_plain_passes(model_dir, policy, groups, args)
+    expected_loss, below, above, tokens = objective_by_plain_passes(model_dir, policy, groups, args)
     expected_loss.backward()
     expected = take_gradients(policy)
-    assert 5 < clipped < tokens - 5
+    assert below > 1 < above and 5 < below + above < tokens - 5
     for size in (1, 2, 5):
         args.micro_batch = size
         loss, sums = train_rft.update(args, policy, groups, range(len(groups)), args.beta)
         assert loss == pytest.approx(expected_loss.item(), abs=1e-5)
         assert_close_gradients(take_gradients(policy), expected)
-        assert (sums.clipped, sums.tokens) == (clipped, tokens)
+        assert (sums.clipped, sums.tokens) == (below + above, tokens)
         assert (sums.kl > 0) == (beta > 0)
     assert before == [(o.prompt_ids, o.reply_ids, o.sampled_logps) for g in groups for o in g]
 
