@@ -1,5 +1,6 @@
 """The exact experts against their definitions written again here, and the expert data set."""
 
+import argparse
 import itertools
 import json
 import os
@@ -367,6 +368,19 @@ def test_the_style_reaches_prompts_and_replies():
     style = PromptStyle("local", belief=False, hints=False)
     for r in simulate_many(3, "nash", 6, style):
         assert "Belief" not in r.reply + r.label + json.dumps(r.prompt)
+
+
+def test_the_style_is_that_of_the_flags():
+    parser = argparse.ArgumentParser()
+    experts.add_style_arguments(parser)
+    for flags, style in (
+        ([], PromptStyle("full", True, True)),
+        (["--information", "local", "--no-belief", "--no-hints"], PromptStyle("local", False, False)),
+        (["--information", "local"], PromptStyle("local", True, True)),
+        (["--no-belief"], PromptStyle("full", False, True)),
+        (["--no-hints"], PromptStyle("full", True, False)),
+    ):
+        assert experts.style_of(parser.parse_args(flags)) == style
 
 
 # ---------------------------------------------------------------------------------------------------------------------

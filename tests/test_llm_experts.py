@@ -1,5 +1,6 @@
 """Experts that are language models, against real servers on the loopback: good ones, and ones that misbehave by script."""
 
+import argparse
 import json
 import os
 import random
@@ -643,6 +644,28 @@ def test_bad_flags(tmp_path, capsys, monkeypatch):
             experts.main(["--games", "1", "--out", "o.jsonl", *flags])
         assert caught.value.code == 2 and capsys.readouterr().err.count("error:") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_flag_reaches_the_asking():
+    from train_sft import add_model_arguments
+
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    experts.add_style_arguments(parser)
+    values = "--expert-temperature 0.25 --expert-max-tokens 11 --expert-attempts 5 --expert-concurrency 7"
+    values += " --expert-timeout 12.5 --expert-retries 9 --expert-cache record.jsonl --expert-price 2.5 10 --expert-budget 33"
+    argv = ["--expert-program", *values.split(), "--cache", "models", "--device", "cuda:3"]
+    known = {text for action in parser._actions for text in action.option_strings if text.startswith("--expert-")}
+    assert known == {text for text in argv if text.startswith("--expert-")}  # a flag that is added is tested here
+    style, args = PromptStyle("local", True, False), parser.parse_args(argv)
+    asked = Asking(
+        style=style, program=True, temperature=0.25, max_tokens=11, attempts=5, concurrency=7, timeout=12.5, retries=9,
+        record="record.jsonl", price=(2.5, 10.0), budget=33.0, cache="models", device="cuda:3",
+    )  # fmt: skip
+    assert llm_experts.asking_of(args, style) == asked
+    assert llm_experts.asking_of(parser.parse_args(["--device", "cpu"]), STYLE) == Asking(STYLE, device="cpu")
+    styled = parser.parse_args([*argv, "--information", "local", "--no-hints"])
+    assert experts.asking_of(styled, "openai:m") == asked and experts.asking_of(styled, "nash") == Asking()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
