@@ -26,6 +26,7 @@ from games import State
 from instances import Family, draw_game, held_out_grid, split_of
 from metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
 from players import play
+from policy import Policy, Rollout
 from prompts import Decision, PromptStyle
 from rewards import belief_accuracy
 from runs import InputError, write_json
@@ -645,6 +646,46 @@ def test_a_model_is_evaluated(tiny_model_dir, tmp_path, capsys):
     assert [r["U3"] for r in base["instances"]] == [r["U3"] for r in silent["instances"]]
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("base"))
     assert row.split()[1] == "0.000" and row.endswith("-")
+
+
+def test_few_shot_adds_a_row_that_has_read_that_many_expert_games(tiny_model_dir, tmp_path, monkeypatch):
+    """The same uniforms and another prompt: another reply. Every prompt of the row begins with the examples."""
+    made, read, path = [], [], tmp_path / "results.json"
+    real_examples, real_encode = players.expert_examples, Policy.encode_prompt
+    monkeypatch.setattr(players, "expert_examples", lambda *args: made.append((args[0], real_examples(*args))) or made[-1][1])
+    monkeypatch.setattr(Policy, "encode_prompt", lambda self, chat: read.append(chat) or real_encode(self, chat))
+    flags = ["--model", str(tiny_model_dir), "--device", "cpu", "--eval-games", "3", "--max-new-tokens", "4"]
+    evaluation.main([*flags, "--policy", "base", "few-shot:2", "--few-shot", "1", "--eval-agents", "3", "--json", str(path)])
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["base", "few-shot:2", "few-shot:1", "expert:second-best", "expert:random"]
+    assert [count for count, _ in made] == [2, 1] == [len(chats) for _, chats in made]
+    base, two, one = (results[name]["replies"] for name in ("base", "few-shot:2", "few-shot:1"))
+    assert all(len({a[0], b[0], c[0]}) == 3 for a, b, c in zip(base, two, one, strict=True)) and len(base) == 3
+    assert len(read) == 3 * 6
+    for chats, of_row in zip(([], made[0][1], made[1][1]), (read[:6], read[6:12], read[12:])):
+        assert all(sum(m["content"].startswith("A new game.") for m in chat) == len(chats) for chat in of_row)
+        assert all(chat[: len(chats[0])] == chats[0] for chat in of_row if chats)
+
+
+def test_repair_adds_rows_in_which_what_can_be_read_is_played(tiny_model_dir, tmp_path, monkeypatch, capsys):
+    """The model says one thing, which is compliant at no stage: strictly nothing is played; leniently seat 0 chooses
+    agents 2 and 4 and takes effort 0.5."""
+    text, path = "Decision: 0.5, 1, 0, 1 or so", tmp_path / "results.json"
+    monkeypatch.setattr(Policy, "_rollout", lambda self, prompt, reply, logps: Rollout(prompt, reply, logps, text, True))
+    flags = ["--model", str(tiny_model_dir), "--device", "cpu", "--eval-games", "3", "--max-new-tokens", "4"]
+    evaluation.main([*flags, "--policy", "base", "expert:nash", "--repair", "--json", str(path)])
+    results = json.loads(path.read_text())["results"]
+    assert list(results) == ["base", "base repaired", "expert:nash", "expert:second-best", "expert:random"]
+    assert [results[name]["repaired"] for name in results] == [0, 6, 0, 0, 0]
+    assert "a decision was read and played: base repaired 6" in capsys.readouterr().out
+    instances, meant = evaluation.held_out_instances(arguments(eval_games=3)), {"G": "[0, 1, 0, 1]", "E": "0.5"}
+    lenient = lambda asks: [f"Decision: {meant[ask.state.kind]}" for ask in asks]
+    for name, player in (("base", constant("")), ("base repaired", lenient)):
+        expected = summarise(play(instances, player, 0, "second-best", 0))
+        for metric in ("s", "row", "U2", "U3"):
+            assert [r[metric] for r in results[name]["instances"]] == [r[metric] for r in expected["instances"]]
+        assert results[name]["all rounds"]["U1"]["mean"] == 0 and results[name]["replies"] == [[text] * 2] * 3
+    assert results["base"]["all rounds"]["U3"] != results["base repaired"]["all rounds"]["U3"]
 
 
 def test_a_folder_that_is_no_adapter_is_one_line(tiny_model_dir, tmp_path, capsys):
