@@ -105,7 +105,8 @@ def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_pat
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(beta=0, kl_target=0.1), "--kl-target"),
+        (dict(beta=0, kl_target=0.1), "--kl-target adapts"),
+        (dict(kl_target=0), "--kl-target must be above 0"),
         (dict(train_on="separate"), "train_sft.py"),
         (dict(delta=0.1, game=["pgg"]), "--game bcz"),
         (dict(stages=["GX"]), "stages"),
@@ -181,7 +182,26 @@ def test_a_random_seat_is_one_per_game_and_belongs_to_the_seed():
     assert seats(1) == seats(1) != seats(2) and set(seats(1)) >= {0, 1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("all_seats", [False, True])
+def test_sft_trains_and_is_tested_on_its_seat_alone_unless_all_are_asked_for(model_dir, tmp_path, monkeypatch, all_seats):
+    seen, real = [], train_sft.conversations
+    monkeypatch.setattr(train_sft, "conversations", lambda *args: seen.append(args[1]) or real(*args))
+    argv = sft_flags(model_dir, tmp_path / "run", seat=1, max_steps=1, games=2)
+    train_sft.main([flag for flag in argv if all_seats or flag != "--all-seats"])
+    trained, held_out = seen
+    assert {r.seat for r in trained} == {r.seat for r in held_out} == ({0, 1, 2} if all_seats else {1})
+    assert (len(trained), len(held_out)) == ((12, 6) if all_seats else (4, 2))  # 2 games and 1, of 2 stages
+
+
 def test_training_in_a_random_seat(model_dir, sft_adapter, tmp_path):
+    """And evaluation in self-play: 3 seats and 2 stages are 6 replies of the policy in every game."""
     _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", seat="random", eval_seat="all", all_seats=False)
     assert len({s["seat"] for s in samples}) > 1
     assert len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})
+    results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
+    for name, summary in results.items():
+        assert len(summary["replies"]) == 4 and all(len(of_game) == 6 for of_game in summary["replies"])
+        if name.startswith("expert:"):
+            assert all("Decision: " in reply for of_game in summary["replies"] for reply in of_game)
+        else:  # a random model: no expert's words in any seat
+            assert not any("Decision: " in reply for of_game in summary["replies"] for reply in of_game)
