@@ -72,6 +72,22 @@ def test_a_run_that_was_stopped_ends_bit_for_bit_the_same(full, model_dir, tmp_p
     assert (folder / "timing.json").exists()
 
 
+def test_an_adapted_beta_goes_on_where_it_was(model_dir, sft_adapter, tmp_path, monkeypatch):
+    """Stopped after 3 of 5 steps, with another beta than the one of the flags."""
+    changes = dict(kl_target=0.001, sft_adapter=sft_adapter, steps=5, eval_games=1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run_rft(rft_flags(model_dir, whole, **changes))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_rft, "agreed_stop", lambda *args: len(lines_of(stopped / "metrics.jsonl")) == 3)
+        with pytest.raises(SystemExit):
+            run_rft(rft_flags(model_dir, stopped, **changes))
+    assert len(lines_of(stopped / "metrics.jsonl")) == 3 and not (stopped / "adapter").exists()
+    run_rft(["--resume", str(stopped)])
+    betas = [[line["beta"] for line in lines_of(folder / "metrics.jsonl")] for folder in (whole, stopped)]
+    assert betas[0] == betas[1] and len(betas[0]) == 5 and betas[0][0] == 0.02 != betas[0][3]
+    assert Run(stopped, []).weights() == Run(whole, []).weights()
+
+
 def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(full.folder, folder)

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
+import diagnose
 import experts
 import lora
+import train_rft
 import train_sft
 from policy import load_policy, put_adapter
 from whole_runs import RFT_ONLY, SHARED, Run, assert_same_run, flags, lines_of, rft_flags, run_rft, sft_flags, without_timings
@@ -122,6 +124,25 @@ def test_metrics_are_those_of_the_samples(full):
         for kind, key in (("G", "reward_graph"), ("E", "reward_effort")):
             values = [o["r_S"] for o in of_step if o["kind"] == kind]
             assert line[key] == (pytest.approx(np.mean(values)) if values else None)
+
+
+# --- diagnosis
+
+
+@pytest.mark.parametrize(("steps", "told_after"), [(9, [8]), (16, [8]), (36, [9, 18, 27])])
+def test_a_diagnosis_is_printed_during_training_and_at_the_end(
+    model_dir, sft_adapter, tmp_path, monkeypatch, capsys, steps, told_after
+):
+    """After every quarter, but of at least 8 steps, of what the logs hold by then. After the last step it is that of the
+    end alone, which knows the evaluation."""
+    logged, real_summary, evaluate = [], diagnose.summary, train_rft.evaluate_run
+    monkeypatch.setattr(train_rft, "evaluate_run", lambda *args: print("evaluation begins") or evaluate(*args))
+    monkeypatch.setattr(diagnose, "summary", lambda run: logged.append(len(lines_of(run / "metrics.jsonl"))) or real_summary(run))
+    changes = dict(graph_prompts=1, effort_prompts=1, m=2, max_new_tokens=3, save_every=99, eval_games=1, sft_adapter=sft_adapter)
+    run_rft(rft_flags(model_dir, tmp_path / "run", steps=steps, **changes))
+    during, after = capsys.readouterr().out.split("evaluation begins")
+    assert during.count("diagnosis: ") == len(told_after) and after.count("diagnosis: ") == 1
+    assert logged == [*told_after, steps]
 
 
 # --- learning rates
