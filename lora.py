@@ -75,23 +75,23 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
-        if self.base.weight.dtype == torch.float32:
-            if not torch.is_grad_enabled():
-                return _linear(x, self.sum(), self.base.bias)
-            return _SumLinear.apply(x, self.A, self.B, self.scaling, self.sum(), self.base.bias)
-        # A sum rounded to a lower precision would be another policy, so there the two stay apart. Right to left, B A
-        # is never built; the scaling falls on the r-wide tensor, the narrowest of the three.
-        z = F.linear(x, self.A.to(x.dtype)) * self.scaling
-        return self.base(x) + F.linear(z, self.B.to(x.dtype))
+        if not torch.is_grad_enabled():
+            return linear(x, self.sum(), self.base.bias)
+        return _SumLinear.apply(x, self.A, self.B, self.scaling, self.sum(), self.base.bias)
 
     def sum(self) -> torch.Tensor:
         """W + scaling B A (out, in): a working copy (as much memory as W), made anew after any of the three was changed
-        in place. What writes to `.data`, or a fused optimizer, it cannot see."""
-        parts = (self.base.weight, self.B, self.A)
-        versions = [p._version for p in parts]
+        in place. What writes to `.data`, or a fused optimizer, it cannot see.
+
+        In bf16 the sum is rounded once more, as W was: sampling and scoring use the same rounded law, and A and B stay
+        in fp32, so small steps add up.
+        """
+        W, B, A = self.base.weight, self.B, self.A
+        versions = [p._version for p in (W, B, A)]
         if self._sum_of != versions:
             with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
-                self._sum, self._sum_of = torch.addmm(*parts, alpha=self.scaling), versions
+                self._sum = torch.addmm(W.to(A.dtype), B, A, alpha=self.scaling).to(W.dtype)
+            self._sum_of = versions
         return self._sum
 
 
@@ -103,7 +103,7 @@ class _SumLinear(torch.autograd.Function):
     def forward(ctx, x, A, B, scaling, S, bias):
         ctx.save_for_backward(x, A, B, S)
         ctx.scaling = scaling
-        return _linear(x, S, bias)
+        return linear(x, S, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -111,12 +111,12 @@ class _SumLinear(torch.autograd.Function):
         # A row is a token, so the formulas stand transposed.
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
-        dA = (g @ B).mul_(ctx.scaling).T @ rows
-        dB = g.T @ (rows @ A.T).mul_(ctx.scaling)
-        return dx, dA, dB, None, None, None
+        dA = (g @ B.to(g.dtype)).mul_(ctx.scaling).T @ rows
+        dB = g.T @ (rows @ A.to(g.dtype).T).mul_(ctx.scaling)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None
 
 
-def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear. On a CPU, MKL takes half the time for W x^T of what it takes for x W^T where x has few rows."""
     if x.device.type != "cpu" or bias is not None or x.numel() >= 56 * x.shape[-1]:
         return F.linear(x, W, bias)
@@ -124,11 +124,6 @@ def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torc
     if W.shape[0] <= W.shape[1]:  # what is wider than x is narrowed by another product soon, which wants it as it is
         y = y.contiguous()
     return y.view(*x.shape[:-1], -1)
-
-
-def linear(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    """layer(x), contiguous, the fast way for few rows if the layer is a plain nn.Linear."""
-    return _linear(x, layer.weight, layer.bias).contiguous() if type(layer) is nn.Linear else layer(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

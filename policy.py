@@ -8,6 +8,8 @@ Dimensions: P prompts, M replies of a prompt, B replies that are sampled, U diff
 S reply tokens, T targets, H hidden size, V vocabulary.
 """
 
+import ctypes
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +20,8 @@ import lora
 import pretrained
 from runs import InputError
 from shared_prefix import History, Pass, Row, SharedKV, chain, pack
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 
 
 @dataclass
@@ -34,25 +38,25 @@ class Rollout:
 
 
 class _TargetLogps(torch.autograd.Function):
-    """log softmax(head(h) / temperature) at the target of each token: (T, H), (T,) -> (T,).
+    """log softmax(logits_of(h) / temperature) at the target of each token: (T, H), (T,) -> (T,).
 
     Never holds the logits of more than `CHUNK` tokens: each value depends on its own h alone, so its gradient with
-    respect to h, one vector of size H, is computed beside it and kept instead. The head is frozen.
+    respect to h, one vector of size H, is computed beside it and kept instead. The head, of weight W, is frozen.
     """
 
     CHUNK = 256
 
     @staticmethod
-    def forward(ctx, hidden, targets, head, temperature, with_gradient):
+    def forward(ctx, hidden, targets, logits_of, W, temperature, with_gradient):
         values, gradients = [], []
         for h, y in zip(hidden.split(_TargetLogps.CHUNK), targets.split(_TargetLogps.CHUNK)):
-            logits = scaled(head(h), temperature)
+            logits = scaled(logits_of(h), temperature)
             lse = logits.logsumexp(-1, keepdim=True)
             values.append((logits.gather(-1, y[:, None]) - lse)[:, 0])
             if with_gradient:  # (onehot(y) - pi) W / temperature; the difference in fp32, in bf16 it would cancel
                 error = logits.sub_(lse).exp_().neg_()
                 error[torch.arange(len(y), device=y.device), y] += 1
-                gradients.append(error.to(h.dtype) @ head.weight / temperature)
+                gradients.append(error.to(h.dtype) @ W / temperature)
         if with_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
@@ -60,7 +64,7 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None, None
+        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None, None, None
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
@@ -104,6 +108,7 @@ class Policy:
         self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
         if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
             self.context = min(self.context, model.config.sliding_window)  # within it, it is full attention
+        self._float_head, self._float_head_of = [], None  # the head in fp32, and the versions that it was made of
         model.set_attn_implementation("shared_prefix")
         model.eval()  # no dropout anywhere: what is sampled is what is scored
 
@@ -170,7 +175,7 @@ class Policy:
         state_of = [b // M for b in going]  # which of the computed states each of them is in
         hidden_UH = self._hidden(tokens.ids, tokens.positions, kv)[0, last]
         while True:
-            logits_UV = scaled(lora.linear(hidden_UH, self._head()), temperature or 1.0)
+            logits_UV = scaled(self._logits(hidden_UH), temperature or 1.0)
             drawn, logp_B = _draw(logits_UV, state_of, uniforms_BS[going, kv.length] if temperature else None)
             for b, token, logp in zip(going, drawn, logp_B):
                 replies[b].append(token)
@@ -217,7 +222,7 @@ class Policy:
         if any(p.requires_grad for p in head.parameters()):  # an adapter on the head itself
             logps = target_logps(head(hidden), targets, temperature)
         else:
-            logps = _TargetLogps.apply(hidden, targets, head, temperature, torch.is_grad_enabled())
+            logps = _TargetLogps.apply(hidden, targets, self._logits, head.weight, temperature, torch.is_grad_enabled())
         return list(logps[which_T].split([len(row.targets) for row in rows]))
 
     @torch.no_grad()
@@ -235,9 +240,42 @@ class Policy:
     def _head(self):
         return self.model.get_output_embeddings()
 
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """(n, H) -> (n, V). From a plain head in fp32 whatever the model's dtype: bf16 would round a logit of 20 by up to
+        0.06, which is more than all that rounding does to the hidden states."""
+        head = self._head()
+        if type(head) is not torch.nn.Linear:  # an adapter
+            return head(hidden)
+        weights = (head.weight,) if head.bias is None else (head.weight, head.bias)
+        versions = [(p.data_ptr(), p._version) for p in weights]
+        if self._float_head_of != versions:
+            with torch.inference_mode(False):
+                self._float_head = [p.detach().float() for p in weights]
+            self._float_head_of = versions
+        W, bias = (*self._float_head, None)[:2]
+        return lora.linear(hidden.float(), W, bias).contiguous()
+
+
+def prepare_cpu() -> None:
+    """The process's settings that make CPUs faster and change no result by more than fp32's own rounding."""
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc. Freed activations stay with the process: else the kernel takes them back
+        libc.mallopt(M_MMAP_MAX, 0)  # and hands them out again page by page, at every step
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    # On AMD's CPUs MKL leaves AVX-512 alone, and oneDNN has twice its speed in fp32. But torch asks oneDNN only where it
+    # may round to bf16 inside; whether it then does (with AMX) shows in a product.
+    if "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", ""):
+        settings, a = torch.backends.mkldnn.matmul, torch.arange(2.0**16).sin().view(256, 256)
+        settings.fp32_precision = "bf16"
+        if (a @ a - (a.double() @ a.double())).abs().max() > 1e-3:  # of sums up to 128; bf16 would be off by 0.05
+            settings.fp32_precision = "ieee"
+
 
 def load_policy(name: str, cache: str | None = None, dtype=torch.float32, device: str = "cpu") -> Policy:
     """The base model as a policy. Raises InputError."""
+    prepare_cpu()
     try:
         model, tokenizer = pretrained.load(name, cache, dtype, device)
     except pretrained.ModelError as e:

@@ -111,6 +111,8 @@ def common_beginning(rows: list[Row]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
+BY_PRODUCTS = ("cpu",)  # devices where _Attention is faster than torch's own attention
+
 
 @dataclass
 class History:
@@ -177,7 +179,7 @@ class Pass:
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
         bias_RBK = torch.zeros(R, B, P + X, dtype=dtype).masked_fill(torch.tensor(~visible_RBK), -torch.inf)
         self.bias = bias_RBK[:, None].to(device)
-        self.masks: dict[int, Tensor] = {}  # by query heads per key head: the bias, once for each of them
+        self.masks: dict[int, tuple[Tensor | None, Tensor]] = {}  # by query heads per key head
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
@@ -195,20 +197,61 @@ class Pass:
         # (A history gives its keys and values away; `SharedKV.keep` fills it again.)
         begin_k, begin_v = self.history.kv.pop(module.layer_idx) if self.history else (None, None)
         q, k, v = of_rows(query), of_rows(key, begin_k), of_rows(value, begin_v)
+        causal_mask, branch_mask = self._masks(heads // kv_heads)
         outs, beginning = [], query.new_empty(0, heads * D)
         if L:
-            trunks = (x[:, :, : C + L] for x in (q, k, v))
-            out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
+            trunks = [x[:, :, : C + L] for x in (q, k, v)]
+            if causal_mask is None:
+                out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
+            else:
+                out = _masked_attention(*trunks, causal_mask, scaling)
             outs, beginning = [out[:, C:]], out[0, :C].flatten(1)
-        if self.B:  # the query heads of a key head stand one after the other as one long sequence: no copies of keys
-            group = heads // kv_heads
-            if group not in self.masks:  # the same in all layers
-                self.masks[group] = self.bias.repeat(1, 1, group, 1)
-            q = q[:, :, C + L :].reshape(R, kv_heads, group * self.B, D)
-            out = F.scaled_dot_product_attention(q, k, v, self.masks[group], scale=scaling)
-            outs.append(out.reshape(R, heads, self.B, D).transpose(1, 2))
+        if self.B:
+            outs.append(_masked_attention(q[:, :, C + L :], k, v, branch_mask, scaling))
         out = _Packed.apply(torch.cat(outs, 1).reshape(R * self.X, -1), self)
         return torch.cat([beginning, out]).view(1, n, heads, D), k, v
+
+
+    def _masks(self, group: int) -> tuple[Tensor | None, Tensor]:
+        """Of trunks (None: left to the kernel) and of branches, once for each of the `group` query heads of a key head."""
+        if group not in self.masks:  # the same in all layers
+            n, causal = self.C + self.L, None
+            if self.bias.device.type in BY_PRODUCTS:
+                causal = torch.full((1, 1, n, n), -torch.inf, dtype=self.bias.dtype).triu_(1).repeat(1, 1, group, 1)
+            self.masks[group] = causal, self.bias.repeat(1, 1, group, 1)
+        return self.masks[group]
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
+    """q (R, heads, n, D) on k, v (R, kv heads, K, D) -> (R, n, heads, D)."""
+    (R, heads, n, D), kv_heads = q.shape, k.shape[1]
+    q = q.reshape(R, kv_heads, -1, D)  # heads of a key head one after the other, as a long sequence: no copies of keys
+    if q.device.type in BY_PRODUCTS:
+        out = _Attention.apply(q, k, v, mask, scaling)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
+    return out.reshape(R, heads, n, D).transpose(1, 2)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scaling q k^T + mask) v by plain products, scores and softmax in fp32. Where a CPU has fast products (bf16;
+    fp32 of oneDNN), torch's flash attention does not use them: this takes half its time, and nowhere more."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scaling):
+        weights = (q.float() @ k.float().transpose(-1, -2)).mul_(scaling).add_(mask).softmax(-1).to(v.dtype)
+        out = weights @ v
+        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.scaling = scaling
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, weights, out = ctx.saved_tensors
+        grad_scores = grad.float() @ v.float().transpose(-1, -2)
+        grad_scores.sub_((grad.float() * out.float()).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scaling)
+        grad_scores = grad_scores.to(q.dtype)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
 
 
 class _ByRow(torch.autograd.Function):

@@ -28,7 +28,7 @@ def healthy():
     """(metrics, samples, results, config): 8 prompts a step, 16 games that are each met every second step, 4 replies,
     of which one is another one than the expert's."""
     metrics = [
-        {"step": t, "U1": 0.99, "kl": 0.001 * t, "clip_fraction": 0.0, "max_ratio_error": 1e-5, "zero_variance_groups": 0.3,
+        {"step": t, "U1": 0.99, "kl": 0.001 * t, "clip_fraction": 0.0, "max_ratio_error": 0.3, "approx_kl": 1e-4, "zero_variance_groups": 0.3,
          "distinct_replies": 0.4} for t in range(STEPS)
     ]  # fmt: skip
     samples = []
@@ -124,7 +124,7 @@ FAILURES = {
     "collapse": (one_answer, "one answer to everything", "bad"),
     "KL, bad": (lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]], "KL from the SFT policy that runs away", "bad"),
     "KL, a spike": (lambda run: run[0][7].update(kl=2.0), "KL from the SFT policy that runs away", "watch"),
-    "ratio": (lambda run: run[0][3].update(max_ratio_error=0.2), "clipped updates", "bad"),
+    "ratio": (lambda run: run[0][3].update(approx_kl=0.002), "clipped updates", "bad"),
     "clipped": (
         lambda run: [run[3].update(inner_epochs=4)] + [row.update(clip_fraction=0.2, max_ratio_error=0.5) for row in run[0]],
         "clipped updates",

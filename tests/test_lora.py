@@ -187,13 +187,28 @@ def test_working_copy_follows_every_change_of_its_parts():
     assert up_to_date()
 
 
-def test_weights_below_fp32_stay_apart():
-    """The rounded sum would be another policy than the adapter's."""
+def test_below_fp32_the_sum_is_rounded_once_and_the_masters_are_not():
+    """Its gradients are those of the exact sum, within bf16; a step far below bf16's resolution is kept, and adds up."""
     model = randomize(adapted(model=tiny().bfloat16()))
-    layer, x = lora.lora_layers(model)[Q], torch.randn(5, 32).bfloat16()
-    z = torch.nn.functional.linear(x, layer.A.bfloat16()) * layer.scaling
-    assert torch.equal(layer(x), layer.base(x) + torch.nn.functional.linear(z, layer.B.bfloat16()))
-    assert layer._sum is None
+    layer, x = lora.lora_layers(model)[Q], torch.randn(5, 32).bfloat16().requires_grad_()
+    exact = layer.base.weight.double() + layer.scaling * layer.B.double() @ layer.A.double()
+    assert torch.equal(layer.sum(), exact.bfloat16()) and layer.A.dtype == layer.B.dtype == torch.float32
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, exact.bfloat16()))
+    weight = torch.randn(5, 32)
+    got = torch.autograd.grad((layer(x) * weight).sum(), (x, layer.A, layer.B))
+    twin = LoRALinear(torch.nn.Linear(32, 32, bias=False).requires_grad_(False), layer.A.shape[0], layer.scaling, torch.Generator())
+    with torch.no_grad():
+        for ours, theirs in ((twin.base.weight, layer.base.weight), (twin.A, layer.A), (twin.B, layer.B)):
+            ours.copy_(theirs)
+    wide = x.detach().float().requires_grad_()
+    expected = torch.autograd.grad((naive_linear(twin, wide) * weight).sum(), (wide, twin.A, twin.B))
+    for a, b in zip(got, expected):
+        assert (a.float() - b).norm() < 0.01 * b.norm()
+    before = layer.sum()
+    for _ in range(1000):  # a thousandth of what rounds up
+        with torch.no_grad():
+            layer.B.add_(1e-4 * layer.B)
+    assert (layer.sum() - before).abs().max() > 0.05 * (exact - layer.base.weight).abs().max()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -201,11 +216,8 @@ def test_weights_below_fp32_stay_apart():
 def test_linear_is_the_layer_for_few_rows_and_for_many(bias, shape):
     layer = torch.nn.Linear(6, 9, bias=bias)
     x = torch.randn(*shape, 6)
-    y = lora.linear(x, layer)
-    assert y.shape == (*shape, 9) and y.is_contiguous() and torch.allclose(y, layer(x), atol=1e-6)
-    adapter = LoRALinear(layer, 2, 0.5, torch.Generator().manual_seed(0))
-    torch.nn.init.normal_(adapter.B)
-    assert torch.equal(lora.linear(x, adapter), adapter(x)) and not torch.allclose(adapter(x), layer(x), atol=1e-3)
+    y = lora.linear(x, layer.weight, layer.bias)
+    assert y.shape == (*shape, 9) and torch.allclose(y, layer(x), atol=1e-6)
 
 
 def test_merge_is_adapter_on_and_leaves_a_plain_model():

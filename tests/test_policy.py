@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 import checkpoint
 import experts
 import lora
+import shared_prefix
 from reference import plain_logps, plain_model, take_gradients
 from instances import Family
-from policy import _TargetLogps, load_policy, put_adapter
+from policy import _TargetLogps, load_policy, prepare_cpu, put_adapter
 from prompts import PromptStyle
 from runs import InputError
 from shared_prefix import History, Pass, common_beginning, pack
@@ -421,9 +422,9 @@ def test_the_vocabulary_is_visited_in_chunks(policy, monkeypatch, chunk):
     whole = torch.cat(policy.token_logps(rows))
     seen = []
     monkeypatch.setattr("policy._TargetLogps.CHUNK", chunk)
-    handle = policy.model.get_output_embeddings().register_forward_hook(lambda m, x, y: seen.append(len(y)))
+    logits = policy._logits
+    monkeypatch.setattr(policy, "_logits", lambda hidden: seen.append(len(hidden)) or logits(hidden))
     again = torch.cat(policy.token_logps(rows))
-    handle.remove()
     pairs = {(r, *pair) for r, row in enumerate(rows) for pair in zip(row.sources, row.targets)}
     assert sum(seen) == len(pairs) < len(whole) and max(seen) <= chunk
     assert (whole - again).abs().max() < 1e-5
@@ -730,8 +731,34 @@ def test_a_prompt_that_was_read_whole_before_is_asked_again(policy):
 # --- what only other devices show
 
 
+def test_attention_by_a_kernel_is_attention_by_products(policy, monkeypatch):
+    """Values and gradients, with prompts that have a common beginning, and in decoding."""
+    begun = [([7, 8, 9, *p], replies) for p, replies in GROUPS]
+    rows = [group_row(p, replies) for p, replies in begun]
+    by_products = torch.cat(policy.token_logps(rows))
+    sampled = policy.sample([p for p, _ in begun], 3, 8, 1.0, torch.Generator().manual_seed(0))
+    called, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        called.append(kwargs.get("is_causal", False))
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    torch.cat(policy.token_logps(rows))
+    assert not called
+    monkeypatch.setattr(shared_prefix, "BY_PRODUCTS", ())
+    by_kernel = torch.cat(policy.token_logps(rows))
+    assert set(called) == {True, False}
+    assert (by_products - by_kernel).abs().max() < 1e-5
+    weights = torch.randn(len(by_kernel), generator=torch.Generator().manual_seed(1))
+    assert_same_gradients(policy, (weights * by_products).sum(), (weights * by_kernel).sum())
+    again = policy.sample([p for p, _ in begun], 3, 8, 1.0, torch.Generator().manual_seed(0))
+    assert [o.reply_ids for g in sampled for o in g] == [o.reply_ids for g in again for o in g]
+
+
 def test_attention_kernels_may_return_another_memory_layout(policy, monkeypatch):
     """CUDA's memory-efficient attention returns a transposed view."""
+    monkeypatch.setattr(shared_prefix, "BY_PRODUCTS", ())
     rows = [group_row(p, replies) for p, replies in GROUPS]
     expected = torch.cat(policy.token_logps(rows))
     kernel = torch.nn.functional.scaled_dot_product_attention
@@ -757,9 +784,65 @@ def test_gradient_of_a_confident_token_in_bf16(margin):
 
     def gradient(head, h, dtype):
         h = h.to(dtype).requires_grad_()
-        _TargetLogps.apply(h, targets, head.to(dtype), 1.0, True).sum().backward()
+        head = head.to(dtype)
+        _TargetLogps.apply(h, targets, head, head.weight, 1.0, True).sum().backward()
         return h.grad.float()
 
     exact, got = gradient(copy.deepcopy(head), h, torch.float32), gradient(head, h, torch.bfloat16)
     error = (got - exact).norm(dim=1) / exact.norm(dim=1)
     assert error.median() < 0.05
+
+
+# --- precision
+
+
+def test_logits_of_a_bf16_model_are_in_fp32(model_dir):
+    """And follow the head's weights; of an adapter on the head they are the adapter's own."""
+    policy = load_policy(model_dir, dtype=torch.bfloat16)
+    head, hidden = policy._head(), torch.randn(5, 64).bfloat16()
+    for _ in range(2):
+        logits = policy._logits(hidden)
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+        assert (logits - hidden.float() @ head.weight.float().T).abs().max() < 1e-4
+        with torch.no_grad():
+            head.weight.mul_(2)
+
+
+def test_bf16_samples_and_scores_nearly_the_law_of_fp32(model_dir):
+    """Sampling and scoring differ by rounding alone, and so does the law from that of fp32 on the same weights."""
+    half, full = load_policy(model_dir, dtype=torch.bfloat16), load_policy(model_dir)
+    full.model.load_state_dict({name: p.float() for name, p in half.model.state_dict().items()})
+    groups = half.sample(PROMPTS, 6, 12, 1.0, torch.Generator().manual_seed(3))
+    rows = pack(PROMPTS, [[o.reply_ids for o in group] for group in groups])
+    sampled = torch.tensor([v for row in rows for i in row.prompts for o in groups[i] for v in o.sampled_logps])
+    scored, exact = (torch.cat(policy.token_logps(rows)).detach() for policy in (half, full))
+    assert len(sampled) > 100 and sampled.std() > 0.5
+    for other in (sampled, exact):
+        assert (scored - other).abs().mean() < 0.04
+
+
+def test_a_cpu_is_prepared_without_loss_of_precision():
+    prepare_cpu()
+    a = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ a.double().T
+    assert (a @ a.T - exact).abs().max() < 1e-5 * exact.abs().max()
+
+
+def test_products_that_would_be_rounded_to_bf16_are_not_used(monkeypatch):
+    """A CPU that is said to be AMD's and rounds inside, as one with AMX would."""
+    settings = torch.backends.mkldnn.matmul
+    before, exact = settings.fp32_precision, torch.Tensor.__matmul__
+
+    def product(a, b):
+        rounds = rounding and settings.fp32_precision == "bf16" and a.dtype == torch.float32
+        a, b = (x.bfloat16() if rounds else x for x in (a, b))
+        return exact(a.double(), b.double()).float()
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"}, raising=False)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    try:
+        for rounding, left in ((False, "bf16"), (True, "ieee")):
+            prepare_cpu()
+            assert settings.fp32_precision == left
+    finally:
+        settings.fp32_precision = before
