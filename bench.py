@@ -3,6 +3,7 @@
     python bench.py                                    # the reference work: 4 prompts of 400 tokens, 8 replies of 48
     python bench.py --peer trl --peer generate         # the same prompts, runs taking turns, ratio of medians
     python bench.py --scaling                          # m in 4..32 against prompts of 200..800 tokens
+    python bench.py --precision runs/tompo/adapter     # what bf16 does to the log-probabilities of a trained policy
 
 The work is one step of reinforcement fine-tuning: sample m replies of exactly --reply-tokens to each prompt, score
 them with the reference, one forward and backward pass, one optimizer step. Prompts are random words that share no
@@ -29,10 +30,13 @@ import time
 import torch
 
 import checkpoint
+import experts
 import lora
+import pretrained
 import tompo
-from policy import Policy, load_policy
+from policy import Policy, load_policy, put_adapter
 from pretrained import DEFAULT_MODEL
+from prompts import PromptStyle
 from runs import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from shared_prefix import pack
 from train_rft import peak_memory_gib
@@ -154,15 +158,13 @@ def worker_tompo(args) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# peers
+# peers, as their users run them: without the settings of policy.prepare_cpu
 
 
 def worker_generate(args) -> dict:
-    policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
-    model, tokenizer = policy.model, policy.tokenizer
-    model.set_attn_implementation("sdpa")
+    model, tokenizer = pretrained.load(args.model, args.cache, getattr(torch, args.dtype), args.device)
     texts = random_prompts(tokenizer, args.prompts, args.prompt_tokens, args.seed)
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False) for text in texts], device=policy.device)
+    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False) for text in texts], device=args.device)
 
     def run(ids, m, n):
         limits = dict(do_sample=True, min_new_tokens=n, max_new_tokens=n, num_return_sequences=m, top_k=0, top_p=1.0)
@@ -181,9 +183,8 @@ def worker_trl(args) -> dict:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    policy = load_policy(args.model, args.cache, getattr(torch, args.dtype), args.device)
-    policy.model.set_attn_implementation("sdpa")
-    texts = random_prompts(policy.tokenizer, args.prompts, args.prompt_tokens, args.seed)
+    model, tokenizer = pretrained.load(args.model, args.cache, getattr(torch, args.dtype), args.device)
+    texts = random_prompts(tokenizer, args.prompts, args.prompt_tokens, args.seed)
     size, lengths, clock = args.prompts * args.m, [], {}
     passes = next(n for n in range(1, args.prompts + 1) if args.prompts % n == 0 and args.prompts // n <= args.micro_batch)
 
@@ -208,7 +209,7 @@ def worker_trl(args) -> dict:
         )  # fmt: skip
         adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=list(lora.DEFAULT_TARGETS))
         trainer = GRPOTrainer(
-            policy.model, reward, config, Dataset.from_dict({"prompt": texts}), processing_class=policy.tokenizer,
+            model, reward, config, Dataset.from_dict({"prompt": texts}), processing_class=tokenizer,
             peft_config=adapter, callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
@@ -218,6 +219,42 @@ def worker_trl(args) -> dict:
 
 
 WORKERS = {"tompo": worker_tompo, "generate": worker_generate, "trl": worker_trl}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# precision
+
+
+def precision_table(args) -> str:
+    """Log-probabilities of sampled replies (8 to each decision of seat 0 in 20 expert games): bf16 against fp32 on
+    fp32's replies, and in each dtype the scored ones against those of sampling. Nats per token."""
+    records = experts.simulate_many(20, "second-best", args.seed, PromptStyle(), (4, 4))
+    chats, theirs = [r.prompt for r in records if r.seat == 0], None
+    lines = [f"{'':12}{'law against fp32':>34}{'scored against sampled':>40}"]
+    lines += [f"{'':12}{'mean |d|':>12}{'largest':>10}{'KL':>12}{'mean |d|':>16}{'largest':>10}{'off by 5 %':>14}"]
+    for name in ("float32", "bfloat16"):
+        policy = load_policy(args.model, args.cache, getattr(torch, name), args.device)
+        put_adapter(policy, args.precision)
+        prompts = [policy.encode_prompt(chat) for chat in chats]
+
+        def scored(groups):
+            rows = pack(prompts, [[o.reply_ids for o in group] for group in groups])
+            with torch.no_grad():
+                logps = torch.cat([p for part in micro_batches(rows, 4) for p in policy.token_logps(part)])
+            sampled = [v for row in rows for i in row.prompts for o in groups[i] for v in o.sampled_logps]
+            return logps.cpu(), torch.tensor(sampled)
+
+        groups = policy.sample(prompts, 8, 48, 1.0, checkpoint.seeded(args.seed, 204))
+        logps, sampled = scored(groups)
+        apart = (logps - sampled).abs()
+        off = (apart.exp() > 1.05).float().mean()
+        theirs = theirs or (groups, logps)
+        d = scored(theirs[0])[0] - theirs[1]
+        kl = (d.exp() - 1 - d).mean()
+        lines.append(
+            f"{name:12}{d.abs().mean():>12.1e}{d.abs().max():>10.2f}{kl:>12.1e}{apart.mean():>16.1e}{apart.max():>10.2f}{off:>14.2%}"
+        )
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -275,6 +312,7 @@ def main(argv=None) -> None:
     parser.add_argument("--peer", action="append", choices=("trl", "generate"), default=[], help="also run this")
     parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), help="the peers' dtype (else --dtype)")
     parser.add_argument("--scaling", action="store_true", help="the table of m against prompt lengths instead")
+    parser.add_argument("--precision", metavar="ADAPTER", help="what bf16 does to this policy's log-probabilities instead")
     parser.add_argument("--seed", type=seed_int, default=0, help="of prompts and sampling")
     parser.add_argument("--json", metavar="FILE", help="write every run to a new file")
     parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)  # one run, as a process of its own
@@ -283,6 +321,9 @@ def main(argv=None) -> None:
         result = WORKERS[args.worker](args)
         on_gpu = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
         print("\n" + json.dumps(result | {"peak_memory_gib": peak_memory_gib() if on_gpu is None else on_gpu}))
+        return
+    if args.precision:
+        print(precision_table(args))
         return
     if args.json:
         refuse_existing(args.json)

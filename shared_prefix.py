@@ -237,17 +237,25 @@ class _Attention(torch.autograd.Function):
     """softmax(scaling q k^T + mask) v by plain products, scores and softmax in fp32. Where a CPU has fast products (bf16;
     fp32 of oneDNN), torch's flash attention does not use them: this takes half its time, and nowhere more."""
 
+    KEPT = 2**23  # so many weights of a layer are kept for the backward pass; more are computed again
+
+    @staticmethod
+    def weights(q, k, mask, scaling, dtype):
+        return (q.float() @ k.float().transpose(-1, -2)).mul_(scaling).add_(mask).softmax(-1).to(dtype)
+
     @staticmethod
     def forward(ctx, q, k, v, mask, scaling):
-        weights = (q.float() @ k.float().transpose(-1, -2)).mul_(scaling).add_(mask).softmax(-1).to(v.dtype)
+        weights = _Attention.weights(q, k, mask, scaling, v.dtype)
         out = weights @ v
-        ctx.save_for_backward(q, k, v, weights, out)
+        ctx.save_for_backward(q, k, v, out, mask, weights if weights.numel() <= _Attention.KEPT else None)
         ctx.scaling = scaling
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, weights, out = ctx.saved_tensors
+        q, k, v, out, mask, weights = ctx.saved_tensors
+        if weights is None:
+            weights = _Attention.weights(q, k, mask, ctx.scaling, v.dtype)
         grad_scores = grad.float() @ v.float().transpose(-1, -2)
         grad_scores.sub_((grad.float() * out.float()).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scaling)
         grad_scores = grad_scores.to(q.dtype)

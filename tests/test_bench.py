@@ -64,6 +64,16 @@ def test_it_runs_beside_a_peer_and_writes_every_run(model, tmp_path, capsys):
     assert runs["tompo"][0]["peak_memory_gib"] > 0.1
 
 
+def test_the_precision_of_bf16_beside_that_of_fp32(model_dir, sft_adapter, capsys):
+    """fp32 scores what it samples, up to rounding, and is its own reference; bf16 is neither exact nor another policy."""
+    bench.main(["--model", model_dir, "--device", "cpu", "--precision", sft_adapter])
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[2:]}
+    against, largest, kl, apart, _, off = (float(x.rstrip("%")) for x in rows["float32"])
+    assert (against, largest, kl, off) == (0, 0, 0, 0) and apart < 1e-5
+    against, largest, kl, apart, _, off = (float(x.rstrip("%")) for x in rows["bfloat16"])
+    assert 1e-4 < against < 0.1 and against < largest and 1e-6 < kl < 0.01 and 1e-4 < apart < 0.1 and 0 < off < 50
+
+
 def test_a_run_that_fails_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--model", str(tmp_path), "--device", "cpu", *SMALL])

@@ -756,6 +756,15 @@ def test_attention_by_a_kernel_is_attention_by_products(policy, monkeypatch):
     assert [o.reply_ids for g in sampled for o in g] == [o.reply_ids for g in again for o in g]
 
 
+def test_attention_weights_that_were_not_kept_are_computed_again(policy, monkeypatch):
+    rows = [group_row(p, replies) for p, replies in GROUPS]
+    kept = torch.cat(policy.token_logps(rows))
+    monkeypatch.setattr(shared_prefix._Attention, "KEPT", 0)
+    again = torch.cat(policy.token_logps(rows))
+    weights = torch.randn(len(kept), generator=torch.Generator().manual_seed(1))
+    assert_same_gradients(policy, (weights * again).sum(), (weights * kept).sum())
+
+
 def test_attention_kernels_may_return_another_memory_layout(policy, monkeypatch):
     """CUDA's memory-efficient attention returns a transposed view."""
     monkeypatch.setattr(shared_prefix, "BY_PRODUCTS", ())
