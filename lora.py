@@ -64,7 +64,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
-        self._sum, self._sum_of = None, None  # W + scaling B A, and the versions of the three that it was made of
+        self._working, self._working_of = None, None  # see `working`, and the versions of what it was made of
         # Drawn on the generator's device and then moved, so that a seed gives the same A on every device. fp32 also
         # on a bf16 base: an optimizer step is often below bf16's resolution of 1/256 and would be rounded away.
         A = torch.empty(r, base.in_features, device=generator.device, dtype=torch.float32)
@@ -75,24 +75,31 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
-        if not torch.is_grad_enabled():
-            return linear(x, self.sum(), self.base.bias)
-        return _SumLinear.apply(x, self.A, self.B, self.scaling, self.sum(), self.base.bias)
+        exact, S = self.base.weight.dtype == torch.float32, self.working()
+        if torch.is_grad_enabled():
+            return (_SumLinear if exact else _JointLinear).apply(x, self.A, self.B, self.scaling, S, self.base.bias)
+        return linear(x if exact else _joint(x, self.A, self.scaling), S, self.base.bias)
 
-    def sum(self) -> torch.Tensor:
-        """W + scaling B A (out, in): a working copy (as much memory as W), made anew after any of the three was changed
-        in place. What writes to `.data`, or a fused optimizer, it cannot see.
+    def working(self) -> torch.Tensor:
+        """A working copy (about as much memory as W), made anew after any of W, B and A was changed in place. What writes
+        to `.data`, or a fused optimizer, it cannot see.
 
-        In bf16 the sum is rounded once more, as W was: sampling and scoring use the same rounded law, and A and B stay
-        in fp32, so small steps add up.
+        In fp32 it is the sum W + scaling B A (out, in). In bf16 that would lose every change of W that is smaller than
+        W's resolution, and the first steps are; so there it is [W, B] (out, in + r), for [x, scaling A x].
         """
         W, B, A = self.base.weight, self.B, self.A
         versions = [p._version for p in (W, B, A)]
-        if self._sum_of != versions:
+        if self._working_of != versions:
             with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
-                self._sum = torch.addmm(W.to(A.dtype), B, A, alpha=self.scaling).to(W.dtype)
-            self._sum_of = versions
-        return self._sum
+                exact = W.dtype == torch.float32
+                self._working = torch.addmm(W, B, A, alpha=self.scaling) if exact else torch.cat([W, B.to(W.dtype)], 1)
+            self._working_of = versions
+        return self._working
+
+
+def _joint(x: torch.Tensor, A: torch.Tensor, scaling: float) -> torch.Tensor:
+    """[x, z] with z = scaling A x."""
+    return torch.cat([x, F.linear(x, A.to(x.dtype)).mul_(scaling)], -1)
 
 
 class _SumLinear(torch.autograd.Function):
@@ -111,9 +118,32 @@ class _SumLinear(torch.autograd.Function):
         # A row is a token, so the formulas stand transposed.
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
-        dA = (g @ B.to(g.dtype)).mul_(ctx.scaling).T @ rows
-        dB = g.T @ (rows @ A.to(g.dtype).T).mul_(ctx.scaling)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None
+        dA = (g @ B).mul_(ctx.scaling).T @ rows
+        dB = g.T @ (rows @ A.T).mul_(ctx.scaling)
+        return dx, dA, dB, None, None, None
+
+
+class _JointLinear(torch.autograd.Function):
+    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both parts before it rounds.
+    Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, scaling, S, bias):
+        joint = _joint(x, A, scaling)
+        ctx.save_for_backward(joint, A, S)
+        ctx.scaling = scaling
+        return linear(joint, S, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        joint, A, S = ctx.saved_tensors
+        n = A.shape[1]
+        g, rows = grad.reshape(-1, grad.shape[-1]), joint.reshape(-1, joint.shape[-1])
+        dx, dz = (g @ S).split([n, len(A)], 1)
+        dz = dz * ctx.scaling
+        dA, dB = dz.T @ rows[:, :n], g.T @ rows[:, n:]
+        dx = (dx + dz @ A.to(dz.dtype)).view(*grad.shape[:-1], n) if ctx.needs_input_grad[0] else None
+        return dx, dA.to(A.dtype), dB.to(A.dtype), None, None, None
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

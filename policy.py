@@ -108,7 +108,7 @@ class Policy:
         self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
         if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
             self.context = min(self.context, model.config.sliding_window)  # within it, it is full attention
-        self._float_head, self._float_head_of = [], None  # the head in fp32, and the versions that it was made of
+        self._float_head, self._float_head_of = None, None  # the head's weight in fp32, and what it was made of
         model.set_attn_implementation("shared_prefix")
         model.eval()  # no dropout anywhere: what is sampled is what is scored
 
@@ -219,7 +219,7 @@ class Policy:
         sources, targets = torch.tensor(list(once), device=self.device).T
         hidden = self._hidden(tokens.ids, tokens.positions, tokens)[0].index_select(0, sources)
         head = self._head()
-        if any(p.requires_grad for p in head.parameters()):  # an adapter on the head itself
+        if type(head) is not torch.nn.Linear:  # an adapter on the head itself
             logps = target_logps(head(hidden), targets, temperature)
         else:
             logps = _TargetLogps.apply(hidden, targets, self._logits, head.weight, temperature, torch.is_grad_enabled())
@@ -246,14 +246,12 @@ class Policy:
         head = self._head()
         if type(head) is not torch.nn.Linear:  # an adapter
             return head(hidden)
-        weights = (head.weight,) if head.bias is None else (head.weight, head.bias)
-        versions = [(p.data_ptr(), p._version) for p in weights]
-        if self._float_head_of != versions:
+        version = head.weight.data_ptr(), head.weight._version
+        if self._float_head_of != version:
             with torch.inference_mode(False):
-                self._float_head = [p.detach().float() for p in weights]
-            self._float_head_of = versions
-        W, bias = (*self._float_head, None)[:2]
-        return lora.linear(hidden.float(), W, bias).contiguous()
+                self._float_head, self._float_head_of = head.weight.detach().float(), version
+        bias = None if head.bias is None else head.bias.float()
+        return lora.linear(hidden.float(), self._float_head, bias).contiguous()
 
 
 def prepare_cpu() -> None:
@@ -266,7 +264,8 @@ def prepare_cpu() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
     # On AMD's CPUs MKL leaves AVX-512 alone, and oneDNN has twice its speed in fp32. But torch asks oneDNN only where it
     # may round to bf16 inside; whether it then does (with AMX) shows in a product.
-    if "AMD" in getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", ""):
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    if "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f"):
         settings, a = torch.backends.mkldnn.matmul, torch.arange(2.0**16).sin().view(256, 256)
         settings.fp32_precision = "bf16"
         if (a @ a - (a.double() @ a.double())).abs().max() > 1e-3:  # of sums up to 128; bf16 would be off by 0.05
@@ -275,7 +274,8 @@ def prepare_cpu() -> None:
 
 def load_policy(name: str, cache: str | None = None, dtype=torch.float32, device: str = "cpu") -> Policy:
     """The base model as a policy. Raises InputError."""
-    prepare_cpu()
+    if torch.device(device).type == "cpu":
+        prepare_cpu()
     try:
         model, tokenizer = pretrained.load(name, cache, dtype, device)
     except pretrained.ModelError as e:

@@ -285,11 +285,11 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
         live = ", ".join(f"{name} {line[key]:.3f}" for name, key in live.items() if line[key] is not None)
         bar.set_postfix_str(f"{live}, {line['tokens_per_s']:.0f} reply tok/s")
         bar.update()
-        if ranks.first() and (step + 1) % max(8, steps // 4) == 0 and step + 1 < steps:  # the end has its own
-            tqdm.write(diagnose.summary(folder))
         stopping = agreed_stop(stop, lambda: save(step + 1), args.out)
         if stopping or (step + 1) % args.save_every == 0 or step + 1 == steps:
             save(step + 1)
+        if ranks.first() and (step + 1) % max(8, steps // 4) == 0 and step + 1 < steps:  # the end has its own
+            tqdm.write(diagnose.summary(folder))
         if stopping:
             ranks.exchange(None)  # nobody leaves before rank 0 has saved
             bar.close()

@@ -28,7 +28,7 @@ def healthy():
     """(metrics, samples, results, config): 8 prompts a step, 16 games that are each met every second step, 4 replies,
     of which one is another one than the expert's."""
     metrics = [
-        {"step": t, "U1": 0.99, "kl": 0.001 * t, "clip_fraction": 0.0, "max_ratio_error": 0.3, "approx_kl": 1e-4, "zero_variance_groups": 0.3,
+        {"step": t, "U1": 0.99, "kl": 0.001 * t, "clip_fraction": 0.0, "max_ratio_error": 1e-5, "approx_kl": 1e-12, "zero_variance_groups": 0.3,
          "distinct_replies": 0.4} for t in range(STEPS)
     ]  # fmt: skip
     samples = []
@@ -124,7 +124,12 @@ FAILURES = {
     "collapse": (one_answer, "one answer to everything", "bad"),
     "KL, bad": (lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]], "KL from the SFT policy that runs away", "bad"),
     "KL, a spike": (lambda run: run[0][7].update(kl=2.0), "KL from the SFT policy that runs away", "watch"),
-    "ratio": (lambda run: run[0][3].update(approx_kl=0.002), "clipped updates", "bad"),
+    "ratio": (lambda run: run[0][3].update(max_ratio_error=0.2), "clipped updates", "bad"),
+    "ratio in bf16": (
+        lambda run: [run[3].update(dtype="bfloat16"), run[0][3].update(max_ratio_error=0.6, approx_kl=0.002)],
+        "clipped updates",
+        "bad",
+    ),
     "clipped": (
         lambda run: [run[3].update(inner_epochs=4)] + [row.update(clip_fraction=0.2, max_ratio_error=0.5) for row in run[0]],
         "clipped updates",
@@ -196,6 +201,13 @@ def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
     for results in (results_of(0.4, 0.3), results_of(0.9, 0.3, u1=0.1)):
         run[2].update(results)
         assert levels(write(tmp_path / "run", *run)) == {}
+
+
+def test_the_rounding_of_bf16_is_no_mismatch(tmp_path):
+    run = healthy()
+    run[3].update(dtype="bfloat16")
+    run[0][3].update(max_ratio_error=0.4, approx_kl=2e-4)
+    assert levels(write(tmp_path / "run", *run)) == {}
 
 
 def test_a_level_kl_with_a_small_hump_is_no_spike(tmp_path):
