@@ -323,6 +323,8 @@ def main(argv=None) -> None:
         print("\n" + json.dumps(result | {"peak_memory_gib": peak_memory_gib() if on_gpu is None else on_gpu}))
         return
     if args.precision:
+        if args.peer or args.scaling or args.json:
+            raise InputError("--precision times nothing: it takes no --peer, --scaling or --json")
         print(precision_table(args))
         return
     if args.json:

@@ -147,7 +147,7 @@ class _JointLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear. On a CPU, MKL takes half the time for W x^T of what it takes for x W^T where x has few rows."""
+    """F.linear. On a CPU, where x has few rows, W x^T takes half the time of x W^T in MKL, and four fifths in oneDNN."""
     if x.device.type != "cpu" or bias is not None or x.numel() >= 56 * x.shape[-1]:
         return F.linear(x, W, bias)
     y = (W @ x.reshape(-1, x.shape[-1]).T).T
