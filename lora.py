@@ -65,6 +65,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
         self._working, self._working_of = None, None  # see `working`, and the versions of what it was made of
+        self._A = None  # and A in the dtype of W, where that is not fp32
         # Drawn on the generator's device and then moved, so that a seed gives the same A on every device. fp32 also
         # on a bf16 base: an optimizer step is often below bf16's resolution of 1/256 and would be rounded away.
         A = torch.empty(r, base.in_features, device=generator.device, dtype=torch.float32)
@@ -78,7 +79,7 @@ class LoRALinear(nn.Module):
         exact, S = self.base.weight.dtype == torch.float32, self.working()
         if torch.is_grad_enabled():
             return (_SumLinear if exact else _JointLinear).apply(x, self.A, self.B, self.scaling, S, self.base.bias)
-        return linear(x if exact else _joint(x, self.A, self.scaling), S, self.base.bias)
+        return linear(x if exact else _joint(x, self._A, self.scaling), S, self.base.bias)
 
     def working(self) -> torch.Tensor:
         """A working copy (about as much memory as W), made anew after any of W, B and A was changed in place. What writes
@@ -93,13 +94,14 @@ class LoRALinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
                 exact = W.dtype == torch.float32
                 self._working = torch.addmm(W, B, A, alpha=self.scaling) if exact else torch.cat([W, B.to(W.dtype)], 1)
+                self._A = None if exact else A.to(W.dtype)
             self._working_of = versions
         return self._working
 
 
 def _joint(x: torch.Tensor, A: torch.Tensor, scaling: float) -> torch.Tensor:
     """[x, z] with z = scaling A x."""
-    return torch.cat([x, F.linear(x, A.to(x.dtype)).mul_(scaling)], -1)
+    return torch.cat([x, linear(x, A.to(x.dtype), None).mul_(scaling)], -1)
 
 
 class _SumLinear(torch.autograd.Function):

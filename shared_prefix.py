@@ -234,8 +234,9 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: fl
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scaling q k^T + mask) v by plain products, scores and softmax in fp32. Where a CPU has fast products (bf16;
-    fp32 of oneDNN), torch's flash attention does not use them, and this takes half its time (with MKL the same)."""
+    """softmax(scaling q k^T + mask) v by plain products, scores and softmax in fp32 (decoding has scores in the model's
+    dtype). Where a CPU has fast products (bf16; fp32 of oneDNN), torch's flash attention does not use them, and this
+    takes half its time (with MKL the same)."""
 
     KEPT = 2**21  # up to so many weights are kept for the backward pass; more are computed again
 
@@ -345,20 +346,20 @@ class SharedKV:
         for layer in list(self.prompt):
             (k, v), reply = self.prompt.pop(layer), self.reply.pop(layer, ())
             of_reply = [x[states, :, : self.length] for x in reply] or [v[:, :, :0]] * 2
-            history.kv[layer] = tuple(torch.cat(parts, 2).to(v.dtype) for parts in zip((k.transpose(2, 3), v), of_reply))
+            history.kv[layer] = tuple(torch.cat(parts, 2) for parts in zip((k.transpose(2, 3), v), of_reply))
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
         """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D)."""
         layer = module.layer_idx
         if layer not in self.prompt:
             out, k, v = self.rows.attend(module, query, key, value, scaling)
-            self.prompt[layer] = k.transpose(2, 3).float().contiguous(), v.contiguous()  # else every step would copy them
+            self.prompt[layer] = k.transpose(2, 3).contiguous(), v.contiguous()  # else every step would copy them
             return (out,)
         (U, heads, _, D), kv_heads, t = query.shape, key.shape[1], self.length + 1
         R, K, group = self.rows.R, self.K, heads // key.shape[1]
         if layer not in self.reply:
             shape = (len(self.prompt_of), kv_heads, self.max_new_tokens, D)
-            self.reply[layer] = key.new_zeros(shape, dtype=torch.float32), value.new_zeros(shape)  # scores are in fp32
+            self.reply[layer] = key.new_zeros(shape), value.new_zeros(shape)
         prompt_k, prompt_v = self.prompt[layer]
         reply_k, reply_v = (store[:U, :, :t] for store in self.reply[layer])
         reply_k[:, :, -1:], reply_v[:, :, -1:] = key, value
@@ -371,11 +372,11 @@ class SharedKV:
             x = x.view(R, kv_heads, K, group, -1).transpose(1, 2).reshape(R * K, kv_heads, group, -1)
             return x if self.full else x.index_select(0, self.place_U)
 
-        q = query.float().view(U, kv_heads, group, D) * scaling
+        q = query.view(U, kv_heads, group, D) * scaling
         on_prompt, on_reply = by_row(q) @ prompt_k, q @ reply_k.transpose(2, 3)
         if self.bias_RK is not None:
             on_prompt.view(R, kv_heads, K, group, -1).add_(self.bias_RK)
-        weights = torch.cat([on_prompt, by_row(on_reply)], -1).softmax(-1).to(value.dtype)
+        weights = torch.cat([on_prompt, by_row(on_reply)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
         w_prompt, w_reply = weights.split([prompt_k.shape[3], t], -1)
         out = by_state(w_prompt @ prompt_v) + by_state(w_reply) @ reply_v
         return (out.reshape(U, 1, heads, D),)
