@@ -249,8 +249,8 @@ def precision_table(args) -> str:
         apart = (logps - sampled).abs()
         off = (apart.exp() > 1.05).float().mean()
         theirs = theirs or (groups, logps)
-        d = scored(theirs[0])[0] - theirs[1]
-        kl = (d.exp() - 1 - d).mean()
+        on_theirs = logps if theirs[0] is groups else scored(theirs[0])[0]
+        d, kl = on_theirs - theirs[1], tompo.k3(theirs[1], on_theirs).mean()
         lines.append(
             f"{name:12}{d.abs().mean():>12.1e}{d.abs().max():>10.2f}{kl:>12.1e}{apart.mean():>16.1e}{apart.max():>10.2f}{off:>14.2%}"
         )

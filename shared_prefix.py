@@ -211,7 +211,6 @@ class Pass:
         out = _Packed.apply(torch.cat(outs, 1).reshape(R * self.X, -1), self)
         return torch.cat([beginning, out]).view(1, n, heads, D), k, v
 
-
     def _masks(self, group: int) -> tuple[Tensor | None, Tensor]:
         """Of trunks (None: left to the kernel) and of branches, once for each of the `group` query heads of a key head."""
         if group not in self.masks:  # the same in all layers
