@@ -50,13 +50,12 @@ class _TargetLogps(torch.autograd.Function):
     def forward(ctx, hidden, targets, logits_of, W, temperature, with_gradient):
         values, gradients = [], []
         for h, y in zip(hidden.split(_TargetLogps.CHUNK), targets.split(_TargetLogps.CHUNK)):
-            logits = scaled(logits_of(h), temperature)
-            lse = logits.logsumexp(-1, keepdim=True)
-            values.append((logits.gather(-1, y[:, None]) - lse)[:, 0])
+            logps = scaled(logits_of(h), temperature).log_softmax(-1)
+            values.append(logps.gather(-1, y[:, None])[:, 0])
             if with_gradient:  # (onehot(y) - pi) W / temperature; the difference in fp32, in bf16 it would cancel
-                error = logits.sub_(lse).exp_().neg_()
-                error[torch.arange(len(y), device=y.device), y] += 1
-                gradients.append(error.to(h.dtype) @ W / temperature)
+                error = logps.exp_()
+                error[torch.arange(len(y), device=y.device), y] -= 1
+                gradients.append(error.to(h.dtype) @ W / -temperature)
         if with_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)

@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import attention
 from runs import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def common_beginning(rows: list[Row]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
-BY_PRODUCTS = ("cpu",)  # devices where _Attention is faster than torch's own attention
+IN_BLOCKS = ("cpu",)  # devices where attention.py is faster than torch's own attention
 
 
 @dataclass
@@ -177,9 +178,12 @@ class Pass:
         self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
         self.back = torch.tensor(np.flatnonzero(real_RX), device=device)  # packed index (after C) -> padded place
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
-        bias_RBK = torch.zeros(R, B, P + X, dtype=dtype).masked_fill(torch.tensor(~visible_RBK), -torch.inf)
-        self.bias = bias_RBK[:, None].to(device)
-        self.masks: dict[int, tuple[Tensor | None, Tensor]] = {}  # by query heads per key head
+        self.P, self.visible, self.device, self.dtype = P, visible_RBK, device, dtype
+        self.masks: dict[int, Tensor] = {}  # of branches, by query heads per key head
+        if torch.device(device).type in IN_BLOCKS:
+            trunk_1LK = np.tri(L, P + X, self.C, bool)[None]
+            self.blocks = [*attention.blocks(trunk_1LK), *attention.blocks(visible_RBK, L)]
+            self.blocks_of_beginning = attention.blocks(np.tri(self.C, dtype=bool)[None])
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
@@ -188,78 +192,45 @@ class Pass:
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
         each row, (R, kv heads, P + X, D)."""
-        (_, heads, n, D), kv_heads, R, C, L = query.shape, key.shape[1], self.R, self.C, self.L
+        (_, heads, n, D), C = query.shape, self.C
 
-        def of_rows(x, begin=None):  # (1, heads, n, D) -> (R, heads, P + X, D)
-            own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(R, self.X, -1, D).transpose(1, 2)
-            return torch.cat([x[:, :, :C].expand(R, -1, -1, -1) if begin is None else begin, own], 2)
+        def of_rows(x, begin=None):  # (1, heads, n, D) -> (R, heads, [P +] X, D)
+            own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(self.R, self.X, -1, D).transpose(1, 2)
+            return own if begin is None else torch.cat([begin, own], 2)
+
+        def beginning(x):
+            return x[:, :, :C].expand(self.R, -1, -1, -1)
 
         # (A history gives its keys and values away; `SharedKV.keep` fills it again.)
-        begin_k, begin_v = self.history.kv.pop(module.layer_idx) if self.history else (None, None)
-        q, k, v = of_rows(query), of_rows(key, begin_k), of_rows(value, begin_v)
-        causal_mask, branch_mask = self._masks(heads // kv_heads)
-        outs, beginning = [], query.new_empty(0, heads * D)
+        begin_k, begin_v = self.history.kv.pop(module.layer_idx) if self.history else map(beginning, (key, value))
+        k, v = of_rows(key, begin_k), of_rows(value, begin_v)
+        if query.device.type in IN_BLOCKS:
+            out = attention.attention(of_rows(query), k, v, self.blocks, scaling)
+            begun = [x[:, :, :C] for x in (query, key, value)]
+            out_of_beginning = attention.attention(*begun, self.blocks_of_beginning, scaling)[0]
+        else:
+            q = of_rows(query, beginning(query))
+            out, out_of_beginning = self._attend_by_kernels(module, q, k, v, scaling)
+        out = _Packed.apply(out.reshape(self.R * self.X, -1), self)
+        return torch.cat([out_of_beginning.flatten(1), out]).view(1, n, heads, D), k, v
+
+    def _attend_by_kernels(self, module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """The same by torch's kernels: q (R, heads, C + X, D) -> (R, X, heads, D), and (C, heads, D) of the beginning."""
+        (R, heads, _, D), kv_heads, C, L = q.shape, k.shape[1], self.C, self.L
+        outs, out_of_beginning = [], q.new_empty(0, heads, D)
         if L:
             trunks = [x[:, :, : C + L] for x in (q, k, v)]
-            if causal_mask is None:
-                out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
-            else:
-                out = _masked_attention(*trunks, causal_mask, scaling)
-            outs, beginning = [out[:, C:]], out[0, :C].flatten(1)
+            out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
+            outs, out_of_beginning = [out[:, C:]], out[0, :C]
         if self.B:
-            outs.append(_masked_attention(q[:, :, C + L :], k, v, branch_mask, scaling))
-        out = _Packed.apply(torch.cat(outs, 1).reshape(R * self.X, -1), self)
-        return torch.cat([beginning, out]).view(1, n, heads, D), k, v
-
-    def _masks(self, group: int) -> tuple[Tensor | None, Tensor]:
-        """Of trunks (None: left to the kernel) and of branches, once for each of the `group` query heads of a key head."""
-        if group not in self.masks:  # the same in all layers
-            n, causal = self.C + self.L, None
-            if self.bias.device.type in BY_PRODUCTS:
-                causal = torch.full((1, 1, n, n), -torch.inf, dtype=self.bias.dtype).triu_(1).repeat(1, 1, group, 1)
-            self.masks[group] = causal, self.bias.repeat(1, 1, group, 1)
-        return self.masks[group]
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """q (R, heads, n, D) on k, v (R, kv heads, K, D) -> (R, n, heads, D)."""
-    (R, heads, n, D), kv_heads = q.shape, k.shape[1]
-    q = q.reshape(R, kv_heads, -1, D)  # heads of a key head one after the other, as a long sequence: no copies of keys
-    if q.device.type in BY_PRODUCTS:
-        out = _Attention.apply(q, k, v, mask, scaling)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scaling)
-    return out.reshape(R, heads, n, D).transpose(1, 2)
-
-
-class _Attention(torch.autograd.Function):
-    """softmax(scaling q k^T + mask) v by plain products, scores and softmax in fp32 (decoding has scores in the model's
-    dtype). Where a CPU has fast products (bf16; fp32 of oneDNN), torch's flash attention does not use them, and this
-    takes half its time (with MKL the same)."""
-
-    KEPT = 2**21  # up to so many weights are kept for the backward pass; more are computed again
-
-    @staticmethod
-    def weights(q, k, mask, scaling, dtype):
-        return (q.float() @ k.float().transpose(-1, -2)).mul_(scaling).add_(mask).softmax(-1).to(dtype)
-
-    @staticmethod
-    def forward(ctx, q, k, v, mask, scaling):
-        weights = _Attention.weights(q, k, mask, scaling, v.dtype)
-        out = weights @ v
-        ctx.save_for_backward(q, k, v, out, mask, weights if weights.numel() <= _Attention.KEPT else None)
-        ctx.scaling = scaling
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, out, mask, weights = ctx.saved_tensors
-        if weights is None:
-            weights = _Attention.weights(q, k, mask, ctx.scaling, v.dtype)
-        grad_scores = grad.float() @ v.float().transpose(-1, -2)
-        grad_scores.sub_((grad.float() * out.float()).sum(-1, keepdim=True)).mul_(weights).mul_(ctx.scaling)
-        grad_scores = grad_scores.to(q.dtype)
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad, None, None
+            group = heads // kv_heads  # heads of a key head one after the other, as a long sequence: no copies of keys
+            if group not in self.masks:
+                bias_RBK = torch.zeros(self.visible.shape, dtype=self.dtype).masked_fill_(torch.tensor(~self.visible), -torch.inf)
+                self.masks[group] = bias_RBK[:, None].repeat(1, 1, group, 1).to(self.device)
+            branches = q[:, :, C + L :].reshape(R, kv_heads, -1, D)
+            out = F.scaled_dot_product_attention(branches, k, v, self.masks[group], scale=scaling)
+            outs.append(out.reshape(R, heads, -1, D).transpose(1, 2))
+        return torch.cat(outs, 1), out_of_beginning
 
 
 class _ByRow(torch.autograd.Function):
@@ -299,10 +270,10 @@ class SharedKV:
 
     def __init__(self, rows: Pass, prompts: list[tuple[int, int]], max_new_tokens: int, keeps_ended: bool = False):
         """prompts: the row and the length of each. keeps_ended: states that do not go on are wanted by `keep`."""
-        visible = torch.zeros(len(prompts), rows.bias.shape[-1], dtype=torch.bool)
+        visible = torch.zeros(len(prompts), rows.P + rows.X, dtype=torch.bool)
         for i, (r, n) in enumerate(prompts):
             visible[i, rows.columns[r][:n]] = True
-        self.bias = torch.zeros(visible.shape, dtype=rows.bias.dtype).masked_fill(~visible, -torch.inf)  # of each prompt
+        self.bias = torch.zeros(visible.shape, dtype=rows.dtype).masked_fill(~visible, -torch.inf)  # of each prompt
         self.rows, self.max_new_tokens, self.keeps_ended = rows, max_new_tokens, keeps_ended
         self.row_of_prompt = [r for r, _ in prompts]
         self.prompt_of = list(range(len(prompts)))  # of the U states that are computed, then of ended ones that are kept

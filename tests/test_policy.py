@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import attention
 import checkpoint
 import experts
 import lora
@@ -747,7 +748,7 @@ def test_attention_by_a_kernel_is_attention_by_products(policy, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
     torch.cat(policy.token_logps(rows))
     assert not called
-    monkeypatch.setattr(shared_prefix, "BY_PRODUCTS", ())
+    monkeypatch.setattr(shared_prefix, "IN_BLOCKS", ())
     by_kernel = torch.cat(policy.token_logps(rows))
     assert set(called) == {True, False}
     assert (by_products - by_kernel).abs().max() < 1e-5
@@ -760,7 +761,7 @@ def test_attention_by_a_kernel_is_attention_by_products(policy, monkeypatch):
 def test_attention_weights_that_were_not_kept_are_computed_again(policy, monkeypatch):
     rows = [group_row(p, replies) for p, replies in GROUPS]
     kept = torch.cat(policy.token_logps(rows))
-    monkeypatch.setattr(shared_prefix._Attention, "KEPT", 0)
+    monkeypatch.setattr(attention, "KEPT", 0)
     again = torch.cat(policy.token_logps(rows))
     weights = torch.randn(len(kept), generator=torch.Generator().manual_seed(1))
     assert_same_gradients(policy, (weights * again).sum(), (weights * kept).sum())
@@ -768,7 +769,7 @@ def test_attention_weights_that_were_not_kept_are_computed_again(policy, monkeyp
 
 def test_attention_kernels_may_return_another_memory_layout(policy, monkeypatch):
     """CUDA's memory-efficient attention returns a transposed view."""
-    monkeypatch.setattr(shared_prefix, "BY_PRODUCTS", ())
+    monkeypatch.setattr(shared_prefix, "IN_BLOCKS", ())
     rows = [group_row(p, replies) for p, replies in GROUPS]
     expected = torch.cat(policy.token_logps(rows))
     kernel = torch.nn.functional.scaled_dot_product_attention

@@ -1,0 +1,99 @@
+"""Attention in blocks against softmax(scaling q k^T) v written out in float64: values and gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+import attention
+
+R, KV_HEADS, GROUP, N, K, D = 3, 2, 3, 11, 17, 8
+SCALING = 0.3
+
+
+def forest(rng, n, K):
+    """Each of n queries sees the first K - n keys, itself, and what some earlier query sees, or not even that."""
+    visible = np.zeros((n, K), bool)
+    for i in range(n):
+        visible[i] = visible[rng.integers(i)] if i and rng.random() < 0.7 else np.arange(K) < K - n
+        visible[i, K - n + i] = True
+    return visible
+
+
+def masks():
+    rng = np.random.default_rng(0)
+    apart = np.zeros((1, N, K), bool)
+    for shift in (0, K - N):  # every query sees two keys: blocks of indices, not slices
+        apart[0, range(N), range(shift, N + shift)] = True
+    return {
+        "causal, one for all rows": np.tri(N, K, K - N, bool)[None],
+        "a tree for each row": np.stack([forest(rng, N, K) for _ in range(R)]),
+        "two keys each": apart,
+        "any": rng.random((R, N, K)) < 0.3,
+    }
+
+
+def inputs(dtype=torch.float32, heads=KV_HEADS * GROUP, n=N):
+    generator = torch.Generator().manual_seed(1)
+    shapes = (R, heads, n, D), (R, KV_HEADS, K, D), (R, KV_HEADS, K, D), (R, n, heads, D)
+    q, k, v, g = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [x.requires_grad_() for x in (q, k, v)], g
+
+
+def written_out(q, k, v, visible):
+    q, k, v = q.double(), *(x.double().repeat_interleave(GROUP, 1) for x in (k, v))
+    scores = SCALING * torch.einsum("rhnd,rhkd->rhnk", q, k)
+    weights = scores.masked_fill(~torch.tensor(visible)[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("rhnk,rhkd->rnhd", weights, v)
+
+
+def errors(q, k, v, g, visible):
+    """Of the output and of the three gradients, relative to the largest number of each."""
+    results = []
+    for out in (attention.attention(q, k, v, attention.blocks(visible), SCALING), written_out(q, k, v, visible)):
+        results.append([out.detach().double(), *(x.double() for x in torch.autograd.grad(out, (q, k, v), g.to(out.dtype)))])
+    assert all(b.abs().max() > 0.1 for b in results[1])
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
+
+
+@pytest.mark.parametrize("name", masks())
+@pytest.mark.parametrize("queries", [1, 4, 128])
+@pytest.mark.parametrize("kept", [0, 10**6])
+def test_values_and_gradients(monkeypatch, name, queries, kept):
+    visible = masks()[name]
+    visible[..., 0] |= ~visible.any(-1)  # each sees one at least
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    monkeypatch.setattr(attention, "KEPT", kept)
+    (q, k, v), g = inputs()
+    assert max(errors(q, k, v, g, visible)) < 1e-6
+
+
+def test_in_bf16_scores_and_sums_are_those_of_fp32(monkeypatch):
+    """Inputs and results are rounded, and the weights once: errors of a few roundings, also over many blocks."""
+    monkeypatch.setattr(attention, "QUERIES", 2)
+    (q, k, v), g = inputs(torch.bfloat16)
+    visible = masks()["a tree for each row"]
+    out, *gradients = errors(q, k, v, g, visible)
+    assert 1e-4 < out < 2**-7 and max(gradients) < 2**-6
+
+
+def test_every_query_is_in_one_block_which_has_no_key_that_none_of_its_queries_sees(monkeypatch):
+    monkeypatch.setattr(attention, "QUERIES", 4)
+    for name, visible in masks().items():
+        blocks = attention.blocks(visible, first=5)
+        assert [i for b in blocks for i in range(N + 5)[b.queries]] == list(range(5, N + 5)), name
+        for b in blocks:
+            of_block = visible[:, b.queries.start - 5 : b.queries.stop - 5]
+            keys = np.arange(K)[b.keys]
+            assert of_block[:, :, np.setdiff1d(np.arange(K), keys)].sum() == 0
+            assert (b.bias[:, 0] == 0).tolist() == of_block[:, :, keys].tolist() and set(b.bias.unique().tolist()) <= {0, -torch.inf}
+            wasted = ~of_block[:, :, keys].any((0, 1))
+            assert not wasted.any() if torch.is_tensor(b.keys) else wasted.mean() < 0.25
+    kinds = [type(b.keys) for b in attention.blocks(masks()["two keys each"])]
+    assert kinds == [slice, torch.Tensor, torch.Tensor]
+    assert sum(b.bias.numel() for b in attention.blocks(masks()["two keys each"])) == 4 * 10 + 4 * 8 + 3 * 6
+
+
+def test_no_query_no_block():
+    assert attention.blocks(np.zeros((1, 0, 0), bool)) == []
+    (q, k, v), _ = inputs(n=0)
+    assert attention.attention(q, k, v, [], SCALING).shape == (R, 0, KV_HEADS * GROUP, D)
