@@ -35,6 +35,7 @@ from shared_prefix import Row, pack
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
 PAPER |= dict(agents=(4, 8), train_on="effort")
+PAPER |= dict(dtype="bfloat16", micro_batch=2)  # ours, so that the 7B model fits into one GPU of 80 GB
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,21 @@ def short_run(model_dir, sft_adapter, folder, *more, all_seats=True, **changes):
     return metrics, samples
 
 
+def test_the_papers_preset_runs_with_its_values(model_dir, tmp_path):
+    """And flags that are given take their place."""
+    folder = tmp_path / "run"
+    argv = ["--preset", "paper", "--model", model_dir, "--device", "cpu", "--games", "5", "--max-steps", "1"]
+    run_rft([*argv, "--sft-held-out", "1", "--eval-games", "2", "--max-new-tokens", "8", "--out", str(folder)])
+    config = json.loads((folder / "config.json").read_text())
+    paper = dict(rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, train_on="effort", lr=1e-5, agents=[4, 8])
+    paper |= dict(m=8, w_sample=0.8, w_graph=0.2, seat=0, dtype="bfloat16", micro_batch=2, games=5)
+    assert {key: config[key] for key in paper} == paper
+    assert lora.read_adapter(folder / "adapter")[1].r == 128  # SFT and RFT
+    samples = lines_of(folder / "samples.jsonl")
+    assert {s["kind"] for s in samples} == {"G", "E"} and {s["seat"] for s in samples} == {0}
+    assert lines_of(folder / "metrics.jsonl")[0]["max_ratio_error"] > 0  # bf16: what is scored is nearly what was sampled
+
+
 def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     folder = tmp_path / "run"
     changes = dict(game=["bcz", "pgg"], stages=["GE", "GEE"], expert="planner", graph_prompts=4, effort_prompts=4)
