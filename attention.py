@@ -1,8 +1,8 @@
 """Attention in which every token sees some of the others, by plain matrix products in blocks.
 
-softmax(scaling q k^T + mask) v, scores and softmax in fp32. Neighbouring queries form a `Block` with the keys that any of
-them sees; what none of them sees is never multiplied, and the scores of a block stay near the CPU. Where a CPU has fast
-products (bf16; fp32 of oneDNN), torch's flash attention does not use them, and this takes a third to half of its time.
+softmax(scaling q k^T + mask) v, scores and softmax in fp32. Neighbouring queries form a `Block` with the keys that any
+of them sees, so that little is multiplied to be masked. The backward pass computes the weights again. Where a CPU has
+fast products (bf16; fp32 of oneDNN), torch's flash attention does not use them, and this takes FRACTION of its time.
 
 Dimensions: R rows, n queries and K keys of a row, D head size; kv heads, of which each serves a group of query heads.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 QUERIES = 128  # of a block, at most
-KEPT = 2**21  # up to so many weights are kept for the backward pass; more are computed again
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Block:
     bias: Tensor
 
 
-def blocks(visible: np.ndarray, first: int = 0, device="cpu") -> list[Block]:
+def blocks(visible: np.ndarray, device, first: int = 0) -> list[Block]:
     """visible (R or 1, n, K): does a query see a key? Each sees one at least. The queries count from `first`."""
     result = []
     for start in range(0, visible.shape[1], QUERIES):
@@ -37,7 +36,7 @@ def blocks(visible: np.ndarray, first: int = 0, device="cpu") -> list[Block]:
             keys, of_block = slice(0, int(seen[-1]) + 1), of_block[:, :, : seen[-1] + 1]
         else:
             keys, of_block = torch.tensor(seen, device=device), of_block[:, :, seen]
-        bias = torch.zeros(of_block.shape, device=device).masked_fill_(torch.tensor(~of_block, device=device), -torch.inf)
+        bias = torch.zeros(of_block.shape).masked_fill_(torch.tensor(~of_block), -torch.inf).to(device)
         queries = slice(first + start, first + start + of_block.shape[1])
         result.append(Block(queries, keys, bias[:, None]))
     return result
@@ -57,29 +56,26 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, all_blocks, scaling):
         (R, heads, n, D), kv_heads = q.shape, k.shape[1]
-        out, kept = q.new_empty(R, n, heads, D), []
-        keep = any(ctx.needs_input_grad) and KEPT >= sum(b.bias[0].numel() * R * heads for b in all_blocks)
+        out = q.new_empty(R, n, heads, D)
         for block in all_blocks:
             of_block, k_of_block, v_of_block = _of_block(block, q, kv_heads), _seen(block, k), _seen(block, v)
             weights = _Attention.weights(of_block, k_of_block, block.bias, scaling).to(v.dtype)
             out[:, block.queries] = (weights @ v_of_block).view(R, heads, -1, D).transpose(1, 2)
-            if keep:
-                kept.append(weights)
-        ctx.save_for_backward(q, k, v, out, *kept)
+        ctx.save_for_backward(q, k, v, out)
         ctx.blocks, ctx.scaling = all_blocks, scaling
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, out, *kept = ctx.saved_tensors
+        q, k, v, out = ctx.saved_tensors
         (R, heads, n, D), kv_heads = q.shape, k.shape[1]
         grad_out = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)
         grad = grad.transpose(1, 2)  # (R, heads, n, D), as q
         dq, (dk, dv) = torch.empty_like(q), (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
-        for i, block in enumerate(ctx.blocks):
+        for block in ctx.blocks:
             of_q, g, g_out = (_of_block(block, x, kv_heads) for x in (q, grad, grad_out))
             k_seen, v_seen = _seen(block, k), _seen(block, v)
-            weights = kept[i] if kept else _Attention.weights(of_q, k_seen, block.bias, ctx.scaling)
+            weights = _Attention.weights(of_q, k_seen, block.bias, ctx.scaling)
             ds = (g.float() @ v_seen.float().transpose(-1, -2)).sub_(g_out).mul_(weights).to(q.dtype)
             dq[:, :, block.queries] = (ds @ k_seen).mul_(ctx.scaling).view(R, heads, -1, D)
             for total, of_block in ((dk, ds.transpose(-1, -2) @ of_q), (dv, weights.to(g.dtype).transpose(-1, -2) @ g)):
@@ -92,7 +88,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _of_block(block: Block, x: Tensor, kv_heads: int) -> Tensor:
-    """(R, heads, n, D) -> (R kv, group queries, D): the heads of a key head one after the other, so that no key is copied."""
+    """(R, heads, n, D) -> (R kv, group queries, D): the heads of a key head one after the other, so no key is copied."""
     x = x[:, :, block.queries]
     return x.reshape(len(x) * kv_heads, -1, x.shape[-1])
 

@@ -11,7 +11,7 @@ is "adapter off" the SFT policy and not the model before SFT.
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
-    merge(model)                                 W += scaling * B A, plain model again
+    merge(model)                                 W += scaling * B A, plain model again (below fp32: see MergedLinear)
     save_adapter / load_adapter                  the folder format of PEFT, both ways
     stack_adapters(sft, ..., rft, ...)           SFT + RFT as one adapter on the plain base, for PEFT and vLLM
 """
@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
         self._working, self._working_of = None, None  # see `working`, and the versions of what it was made of
-        self._A = None  # and A in the dtype of W, where that is not fp32
+        self._joint_A = None  # and A for `_joint`, where W is not in fp32
         # Drawn on the generator's device and then moved, so that a seed gives the same A on every device. fp32 also
         # on a bf16 base: an optimizer step is often below bf16's resolution of 1/256 and would be rounded away.
         A = torch.empty(r, base.in_features, device=generator.device, dtype=torch.float32)
@@ -76,10 +76,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
-        exact, S = self.base.weight.dtype == torch.float32, self.working()
-        if torch.is_grad_enabled():
-            return (_SumLinear if exact else _JointLinear).apply(x, self.A, self.B, self.scaling, S, self.base.bias)
-        return linear(x if exact else _joint(x, self._A, self.scaling), S, self.base.bias)
+        S, joint_A, bias = self.working(), self._joint_A, self.base.bias
+        if not torch.is_grad_enabled():
+            return linear(x if joint_A is None else _joint(x, joint_A), S, bias)
+        if joint_A is None:
+            return _SumLinear.apply(x, self.A, self.B, self.scaling, S, bias)
+        return _JointLinear.apply(x, self.A, self.B, self.scaling, S, joint_A, bias)
 
     def working(self) -> torch.Tensor:
         """A working copy (about as much memory as W), made anew after any of W, B and A was changed in place. What writes
@@ -94,14 +96,36 @@ class LoRALinear(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
                 exact = W.dtype == torch.float32
                 self._working = torch.addmm(W, B, A, alpha=self.scaling) if exact else torch.cat([W, B.to(W.dtype)], 1)
-                self._A = None if exact else A.to(W.dtype)
+                self._joint_A = None if exact else self.joint_A()
             self._working_of = versions
         return self._working
 
+    def joint_A(self) -> torch.Tensor:
+        """scaling A in the dtype of W, below the A of what was merged before."""
+        A = (self.scaling * self.A).to(self.base.weight.dtype)
+        return torch.cat([self.base.A, A]) if isinstance(self.base, MergedLinear) else A
 
-def _joint(x: torch.Tensor, A: torch.Tensor, scaling: float) -> torch.Tensor:
-    """[x, z] with z = scaling A x."""
-    return torch.cat([x, linear(x, A.to(x.dtype), None).mul_(scaling)], -1)
+
+class MergedLinear(nn.Module):
+    """What `merge` leaves of a layer below fp32: h = [W, B] [x, z] + bias with z = A x, frozen; A holds the scaling.
+
+    W + scaling B A, rounded to bf16, would lose what is smaller than half a step of W: after SFT with the paper's values
+    nine tenths of the adapter, and pi_ref would not be the SFT policy.
+    """
+
+    def __init__(self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: nn.Parameter | None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.cat([W, B.to(W.dtype)], 1), requires_grad=False)
+        self.A, self.bias = nn.Parameter(A, requires_grad=False), bias
+        self.out_features, self.in_features = len(W), A.shape[1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(_joint(x, self.A), self.weight, self.bias)
+
+
+def _joint(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """[x, z] with z = A x."""
+    return torch.cat([x, linear(x, A, None)], -1)
 
 
 class _SumLinear(torch.autograd.Function):
@@ -127,32 +151,32 @@ class _SumLinear(torch.autograd.Function):
 
 class _JointLinear(torch.autograd.Function):
     """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both parts before it rounds.
-    Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above."""
+    Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above. What was merged before stands between: [W, B']
+    for W, and its A' above scaling A in joint_A."""
 
     @staticmethod
-    def forward(ctx, x, A, B, scaling, S, bias):
-        joint = _joint(x, A, scaling)
-        ctx.save_for_backward(joint, A, S)
-        ctx.scaling = scaling
+    def forward(ctx, x, A, B, scaling, S, joint_A, bias):
+        joint = _joint(x, joint_A)
+        ctx.save_for_backward(joint, S, joint_A)
+        ctx.r, ctx.scaling, ctx.dtype = len(A), scaling, A.dtype
         return linear(joint, S, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        joint, A, S = ctx.saved_tensors
-        n = A.shape[1]
+        joint, S, joint_A = ctx.saved_tensors
+        n, r = joint_A.shape[1], ctx.r
         g, rows = grad.reshape(-1, grad.shape[-1]), joint.reshape(-1, joint.shape[-1])
-        dx, dz = (g @ S).split([n, len(A)], 1)
-        dz = dz * ctx.scaling
-        dA, dB = dz.T @ rows[:, :n], g.T @ rows[:, n:]
-        dx = (dx + dz @ A.to(dz.dtype)).view(*grad.shape[:-1], n) if ctx.needs_input_grad[0] else None
-        return dx, dA.to(A.dtype), dB.to(A.dtype), None, None, None
+        dx, dz = (g @ S).split([n, len(joint_A)], 1)
+        dA, dB = (dz[:, -r:] * ctx.scaling).T @ rows[:, :n], g.T @ rows[:, -r:]
+        dx = (dx + dz @ joint_A).view(*grad.shape[:-1], n) if ctx.needs_input_grad[0] else None
+        return dx, dA.to(ctx.dtype), dB.to(ctx.dtype), None, None, None, None
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear. On a CPU, where x has few rows, W x^T takes half the time of x W^T in MKL, and four fifths in oneDNN; in
-    bf16 only from 32 rows on, and below it takes a quarter more."""
-    n = x.numel() // x.shape[-1]
-    if x.device.type != "cpu" or bias is not None or n >= 56 or (n < 32 and x.dtype == torch.bfloat16):
+    """F.linear. On a CPU, where x has few rows, in fp32, W x^T takes half the time of x W^T in MKL, and four fifths in
+    oneDNN. (In bf16 it depends: less for 32 rows, more for 24 or 40.)"""
+    few = x.numel() < 56 * x.shape[-1] and x.dtype == torch.float32
+    if x.device.type != "cpu" or bias is not None or not few:
         return F.linear(x, W, bias)
     y = (W @ x.reshape(-1, x.shape[-1]).T).T
     if W.shape[0] <= W.shape[1]:  # what is wider than x is narrowed by another product soon, which wants it as it is
@@ -199,7 +223,7 @@ def inject(model: nn.Module, config: LoRAConfig, generator: torch.Generator) -> 
     ValueError: the model has an adapter already, or some target names no Linear (nothing is changed then).
     """
     _require_no_layers(model)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, MergedLinear))}
     if config.targets == "all-linear":
         groups = {"all-linear": [n for n, m in linears.items() if m is not model.get_output_embeddings()]}
     elif isinstance(config.targets, str):
@@ -247,8 +271,8 @@ def remove(model: nn.Module) -> None:
 def merge(model: nn.Module) -> nn.Module:
     """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1 of the paper.
 
-    The sum is taken in float64 on the CPU and rounded once to the weight's dtype. GPU matmuls may be TF32; this way
-    the merged weights, and so their fingerprint, come out the same on every device.
+    The sum is taken in float64 on the CPU and rounded once to fp32. GPU matmuls may be TF32; this way the merged weights,
+    and so their fingerprint, come out the same on every device. Below fp32 the parts stay apart, as a MergedLinear.
     ValueError: no adapter, or an adapted weight is tied to another module (merging would change that one too).
     """
     layers, owners = _require_layers(model), {}
@@ -258,10 +282,14 @@ def merge(model: nn.Module) -> nn.Module:
         other = [owner for owner in owners[id(layer.base.weight)] if owner != name]
         if other:
             raise ValueError(f"cannot merge the adapter of {name}: it shares its weight with {other[0]}")
-    for layer in layers.values():
-        delta = layer.scaling * layer.B.cpu().double() @ layer.A.cpu().double()
-        layer.base.weight.copy_((layer.base.weight.cpu().double() + delta).to(layer.base.weight.dtype))
-    remove(model)
+    for name in list(layers):
+        layer = layers.pop(name)  # so that its working copy is freed
+        W, merged = layer.base.weight, layer.base
+        if W.dtype == torch.float32:
+            W.copy_((W.cpu().double() + layer.scaling * layer.B.cpu().double() @ layer.A.cpu().double()).float())
+        else:
+            merged = MergedLinear(W, layer.joint_A(), layer.B, layer.base.bias)
+        _set_module(model, name, merged)
     return model
 
 

@@ -182,8 +182,8 @@ class Pass:
         self.masks: dict[int, Tensor] = {}  # of branches, by query heads per key head
         if torch.device(device).type in IN_BLOCKS:
             trunk_1LK = np.tri(L, P + X, self.C, bool)[None]
-            self.blocks = [*attention.blocks(trunk_1LK), *attention.blocks(visible_RBK, L)]
-            self.blocks_of_beginning = attention.blocks(np.tri(self.C, dtype=bool)[None])
+            self.blocks = [*attention.blocks(trunk_1LK, device), *attention.blocks(visible_RBK, device, first=L)]
+            self.blocks_of_beginning = attention.blocks(np.tri(self.C, dtype=bool)[None], device)
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
@@ -225,7 +225,8 @@ class Pass:
         if self.B:
             group = heads // kv_heads  # heads of a key head one after the other, as a long sequence: no copies of keys
             if group not in self.masks:
-                bias_RBK = torch.zeros(self.visible.shape, dtype=self.dtype).masked_fill_(torch.tensor(~self.visible), -torch.inf)
+                bias_RBK = torch.zeros(self.visible.shape, dtype=self.dtype)
+                bias_RBK.masked_fill_(torch.tensor(~self.visible), -torch.inf)
                 self.masks[group] = bias_RBK[:, None].repeat(1, 1, group, 1).to(self.device)
             branches = q[:, :, C + L :].reshape(R, kv_heads, -1, D)
             out = F.scaled_dot_product_attention(branches, k, v, self.masks[group], scale=scaling)

@@ -7,7 +7,7 @@ import torch
 import attention
 
 R, KV_HEADS, GROUP, N, K, D = 3, 2, 3, 11, 17, 8
-SCALING = 0.3
+SCALING, CPU = 0.3, "cpu"
 
 
 def forest(rng, n, K):
@@ -49,7 +49,7 @@ def written_out(q, k, v, visible):
 def errors(q, k, v, g, visible):
     """Of the output and of the three gradients, relative to the largest number of each."""
     results = []
-    for out in (attention.attention(q, k, v, attention.blocks(visible), SCALING), written_out(q, k, v, visible)):
+    for out in (attention.attention(q, k, v, attention.blocks(visible, CPU), SCALING), written_out(q, k, v, visible)):
         results.append([out.detach().double(), *(x.double() for x in torch.autograd.grad(out, (q, k, v), g.to(out.dtype)))])
     assert all(b.abs().max() > 0.1 for b in results[1])
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
@@ -57,14 +57,12 @@ def errors(q, k, v, g, visible):
 
 @pytest.mark.parametrize("name", masks())
 @pytest.mark.parametrize("queries", [1, 4, 128])
-@pytest.mark.parametrize("kept", [0, 10**6])
-def test_values_and_gradients(monkeypatch, name, queries, kept):
+def test_values_and_gradients(monkeypatch, name, queries):
     visible = masks()[name]
     visible[..., 0] |= ~visible.any(-1)  # each sees one at least
     monkeypatch.setattr(attention, "QUERIES", queries)
-    monkeypatch.setattr(attention, "KEPT", kept)
     (q, k, v), g = inputs()
-    assert max(errors(q, k, v, g, visible)) < 1e-6
+    assert max(errors(q, k, v, g, visible)) < 3e-6
 
 
 def test_in_bf16_scores_and_sums_are_those_of_fp32(monkeypatch):
@@ -80,24 +78,10 @@ def test_in_bf16_scores_and_sums_are_those_of_fp32(monkeypatch):
         assert 1e-4 < out < 2**-7 and max(gradients) < 2**-6
 
 
-def test_few_weights_are_kept_for_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(attention, "QUERIES", 4)
-    calls, weights = [], attention._Attention.weights
-    monkeypatch.setattr(attention._Attention, "weights", lambda *args: calls.append(args) or weights(*args))
-    blocks = attention.blocks(masks()["a tree for each row"])
-    of_all = sum(b.bias[0].numel() for b in blocks) * R * KV_HEADS * GROUP
-    for kept, expected in ((of_all, 3), (of_all - 1, 6)):
-        monkeypatch.setattr(attention, "KEPT", kept)
-        calls.clear()
-        (q, k, v), g = inputs()
-        attention.attention(q, k, v, blocks, SCALING).backward(g)
-        assert len(blocks) == 3 and len(calls) == expected
-
-
-def test_every_query_is_in_one_block_which_has_no_key_that_none_of_its_queries_sees(monkeypatch):
+def test_every_query_is_in_one_block_which_has_hardly_a_key_that_none_of_them_sees(monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     for name, visible in masks().items():
-        blocks = attention.blocks(visible, first=5)
+        blocks = attention.blocks(visible, CPU, first=5)
         assert [i for b in blocks for i in range(N + 5)[b.queries]] == list(range(5, N + 5)), name
         for b in blocks:
             of_block = visible[:, b.queries.start - 5 : b.queries.stop - 5]
@@ -106,12 +90,12 @@ def test_every_query_is_in_one_block_which_has_no_key_that_none_of_its_queries_s
             assert (b.bias[:, 0] == 0).tolist() == of_block[:, :, keys].tolist() and set(b.bias.unique().tolist()) <= {0, -torch.inf}
             wasted = ~of_block[:, :, keys].any((0, 1))
             assert not wasted.any() if torch.is_tensor(b.keys) else wasted.mean() < 0.25
-    kinds = [type(b.keys) for b in attention.blocks(masks()["two keys each"])]
+    kinds = [type(b.keys) for b in attention.blocks(masks()["two keys each"], CPU)]
     assert kinds == [slice, torch.Tensor, torch.Tensor]
-    assert sum(b.bias.numel() for b in attention.blocks(masks()["two keys each"])) == 4 * 10 + 4 * 8 + 3 * 6
+    assert sum(b.bias.numel() for b in attention.blocks(masks()["two keys each"], CPU)) == 4 * 10 + 4 * 8 + 3 * 6
 
 
 def test_no_query_no_block():
-    assert attention.blocks(np.zeros((1, 0, 0), bool)) == []
+    assert attention.blocks(np.zeros((1, 0, 0), bool), CPU) == []
     (q, k, v), _ = inputs(n=0)
     assert attention.attention(q, k, v, [], SCALING).shape == (R, 0, KV_HEADS * GROUP, D)

@@ -237,12 +237,50 @@ def test_merge_is_adapter_on_and_leaves_a_plain_model():
     torch.testing.assert_close(logits(model), on, rtol=1e-4, atol=1e-5)
 
 
-def test_merge_in_bf16_rounds_once():
-    model = adapted(model=tiny().bfloat16())
+def slight(model, part=1 / 1024):
+    """Scales every B so that what an adapter adds is a small part of its W, as after training at a small rate."""
+    with torch.no_grad():
+        for layer in lora.lora_layers(model).values():
+            W = layer.base.weight[:, : layer.A.shape[1]].float()
+            layer.B.mul_(part * W.abs().median() / (layer.scaling * layer.B @ layer.A).abs().max())
+    return model
+
+
+def test_below_fp32_merge_keeps_what_the_rounded_sum_would_lose():
+    """Merged is adapter on to the bit, also where the sum is W itself nearly everywhere, and after a second adapter."""
+    model = slight(adapted(model=tiny().bfloat16()))
     layer = lora.lora_layers(model)[Q]
-    exact = layer.base.weight.double() + 2.0 * layer.B.double() @ layer.A.double()
-    lora.merge(model)
-    assert torch.equal(model.get_submodule(Q).weight, exact.bfloat16())
+    total = layer.base.weight.float() + layer.scaling * layer.B @ layer.A
+    assert (total.bfloat16() == layer.base.weight).float().mean() > 0.8
+    base = logits(tiny().bfloat16())
+    for r in (2, 3):
+        on = logits(model)
+        assert not torch.equal(on, base)
+        lora.merge(model)
+        assert not lora.lora_layers(model) and torch.equal(logits(model), on)
+        assert not any(p.requires_grad for p in model.parameters())
+        base = on
+        slight(adapted(LoRAConfig(r, 1.0, ("q_proj", "up_proj")), seed=r, model=model), 0.1)
+        with lora.adapter_off(model):
+            assert torch.equal(logits(model), on)
+    assert model.get_submodule(Q).base.weight.shape == (32, 32 + 4 + 2)
+    lora.remove(model)
+    assert torch.equal(logits(model), base)
+
+
+def test_below_fp32_an_adapter_on_a_merged_layer_has_the_gradients_of_the_exact_sum_within_rounding():
+    model = lora.merge(adapted(LoRAConfig(4, 12.0), model=tiny().bfloat16()))
+    merged = model.get_submodule(Q)
+    W, A1, B1 = merged.weight[:, :32].float(), merged.A.float(), merged.weight[:, 32:].float()
+    layer = lora.lora_layers(adapted(LoRAConfig(3, 6.0), seed=2, model=model))[Q]
+    x, weight = torch.randn(3, 5, 32).bfloat16().requires_grad_(), torch.randn(3, 5, 32)
+    wide, A, B = (p.detach().float().requires_grad_() for p in (x, layer.A, layer.B))
+    h, exact = layer(x), wide @ (W + B1 @ A1 + 2.0 * B @ A).T
+    assert not torch.allclose(exact, wide @ (W + 2.0 * B @ A).T, rtol=0.1)  # the first adapter counts
+    got = torch.autograd.grad((h * weight).sum(), (x, layer.A, layer.B))
+    expected = torch.autograd.grad((exact * weight).sum(), (wide, A, B))
+    for a, b in zip((h, *got), (exact, *expected)):
+        assert (a.float() - b).norm() < 0.01 * b.norm()
 
 
 def test_merge_leaves_tied_weights_alone():

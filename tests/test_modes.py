@@ -36,7 +36,7 @@ def test_the_papers_preset_runs_with_its_values(model_dir, tmp_path):
     assert lora.read_adapter(folder / "adapter")[1].r == 128  # SFT and RFT
     samples = lines_of(folder / "samples.jsonl")
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["seat"] for s in samples} == {0}
-    assert lines_of(folder / "metrics.jsonl")[0]["max_ratio_error"] > 0  # bf16: what is scored is nearly what was sampled
+    assert 1e-4 < lines_of(folder / "metrics.jsonl")[0]["max_ratio_error"] < 1  # bf16's rounding; fp32 has 1e-6
 
 
 def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):

@@ -17,7 +17,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import attention
 import checkpoint
 import experts
 import lora
@@ -534,11 +533,13 @@ def test_conversation_rows_leave_the_turns_as_they_were():
 # --- pi_ref
 
 
-def test_after_the_merge_adapter_off_is_the_sft_policy(ending_model_dir):
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 0.05), (torch.bfloat16, 0.05), (torch.bfloat16, 0.002)])
+def test_after_the_merge_adapter_off_is_the_sft_policy(ending_model_dir, dtype, size):
+    """Also in bf16 after an SFT of small steps, which W + BA in bf16 would not keep."""
     rows = [group_row(p, replies) for p, replies in GROUPS]
-    policy = load_policy(str(ending_model_dir))
+    policy = load_policy(str(ending_model_dir), dtype=dtype)
     base = torch.cat(policy.token_logps(rows)).detach()
-    add_adapter(policy)
+    add_adapter(policy, size=size)
     sft = torch.cat(policy.token_logps(rows)).detach()
     lora.merge(policy.model)
     config = lora.LoRAConfig(3, 6.0, lora.DEFAULT_TARGETS, policy.name)
@@ -547,7 +548,7 @@ def test_after_the_merge_adapter_off_is_the_sft_policy(ending_model_dir):
     reference, now = torch.cat(policy.reference_logps(rows)), torch.cat(policy.token_logps(rows))
     assert torch.equal(reference, now.detach())  # so KL(pi, pi_ref) is exactly 0 at step 0
     assert (reference - sft).abs().max() < 1e-4
-    assert (reference - base).abs().max() > 0.1
+    assert (reference - base).abs().max() > 2 * size
     assert not reference.requires_grad and now.requires_grad
 
     with torch.no_grad():  # a trained adapter moves pi and not pi_ref
@@ -756,15 +757,6 @@ def test_attention_by_a_kernel_is_attention_by_products(policy, monkeypatch):
     assert_same_gradients(policy, (weights * by_products).sum(), (weights * by_kernel).sum())
     again = policy.sample([p for p, _ in begun], 3, 8, 1.0, torch.Generator().manual_seed(0))
     assert [o.reply_ids for g in sampled for o in g] == [o.reply_ids for g in again for o in g]
-
-
-def test_attention_weights_that_were_not_kept_are_computed_again(policy, monkeypatch):
-    rows = [group_row(p, replies) for p, replies in GROUPS]
-    kept = torch.cat(policy.token_logps(rows))
-    monkeypatch.setattr(attention, "KEPT", 0)
-    again = torch.cat(policy.token_logps(rows))
-    weights = torch.randn(len(kept), generator=torch.Generator().manual_seed(1))
-    assert_same_gradients(policy, (weights * again).sum(), (weights * kept).sum())
 
 
 def test_attention_kernels_may_return_another_memory_layout(policy, monkeypatch):
