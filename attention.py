@@ -2,7 +2,8 @@
 
 softmax(scaling q k^T + mask) v, scores and softmax in fp32. Neighbouring queries form a `Block` with the keys that any
 of them sees, so that little is multiplied to be masked. The backward pass computes the weights again. Where a CPU has
-fast products (bf16; fp32 of oneDNN), torch's flash attention does not use them, and this takes FRACTION of its time.
+fast products, torch's flash attention does not use them, and this takes half (bf16) to three quarters (fp32 of oneDNN)
+of its time.
 
 Dimensions: R rows, n queries and K keys of a row, D head size; kv heads, of which each serves a group of query heads.
 """

@@ -109,8 +109,8 @@ class LoRALinear(nn.Module):
 class MergedLinear(nn.Module):
     """What `merge` leaves of a layer below fp32: h = [W, B] [x, z] + bias with z = A x, frozen; A holds the scaling.
 
-    W + scaling B A, rounded to bf16, would lose what is smaller than half a step of W: after SFT with the paper's values
-    nine tenths of the adapter, and pi_ref would not be the SFT policy.
+    W + scaling B A, rounded to bf16, would lose what is smaller than half a step of W: after 50 steps of SFT with the
+    paper's values nine tenths of the adapter, and pi_ref would not be the SFT policy.
     """
 
     def __init__(self, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, bias: nn.Parameter | None):
@@ -150,7 +150,7 @@ class _SumLinear(torch.autograd.Function):
 
 
 class _JointLinear(torch.autograd.Function):
-    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both parts before it rounds.
+    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both before it rounds.
     Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above. What was merged before stands between: [W, B']
     for W, and its A' above scaling A in joint_A."""
 
@@ -174,7 +174,7 @@ class _JointLinear(torch.autograd.Function):
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """F.linear. On a CPU, where x has few rows, in fp32, W x^T takes half the time of x W^T in MKL, and four fifths in
-    oneDNN. (In bf16 it depends: less for 32 rows, more for 24 or 40.)"""
+    oneDNN (in bf16 less for 32 rows, but more for 24 or 40)."""
     few = x.numel() < 56 * x.shape[-1] and x.dtype == torch.float32
     if x.device.type != "cpu" or bias is not None or not few:
         return F.linear(x, W, bias)
