@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import adapter_files
 import experts
 import lora
 import ranks
@@ -192,7 +193,7 @@ def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Calla
             for folder in set(both.values()):
                 put_adapter(policy, folder)  # complains about one that does not fit
                 lora.remove(policy.model)
-            read = {folder: lora.read_adapter(folder) for folder in set(both.values())}
+            read = {folder: adapter_files.read_adapter(folder) for folder in set(both.values())}
             adapters = {kind: read[folder] for kind, folder in both.items()}
             cast[name] = lambda stream=100, adapters=adapters: model_player(stream, adapters=adapters)
     return cast

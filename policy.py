@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import adapter_files
 import lora
 import pretrained
 from runs import InputError
@@ -285,6 +286,6 @@ def load_policy(name: str, cache: str | None = None, dtype=torch.float32, device
 def put_adapter(policy: Policy, folder: str) -> lora.LoRAConfig:
     """Puts the adapter of a folder on the policy's model. Raises InputError for one that does not fit."""
     try:
-        return lora.load_adapter(policy.model, folder)
+        return adapter_files.load_adapter(policy.model, folder)
     except (OSError, ValueError) as e:
         raise InputError(" ".join(str(e).split())) from None

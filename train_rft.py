@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import adapter_files
 import checkpoint
 import diagnose
 import eval as evaluation
@@ -296,9 +297,9 @@ def rft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
             return False
     bar.close()
     if ranks.first():
-        sft_adapter = lora.read_adapter(sft_folder(args, folder))
-        stacked = lora.stack_adapters(*sft_adapter, lora.adapter_state(policy.model), config)
-        lora.write_adapter(folder / "adapter", *stacked)
+        sft_adapter = adapter_files.read_adapter(sft_folder(args, folder))
+        stacked = adapter_files.stack_adapters(*sft_adapter, lora.adapter_state(policy.model), config)
+        adapter_files.write_adapter(folder / "adapter", *stacked)
     return True
 
 
@@ -429,7 +430,7 @@ def main(argv=None) -> None:
         finished = True
         if not args.sft_adapter:
             with clock("SFT"):
-                if (folder / "sft" / "adapter" / lora.CONFIG_FILE).exists():
+                if (folder / "sft" / "adapter" / adapter_files.CONFIG_FILE).exists():
                     put_adapter(policy, folder / "sft" / "adapter")
                 else:
                     finished = sft(policy, args, records, folder / "sft", stop)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import adapter_files
 import checkpoint
 import experts
 import llm_experts
@@ -269,7 +270,7 @@ def sft(policy: Policy, args, records: list[experts.Record], folder: Path, stop:
     bar.close()
     test(steps)
     if ranks.first():
-        lora.save_adapter(policy.model, folder / "adapter", config)
+        adapter_files.save_adapter(policy.model, folder / "adapter", config)
     return True
 
 
@@ -277,7 +278,7 @@ def sft_separately(policy: Policy, args, records: list[experts.Record], folder: 
     """An adapter for each kind of decision: FOLDER/graph/adapter and FOLDER/effort/adapter; what was finished before a
     resume is kept. Returns False if it was stopped before the end."""
     for kind in ("graph", "effort"):
-        if not (folder / kind / "adapter" / lora.CONFIG_FILE).exists():
+        if not (folder / kind / "adapter" / adapter_files.CONFIG_FILE).exists():
             of_kind = argparse.Namespace(**vars(args) | {"train_on": kind})
             if not sft(policy, of_kind, records, folder / kind, stop):
                 return False

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 import chat_client
+import adapter_files
 import experts
 import llm_experts
 from arithmetic import arithmetic
@@ -746,7 +747,7 @@ def test_an_adapter_is_a_local_model(tiny_model_dir, tmp_path):
     with torch.no_grad():
         for p in lora.lora_parameters(base.model):
             p.normal_(generator=torch.Generator().manual_seed(1))
-    lora.save_adapter(base.model, tmp_path / "adapter", config)
+    adapter_files.save_adapter(base.model, tmp_path / "adapter", config)
     expert = make_expert(f"hf:{tmp_path / 'adapter'}", Asking(STYLE, temperature=0.0, max_tokens=6))
     chat = expert(State(held_out_grid(3)[0]), 0, None).chat
     (rollout,), = base.sample([base.encode_prompt(chat)], 1, 6, 0.0)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import adapter_files
 import lora
 from lora import LoRAConfig, LoRALinear
 
@@ -335,13 +336,13 @@ def test_targets_are_matched_as_peft_does(targets, count):
 
 def test_save_and_load_round_trip_is_bit_exact(tmp_path):
     model = adapted()
-    lora.save_adapter(model, tmp_path, CONFIG)
+    adapter_files.save_adapter(model, tmp_path, CONFIG)
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
     other, state = tiny(), torch.get_rng_state()
-    config = lora.load_adapter(other, tmp_path)
+    config = adapter_files.load_adapter(other, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert (config.r, config.alpha, config.base_model) == (4, 8, "tiny")
-    assert sorted(config.targets) == sorted(lora.DEFAULT_TARGETS) and config == lora.load_config(tmp_path)
+    assert sorted(config.targets) == sorted(lora.DEFAULT_TARGETS) and config == adapter_files.load_config(tmp_path)
     ours, theirs = lora.adapter_state(model), lora.adapter_state(other)
     assert list(ours) == list(theirs) and len(ours) == 28
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -362,7 +363,7 @@ def test_peft_loads_ours(tmp_path, targets):
     peft = pytest.importorskip("peft")
     config = LoRAConfig(4, 6, targets, "tiny")
     model = adapted(config)
-    lora.save_adapter(model, tmp_path, config)
+    adapter_files.save_adapter(model, tmp_path, config)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         other = peft.PeftModel.from_pretrained(tiny(), tmp_path).eval()
@@ -382,7 +383,7 @@ def test_we_load_pefts(tmp_path, targets):
             torch.nn.init.normal_(p, std=0.3)
     other.save_pretrained(tmp_path)
     model = tiny()
-    config = lora.load_adapter(model, tmp_path)
+    config = adapter_files.load_adapter(model, tmp_path)
     assert (config.r, config.alpha, config.base_fingerprint) == (3, 5, None)
     assert differ(logits(model), logits(tiny()))
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-6)
@@ -390,7 +391,7 @@ def test_we_load_pefts(tmp_path, targets):
 
 def test_a_killed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     old, new = adapted(seed=1), adapted(seed=2)
-    lora.save_adapter(old, tmp_path, CONFIG)
+    adapter_files.save_adapter(old, tmp_path, CONFIG)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -398,20 +399,20 @@ def test_a_killed_write_leaves_the_old_adapter(tmp_path, monkeypatch):
     for function in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, function, killed)
-            lora.save_adapter(new, tmp_path, CONFIG)
+            adapter_files.save_adapter(new, tmp_path, CONFIG)
         model = tiny()
-        lora.load_adapter(model, tmp_path)
+        adapter_files.load_adapter(model, tmp_path)
         assert torch.equal(logits(model), logits(old)) and differ(logits(model), logits(new))
-    lora.save_adapter(new, tmp_path, CONFIG)  # and the next write is not disturbed by what was left
+    adapter_files.save_adapter(new, tmp_path, CONFIG)  # and the next write is not disturbed by what was left
     model = tiny()
-    lora.load_adapter(model, tmp_path)
+    adapter_files.load_adapter(model, tmp_path)
     assert torch.equal(logits(model), logits(new))
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 @pytest.mark.parametrize("new", [LoRAConfig(4, 16), LoRAConfig(2, 4), LoRAConfig(4, 8, ("q_proj",))])
 def test_a_write_killed_between_its_two_files_is_refused(tmp_path, monkeypatch, new):
-    lora.save_adapter(adapted(), tmp_path, CONFIG)
+    adapter_files.save_adapter(adapted(), tmp_path, CONFIG)
     real = os.replace
 
     def killed_at_config(source, target):
@@ -421,14 +422,14 @@ def test_a_write_killed_between_its_two_files_is_refused(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed_at_config)
-        lora.save_adapter(adapted(new), tmp_path, new)
+        adapter_files.save_adapter(adapted(new), tmp_path, new)
     with pytest.raises(ValueError, match="alpha = 16|has rank 2, but r = 4|adapter weights lack"):
-        lora.load_adapter(tiny(), tmp_path)
+        adapter_files.load_adapter(tiny(), tmp_path)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # a first write: never half a folder
         patch.setattr(os, "replace", killed_at_config)
-        lora.save_adapter(adapted(new), tmp_path / "first", new)
+        adapter_files.save_adapter(adapted(new), tmp_path / "first", new)
     with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
-        lora.load_adapter(tiny(), tmp_path / "first")
+        adapter_files.load_adapter(tiny(), tmp_path / "first")
 
 
 # --- SFT + RFT as one adapter
@@ -445,16 +446,16 @@ def test_a_write_killed_between_its_two_files_is_refused(tmp_path, monkeypatch, 
 def test_stacked_adapters_are_merge_then_adapt(tmp_path, targets1, targets2):
     config1, config2 = LoRAConfig(4, 6, targets1, "tiny"), LoRAConfig(3, 7, targets2, "tiny-sft")
     model = adapted(config1, 1)
-    lora.save_adapter(model, tmp_path / "sft", config1)
+    adapter_files.save_adapter(model, tmp_path / "sft", config1)
     sft = logits(lora.merge(model))
     adapted(config2, 2, model)
-    lora.save_adapter(model, tmp_path / "rft", config2)
-    state, config = lora.stack_adapters(*lora.read_adapter(tmp_path / "sft"), *lora.read_adapter(tmp_path / "rft"))
+    adapter_files.save_adapter(model, tmp_path / "rft", config2)
+    state, config = adapter_files.stack_adapters(*adapter_files.read_adapter(tmp_path / "sft"), *adapter_files.read_adapter(tmp_path / "rft"))
     assert (config.r, config.scaling, config.base_model) == (7, 1.0, "tiny")
     assert targets1 != targets2 or sorted(config.targets) == sorted(targets1)
-    lora.write_adapter(tmp_path / "both", state, config)
+    adapter_files.write_adapter(tmp_path / "both", state, config)
     stacked = tiny()
-    lora.load_adapter(stacked, tmp_path / "both")  # the fingerprint is that of the plain base
+    adapter_files.load_adapter(stacked, tmp_path / "both")  # the fingerprint is that of the plain base
     assert differ(logits(model), sft) and differ(sft, logits(tiny()))
     torch.testing.assert_close(logits(stacked), logits(model), rtol=1e-4, atol=1e-5)
     peft = pytest.importorskip("peft")
@@ -465,7 +466,7 @@ def test_stacked_adapters_are_merge_then_adapt(tmp_path, targets1, targets2):
 def test_stacking_across_base_models_is_refused():
     state1, state2 = (lora.adapter_state(adapted(model=tiny(hidden_size=size))) for size in (32, 48))
     with pytest.raises(ValueError, match="different base models"):
-        lora.stack_adapters(state1, CONFIG, state2, CONFIG)
+        adapter_files.stack_adapters(state1, CONFIG, state2, CONFIG)
 
 
 # --- fingerprint
@@ -483,14 +484,14 @@ def test_fingerprint_sees_weights_not_adapter_or_dtype():
 
 def test_adapter_of_another_base_of_the_same_shape_is_refused(tmp_path):
     model = lora.merge(adapted(seed=1))
-    lora.save_adapter(adapted(seed=2, model=model), tmp_path, LoRAConfig(4, 8, base_model="runs/sft"))
+    adapter_files.save_adapter(adapted(seed=2, model=model), tmp_path, LoRAConfig(4, 8, base_model="runs/sft"))
     for wrong in (tiny(), tiny(seed=5)):  # the plain base, that is SFT forgotten, and an unrelated one
         before = logits(wrong)
         with pytest.raises(ValueError, match="trained on runs/sft, not on this model: the base weights differ"):
-            lora.load_adapter(wrong, tmp_path)
+            adapter_files.load_adapter(wrong, tmp_path)
         assert not lora.lora_layers(wrong) and torch.equal(logits(wrong), before)
     right = lora.merge(adapted(seed=1))
-    lora.load_adapter(right, tmp_path)
+    adapter_files.load_adapter(right, tmp_path)
     assert torch.equal(logits(right), logits(model))
 
 
@@ -505,7 +506,7 @@ def refused(error, message, function, *arguments):
 
 @pytest.fixture
 def folder(tmp_path):
-    lora.save_adapter(adapted(), tmp_path, CONFIG)
+    adapter_files.save_adapter(adapted(), tmp_path, CONFIG)
     return tmp_path
 
 
@@ -532,12 +533,12 @@ def test_no_adapter_refusals(tmp_path):
         refused(ValueError, "has no adapter", function, tiny())
     refused(ValueError, "has no adapter", lora.load_adapter_state, tiny(), {})
     refused(ValueError, "has no adapter", lora.adapter_off(tiny()).__enter__)
-    refused(ValueError, "has no adapter", lora.save_adapter, tiny(), tmp_path, CONFIG)
+    refused(ValueError, "has no adapter", adapter_files.save_adapter, tiny(), tmp_path, CONFIG)
 
 
 def test_save_refuses_a_config_of_another_adapter(tmp_path):
-    refused(ValueError, "not the scaling", lora.save_adapter, adapted(), tmp_path, LoRAConfig(4, 9))
-    refused(ValueError, "has rank 4, but r = 8", lora.save_adapter, adapted(), tmp_path, LoRAConfig(8, 16))
+    refused(ValueError, "not the scaling", adapter_files.save_adapter, adapted(), tmp_path, LoRAConfig(4, 9))
+    refused(ValueError, "has rank 4, but r = 8", adapter_files.save_adapter, adapted(), tmp_path, LoRAConfig(8, 16))
     assert not os.listdir(tmp_path)
 
 
@@ -557,10 +558,10 @@ def test_load_adapter_state_refusals_change_nothing():
 
 def test_missing_files(folder):
     os.rename(folder / "adapter_model.safetensors", folder / "adapter_model.bin")
-    refused(FileNotFoundError, "has no adapter_model.safetensors", lora.load_adapter, tiny(), folder)
+    refused(FileNotFoundError, "has no adapter_model.safetensors", adapter_files.load_adapter, tiny(), folder)
     os.remove(folder / "adapter_config.json")
-    refused(FileNotFoundError, "has no adapter_config.json", lora.load_adapter, tiny(), folder)
-    refused(FileNotFoundError, "has no adapter_config.json", lora.load_config, folder / "nowhere")
+    refused(FileNotFoundError, "has no adapter_config.json", adapter_files.load_adapter, tiny(), folder)
+    refused(FileNotFoundError, "has no adapter_config.json", adapter_files.load_config, folder / "nowhere")
 
 
 def test_damaged_files(folder):
@@ -568,29 +569,29 @@ def test_damaged_files(folder):
     whole = weights.read_bytes()
     for damaged in (whole[:-100], whole[:50], b"", b"x" * 1000):
         weights.write_bytes(damaged)
-        refused(ValueError, "adapter_model.safetensors is damaged", lora.load_adapter, tiny(), folder)
+        refused(ValueError, "adapter_model.safetensors is damaged", adapter_files.load_adapter, tiny(), folder)
     weights.write_bytes(whole)
     whole = config.read_text()
     for damaged in (whole[:-20], "", "[]", "{}", "null", '{"peft_type": "LORA", "r": 4}'):
         config.write_text(damaged)
-        refused(ValueError, "adapter_config.json", lora.load_config, folder)
+        refused(ValueError, "adapter_config.json", adapter_files.load_config, folder)
     config.write_text(whole)
-    lora.load_adapter(tiny(), folder)
+    adapter_files.load_adapter(tiny(), folder)
 
 
 def test_rank_of_the_file_differs_from_the_config(folder):
     edit_config(folder, r=8, lora_alpha=8)
-    refused(ValueError, "lora_A.weight has rank 4, but r = 8", lora.load_adapter, tiny(), folder)
+    refused(ValueError, "lora_A.weight has rank 4, but r = 8", adapter_files.load_adapter, tiny(), folder)
 
 
 def test_adapter_of_another_architecture(folder):
     message = r"trained on tiny, not on this model: .*has shape \(4, 32\), this model needs \(4, 48\)"
-    refused(ValueError, message, lora.load_adapter, tiny(hidden_size=48), folder)
+    refused(ValueError, message, adapter_files.load_adapter, tiny(hidden_size=48), folder)
     message = "trained on tiny, not on this model: adapter weights lack .*layers.2"
-    refused(ValueError, message, lora.load_adapter, tiny(num_hidden_layers=3), folder)
+    refused(ValueError, message, adapter_files.load_adapter, tiny(num_hidden_layers=3), folder)
     message = "trained on tiny, not on this model: adapter weights have an unexpected .*layers.1"
-    refused(ValueError, message, lora.load_adapter, tiny(num_hidden_layers=1), folder)
-    refused(ValueError, "already has an adapter", lora.load_adapter, adapted(), folder)
+    refused(ValueError, message, adapter_files.load_adapter, tiny(num_hidden_layers=1), folder)
+    refused(ValueError, "already has an adapter", adapter_files.load_adapter, adapted(), folder)
 
 
 @pytest.mark.parametrize(
@@ -613,11 +614,11 @@ def test_adapter_of_another_architecture(folder):
 )
 def test_more_than_plain_lora_is_refused(folder, changes):
     edit_config(folder, **changes)
-    refused(ValueError, f"adapter_config.json: {next(iter(changes))} .*support", lora.load_adapter, tiny(), folder)
+    refused(ValueError, f"adapter_config.json: {next(iter(changes))} .*support", adapter_files.load_adapter, tiny(), folder)
 
 
 def test_extra_tensors_are_refused(folder):
     path = folder / "adapter_model.safetensors"
     state = load_file(path)
     save_file({**state, f"base_model.model.{Q}.lora_magnitude_vector": torch.ones(32)}, path)
-    refused(ValueError, "unexpected .*lora_magnitude_vector", lora.load_adapter, tiny(), folder)
+    refused(ValueError, "unexpected .*lora_magnitude_vector", adapter_files.load_adapter, tiny(), folder)

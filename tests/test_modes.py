@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from whole_runs import fake_parse, lines_of, rft_flags, run_rft, sft_flags
 
+import adapter_files
 import eval as evaluation
 import experts
-import lora
 import players
 import train_rft
 import train_sft
@@ -33,7 +33,7 @@ def test_the_papers_preset_runs_with_its_values(model_dir, tmp_path):
     paper = dict(rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, train_on="effort", lr=1e-5, agents=[4, 8])
     paper |= dict(m=8, w_sample=0.8, w_graph=0.2, seat=0, dtype="bfloat16", micro_batch=2, games=5)
     assert {key: config[key] for key in paper} == paper
-    assert lora.read_adapter(folder / "adapter")[1].r == 128  # SFT and RFT
+    assert adapter_files.read_adapter(folder / "adapter")[1].r == 128  # SFT and RFT
     samples = lines_of(folder / "samples.jsonl")
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["seat"] for s in samples} == {0}
     assert 1e-4 < lines_of(folder / "metrics.jsonl")[0]["max_ratio_error"] < 1  # bf16's rounding; fp32 has 1e-6
@@ -154,9 +154,9 @@ def separate(model_dir, tmp_path_factory):
 def test_separate_adapters_are_those_of_two_runs(separate, model_dir, tmp_path):
     for kind in ("graph", "effort"):
         train_sft.main(sft_flags(model_dir, tmp_path / kind, train_on=kind, sft_lr=5e-3))
-        alone = (tmp_path / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes()
-        assert (separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() == alone
-    weights = [(separate / kind / "adapter" / lora.WEIGHTS_FILE).read_bytes() for kind in ("graph", "effort")]
+        alone = (tmp_path / kind / "adapter" / adapter_files.WEIGHTS_FILE).read_bytes()
+        assert (separate / kind / "adapter" / adapter_files.WEIGHTS_FILE).read_bytes() == alone
+    weights = [(separate / kind / "adapter" / adapter_files.WEIGHTS_FILE).read_bytes() for kind in ("graph", "effort")]
     assert weights[0] != weights[1] and not (separate / "adapter").exists()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import adapter_files
 import eval as evaluation
 import experts
 import lora
@@ -259,7 +260,7 @@ def adapter_dir(policy, tmp_path_factory):
         for k, p in enumerate(lora.lora_parameters(policy.model)):
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
     folder = tmp_path_factory.mktemp("adapter")
-    lora.save_adapter(policy.model, folder, config)
+    adapter_files.save_adapter(policy.model, folder, config)
     lora.remove(policy.model)
     return str(folder)
 
@@ -272,7 +273,7 @@ def test_an_adapter_that_comes_and_goes_says_what_one_that_stays_says(policy, ad
     grid = list(held_out_grid(4))[:3]
     settings = policy, STYLE, 6, 1.0, 0
     base = replies_of(play(grid, policy_player(*settings), 1, "nash", 0))
-    shared = policy_player(*settings, adapters=dict.fromkeys("GE", lora.read_adapter(adapter_dir)))
+    shared = policy_player(*settings, adapters=dict.fromkeys("GE", adapter_files.read_adapter(adapter_dir)))
     comes = replies_of(play(grid, shared, 1, "nash", 0))
     assert not lora.lora_layers(policy.model)
     put_adapter(policy, adapter_dir)

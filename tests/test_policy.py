@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import adapter_files
 import checkpoint
 import experts
 import lora
@@ -586,7 +587,7 @@ def test_there_is_no_dropout(tiny_model_dir, tmp_path):
 
 def test_put_adapter_gives_the_saved_policy(policy, tmp_path):
     rows = [group_row(p, replies) for p, replies in GROUPS]
-    lora.save_adapter(policy.model, tmp_path / "adapter", lora.LoRAConfig(4, 8.0, lora.DEFAULT_TARGETS, policy.name))
+    adapter_files.save_adapter(policy.model, tmp_path / "adapter", lora.LoRAConfig(4, 8.0, lora.DEFAULT_TARGETS, policy.name))
     loaded = load_policy(policy.name)
     put_adapter(loaded, str(tmp_path / "adapter"))
     assert torch.equal(torch.cat(loaded.token_logps(rows)), torch.cat(policy.token_logps(rows)))

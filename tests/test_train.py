@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
+import adapter_files
 import diagnose
 import experts
-import lora
 import train_rft
 import train_sft
 from policy import load_policy, put_adapter
@@ -201,10 +201,10 @@ def test_the_final_adapter_on_the_plain_base_is_sft_and_rft_together(full, model
 
 def test_the_same_adapter_is_the_same_file(full, tmp_path):
     """To the byte, so that two runs can be compared by a checksum."""
-    state, config = lora.read_adapter(full.folder / "adapter")
+    state, config = adapter_files.read_adapter(full.folder / "adapter")
     files = set()
     for i in range(12):
-        lora.write_adapter(tmp_path / str(i), state, config)
+        adapter_files.write_adapter(tmp_path / str(i), state, config)
         files.add((tmp_path / str(i) / "adapter_model.safetensors").read_bytes())
     assert len(files) == 1
 
