@@ -15,8 +15,9 @@ How this departs from the paper, all [choice]: exact experts instead of GPT-o3; 
 games (so the memory of an instance is met again); the reward of an effort decision and the two weights in R^G; a
 135M-parameter model by default (`--preset paper` has the paper's model and values).
 
-pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so "adapter
-off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the plain base model.
+pi_ref is the SFT policy: the SFT adapter is merged into the base weights (in bf16: kept beside them, see lora.py) before
+a new adapter is added, so "adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters
+as one, for the plain base model.
 The policy loss at step 0 prints 0, and that is right: rho is 1 and advantages have mean 0; its gradient is not 0.
 """
 
