@@ -54,9 +54,9 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen nn.Linear with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the paper."""
+    """A frozen nn.Linear (or MergedLinear) with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the paper."""
 
-    def __init__(self, base: nn.Linear, r: int, scaling: float, generator: torch.Generator):
+    def __init__(self, base: "nn.Linear | MergedLinear", r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled = base, scaling, False
         self._working, self._working_of = None, None  # see `working`, and the versions of what it was made of
@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         to `.data`, or a fused optimizer, it cannot see.
 
         In fp32 it is the sum W + scaling B A (out, in). In bf16 that would lose every change of W that is smaller than
-        W's resolution, and the first steps are; so there it is [W, B] (out, in + r), for [x, scaling A x].
+        W's resolution, and the first steps are; so there it is [W, B] (out, in + r), for [x, scaling A x]. (W of a MergedLinear is such a pair already.)
         """
         W, B, A = self.base.weight, self.B, self.A
         versions = [p._version for p in (W, B, A)]

@@ -320,7 +320,8 @@ class SharedKV:
             history.kv[layer] = tuple(torch.cat(parts, 2) for parts in zip((k.transpose(2, 3), v), of_reply))
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D)."""
+        """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D), with scores in
+        the model's dtype."""
         layer = module.layer_idx
         if layer not in self.prompt:
             out, k, v = self.rows.attend(module, query, key, value, scaling)
