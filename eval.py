@@ -25,15 +25,15 @@ import numpy as np
 
 import experts
 import games
-import llm_experts
-import ranks
+from teachers import language as llm_experts
+from run import ranks
 from games import Game
-from instances import families, held_out_grid
-from metrics import METRICS, Played, format_table, mean_over_seats, of_seat, report, report_seeds, summarise
-from players import expert_player, make_cast, play, play_tables, policy_player
+from world.draws import families, held_out_grid
+from play.metrics import METRICS, Played, format_table, mean_over_seats, of_seat, report, report_seeds, summarise
+from play.players import expert_player, make_cast, play, play_tables, policy_player
 from policy import Policy
-from runs import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seat_choice, seed_int
-from runs import write_json
+from run.files import InputError, number, positive_int, read_json, refuse_existing, reports_errors, seat_choice, seed_int
+from run.files import write_json
 from train_sft import add_model_arguments
 
 

@@ -30,13 +30,13 @@ import numpy as np
 from tqdm import tqdm
 
 import games
-import llm_experts
+from teachers import language as llm_experts
 from games import Game, State
-from instances import Family, add_game_arguments, draw_game, families, game_from_json
-from llm_experts import Asking, Question, settle
+from world.draws import Family, add_game_arguments, draw_game, families, game_from_json
+from teachers.language import Asking, Question, settle
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
-from runs import InputError, parse_range, positive_int, refuse_existing, reports_errors, seat_choice, seed_int, share
-from runs import write_atomic
+from run.files import InputError, parse_range, positive_int, refuse_existing, reports_errors, seat_choice, seed_int, share
+from run.files import write_atomic
 
 Expert = Callable[..., Decision | Question]  # (state, seat, rng, past=()); a Question is for llm_experts.settle
 

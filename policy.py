@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import adapter_files
+from models import adapters as adapter_files
 import lora
-import pretrained
-from runs import InputError
-from shared_prefix import History, Pass, Row, SharedKV, chain, pack
+from models import pretrained
+from run.files import InputError
+from fast.shared_prefix import History, Pass, Row, SharedKV, chain, pack
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # mallopt(3)
 

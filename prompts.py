@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from games import Observation, State, observe
-from pgg import groups, returns
+from world.pgg import groups, returns
 
 EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 

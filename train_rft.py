@@ -33,24 +33,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import adapter_files
-import checkpoint
-import diagnose
+from models import adapters as adapter_files
+from run import checkpoint
+from tools import diagnose
 import eval as evaluation
 import experts
-import llm_experts
+from teachers import language as llm_experts
 import lora
-import ranks
+from run import ranks
 import tompo
 from games import Game, State
-from instances import game_from_json
-from players import default_max_new_tokens
+from world.draws import game_from_json
+from play.players import default_max_new_tokens
 from policy import Policy, Rollout, put_adapter
 from prompts import Decision, parse_reply
 from rewards import GRAPH_SCORES, Memory, Target, group_rewards, made_consistent, return_credits
-from runs import InputError, JsonLines, StopSignal, Stopwatch, number, positive_int
-from runs import reports_errors, write_json
-from shared_prefix import pack
+from run.files import InputError, JsonLines, StopSignal, Stopwatch, number, positive_int
+from run.files import reports_errors, write_json
+from fast.shared_prefix import pack
 from train_sft import (
     PAPER,
     add_training_arguments,

@@ -22,16 +22,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import adapter_files
-import checkpoint
+from models import adapters as adapter_files
+from run import checkpoint
 import experts
-import llm_experts
+from teachers import language as llm_experts
 import lora
-import ranks
+from run import ranks
 from policy import Policy, load_policy
-from pretrained import DEFAULT_MODEL
-from runs import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
-from shared_prefix import Row, pack
+from models.pretrained import DEFAULT_MODEL
+from run.files import InputError, JsonLines, StopSignal, Stopwatch, new_run_folder, positive_int, reports_errors, resumed_arguments, seed_int
+from fast.shared_prefix import Row, pack
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import attention
+from fast import attention
 
 R, KV_HEADS, GROUP, N, K, D = 3, 2, 3, 11, 17, 8
 SCALING, CPU = 0.3, "cpu"

@@ -11,11 +11,11 @@ import eval as evaluation
 import experts
 import train_rft
 import train_sft
-from instances import Family
+from world.draws import Family
 from policy import Rollout, load_policy
 from prompts import Decision, PromptStyle
 from rewards import Memory, graph_score
-from runs import InputError
+from run.files import InputError
 
 ALL_SEATS = argparse.Namespace(all_seats=True, seat=0, graph_prompts=1, effort_prompts=1)
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import bcz
+from world import bcz
 import games
-from bcz import BCZ
+from world.bcz import BCZ
 from brute import all_graphs, bcz_payoffs, random_graph, star_graph
 from games import GameError
 

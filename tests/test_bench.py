@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-import bench
+from tools import bench
 import lora
 from policy import load_policy
 

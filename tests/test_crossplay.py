@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-import crossplay
+from tools import crossplay
 import eval as evaluation
-import players
-from instances import held_out_grid
-from metrics import mean_interval, per_instance
-from players import expert_player, play
+from play import players
+from world.draws import held_out_grid
+from play.metrics import mean_interval, per_instance
+from play.players import expert_player, play
 from prompts import PromptStyle
 
 FLAGS = ["--eval-games", "6"]

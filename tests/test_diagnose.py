@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-import diagnose
-from diagnose import broken_rule, rule_of
+from tools import diagnose
+from tools.diagnose import broken_rule, rule_of
 from prompts import parse_reply
 
 STEPS = 16

@@ -19,17 +19,17 @@ import pytest
 
 import eval as evaluation
 import experts
-import metrics
-import players
-from bcz import BCZ
+from play import metrics
+from play import players
+from world.bcz import BCZ
 from games import State
-from instances import Family, draw_game, held_out_grid, split_of
-from metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
-from players import play
+from world.draws import Family, draw_game, held_out_grid, split_of
+from play.metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
+from play.players import play
 from policy import Policy, Rollout
 from prompts import Decision, PromptStyle
 from rewards import belief_accuracy
-from runs import InputError, write_json
+from run.files import InputError, write_json
 
 STYLE = PromptStyle()
 TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import experts
-from bcz import BCZ
+from world.bcz import BCZ
 from brute import all_graphs, bcz_payoffs
 from experts import Record, label_decision, make_expert, read_records, simulate, simulate_many, write_records
 from games import State
-from instances import Family, draw_game, game_from_json, held_out_grid
+from world.draws import Family, draw_game, game_from_json, held_out_grid
 from prompts import PromptStyle, format_reply, messages, parse_reply
-from runs import InputError
+from run.files import InputError
 
 STYLE = PromptStyle()
 SCRIPT = Path(experts.__file__).resolve()

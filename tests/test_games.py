@@ -7,12 +7,12 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-import bcz
+from world import bcz
 import games
-from bcz import BCZ
+from world.bcz import BCZ
 from brute import bcz_payoffs, random_graph
 from games import GameError, State, observe
-from instances import Family, draw_game, game_from_json
+from world.draws import Family, draw_game, game_from_json
 
 
 # ---------------------------------------------------------------------------------------------------------------------

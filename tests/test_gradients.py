@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 import experts
 import lora
 import train_rft
 import train_sft
-from instances import Family
+from world.draws import Family
 from policy import Rollout, load_policy
 from prompts import PromptStyle
 from reference import plain_logps, plain_model, take_gradients

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import experts
-import instances
-from bcz import BCZ, effort_cap
+from world import draws as instances
+from world.bcz import BCZ, effort_cap
 from brute import all_graphs
 from games import GameError
-from instances import KINDS, Family, add_game_arguments, draw_game, families, held_out_grid, split_of, types_of_kind
-from pgg import PGG
+from world.draws import KINDS, Family, add_game_arguments, draw_game, families, held_out_grid, split_of, types_of_kind
+from world.pgg import PGG
 from prompts import PromptStyle
-from runs import InputError
+from run.files import InputError
 
 
 def parsed(*argv):

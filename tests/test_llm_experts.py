@@ -17,19 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import chat_client
-import adapter_files
+from teachers import chat_client
+from models import adapters as adapter_files
 import experts
-import llm_experts
-from arithmetic import arithmetic
-from chat_client import AnswerFile, ChatClient
+from teachers import language as llm_experts
+from teachers.arithmetic import arithmetic
+from teachers.chat_client import AnswerFile, ChatClient
 from chat_server import KEY, ChatServer, good_reply
 from experts import make_expert, read_records, simulate_many, write_records
 from games import State
-from instances import Family, held_out_grid
-from llm_experts import Asking, Question, read
+from world.draws import Family, held_out_grid
+from teachers.language import Asking, Question, read
 from prompts import PromptStyle, format_reply, messages, parse_reply
-from runs import InputError
+from run.files import InputError
 
 STYLE = PromptStyle()
 SCRIPT = Path(experts.__file__).resolve()
@@ -674,7 +674,7 @@ def test_every_flag_reaches_the_asking():
 
 
 def test_evaluation_asks_in_the_conversation_of_each_seat(monkeypatch, tmp_path):
-    import players
+    from play import players
 
     grid = [g for g in held_out_grid(4, TWO_ROUNDS[0])][:3]
 
@@ -776,11 +776,11 @@ def test_training_with_experts_on_a_server(tiny_model_dir, tmp_path, monkeypatch
 
 TWO = """
 import sys
-import ranks
+from run import ranks
 from experts import simulate_many, write_records
-from llm_experts import Asking
+from teachers.language import Asking
 from prompts import PromptStyle
-from runs import InputError
+from run.files import InputError
 ranks.start()
 for budget in (1.0, 0.0):
     try:

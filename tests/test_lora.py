@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import adapter_files
+from models import adapters as adapter_files
 import lora
 from lora import LoRAConfig, LoRALinear
 

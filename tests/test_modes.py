@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from whole_runs import fake_parse, lines_of, rft_flags, run_rft, sft_flags
 
-import adapter_files
+from models import adapters as adapter_files
 import eval as evaluation
 import experts
-import players
+from play import players
 import train_rft
 import train_sft
 from prompts import PromptStyle

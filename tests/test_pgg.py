@@ -7,11 +7,11 @@ import networkx
 import numpy as np
 import pytest
 
-import pgg
+from world import pgg
 from brute import all_graphs
 from games import GameError, State, complete_graph, empty_graph
-from instances import Family, draw_game, game_from_json, held_out_grid
-from pgg import PGG, groups, isomorphism_classes, partitions
+from world.draws import Family, draw_game, game_from_json, held_out_grid
+from world.pgg import PGG, groups, isomorphism_classes, partitions
 
 TRIANGLE_AND_TAIL = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # 1-2-3 and 3-4
 

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-import adapter_files
+from models import adapters as adapter_files
 import eval as evaluation
 import experts
 import lora
-import players
-from bcz import BCZ
+from play import players
+from world.bcz import BCZ
 from games import State
-from instances import Family, draw_game, held_out_grid, split_of
-from metrics import mean_over_seats, of_seat, per_instance, strategic_efficiency, summarise
-from players import Ask, expert_examples, expert_player, play, play_tables, policy_player
+from world.draws import Family, draw_game, held_out_grid, split_of
+from play.metrics import mean_over_seats, of_seat, per_instance, strategic_efficiency, summarise
+from play.players import Ask, expert_examples, expert_player, play, play_tables, policy_player
 from policy import load_policy, put_adapter
 from prompts import PromptStyle, fallback, messages, parse_reply, repair_reply, with_examples
 from rewards import Target, accuracy, belief_accuracy, graph_score
-from runs import InputError
-from shared_prefix import History
+from run.files import InputError
+from fast.shared_prefix import History
 
 STYLE = PromptStyle()
 TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)

@@ -17,17 +17,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import adapter_files
-import checkpoint
+from models import adapters as adapter_files
+from run import checkpoint
 import experts
 import lora
-import shared_prefix
+from fast import shared_prefix
 from reference import plain_logps, plain_model, take_gradients
-from instances import Family
+from world.draws import Family
 from policy import _TargetLogps, load_policy, prepare_cpu, put_adapter
 from prompts import PromptStyle
-from runs import InputError
-from shared_prefix import History, Pass, common_beginning, pack
+from run.files import InputError
+from fast.shared_prefix import History, Pass, common_beginning, pack
 
 END = 2  # <|im_end|> of the tiny tokenizer, which is its padding token too
 PROMPTS = [[65, 70, 100, 33, 80], [90, 41], [5, 200, 17, 65, 65, 31, 120, 77, 9, 300, 42]]  # ragged, without END

@@ -20,10 +20,10 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import pretrained
-from pretrained import ModelError, WheelSource
+from models import pretrained
+from models.pretrained import ModelError, WheelSource
 
-ROOT = Path(pretrained.__file__).resolve().parent
+ROOT = Path(pretrained.__file__).resolve().parent.parent
 
 
 def message_of(call, *args, **kwargs):
@@ -350,7 +350,7 @@ def test_killed_halfway_while_another_process_waits(source, tmp_path):
 
 def test_the_command_line(tiny_model_dir):
     def run(*args):
-        command = [sys.executable, ROOT / "pretrained.py", *args]
+        command = [sys.executable, "-m", "models.pretrained", *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
     done = run("--model", tiny_model_dir)

@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bcz import BCZ
+from world.bcz import BCZ
 from games import State, form_links
-from instances import Family, held_out_grid
-from pgg import PGG
+from world.draws import Family, held_out_grid
+from world.pgg import PGG
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 
 STYLES = [PromptStyle(i, b, h) for i in ("full", "local") for b in (True, False) for h in (True, False)]

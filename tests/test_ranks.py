@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
-import ranks
+from run import checkpoint
+from run import ranks
 from whole_runs import ROOT, lines_of, rft_flags, run_rft, wait_for_lines
 
 DRIVER = f"""

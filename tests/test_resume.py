@@ -10,13 +10,13 @@ import huggingface_hub
 import pytest
 import torch
 
-import checkpoint
+from run import checkpoint
 import experts
 import train_rft
 import train_sft
 from policy import load_policy, put_adapter
 from prompts import PromptStyle
-from runs import InputError
+from run.files import InputError
 from whole_runs import Run, assert_same_run, lines_of, rft_flags, run_rft, sft_flags, start, tree, wait_for_lines
 
 

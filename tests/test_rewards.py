@@ -9,10 +9,10 @@ import itertools
 import numpy as np
 import pytest
 
-from bcz import BCZ
+from world.bcz import BCZ
 from games import State, form_links
-from instances import Family, draw_game
-from pgg import PGG
+from world.draws import Family, draw_game
+from world.pgg import PGG
 from prompts import Decision
 from rewards import (
     Memory,

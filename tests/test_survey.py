@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import experts
-import survey
-from bcz import BCZ
-from pgg import PGG
+from tools import survey
+from world.bcz import BCZ
+from world.pgg import PGG
 
 
 def test_self_play_by_hand():

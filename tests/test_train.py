@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-import adapter_files
-import diagnose
+from models import adapters as adapter_files
+from tools import diagnose
 import experts
 import train_rft
 import train_sft

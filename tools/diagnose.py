@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prompts import parse_reply
-from runs import InputError, read_json, reports_errors
+from run.files import InputError, read_json, reports_errors
 
 # (watch, bad). A share, unless said otherwise.
 U1_BELOW = (0.95, 0.80)  # late compliance of the sampled replies

@@ -16,12 +16,12 @@ seats and random numbers, so they are paired by game.
 import argparse
 
 import experts
-import ranks
+from run import ranks
 from eval import add_eval_arguments, by_stages, held_out_instances
 from games import Game
-from metrics import mean_interval, per_instance
-from players import make_cast, play_tables
-from runs import InputError, refuse_existing, reports_errors, seat_choice, write_json
+from play.metrics import mean_interval, per_instance
+from play.players import make_cast, play_tables
+from run.files import InputError, refuse_existing, reports_errors, seat_choice, write_json
 from train_sft import add_model_arguments
 
 DEFAULT = ["expert:second-best", "expert:planner", "expert:nash", "expert:always-link", "expert:random"]

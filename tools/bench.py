@@ -29,16 +29,16 @@ import time
 
 import torch
 
-import checkpoint
+from run import checkpoint
 import experts
 import lora
-import pretrained
+from models import pretrained
 import tompo
 from policy import Policy, load_policy, put_adapter
-from pretrained import DEFAULT_MODEL
+from models.pretrained import DEFAULT_MODEL
 from prompts import PromptStyle
-from runs import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
-from shared_prefix import pack
+from run.files import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
+from fast.shared_prefix import pack
 from train_rft import peak_memory_gib
 from train_sft import make_optimizer, micro_batches, optimizer_step
 
@@ -269,7 +269,7 @@ def run(args, worker: str, **changes) -> dict:
                  "micro_batch", "seed", "worker"):  # fmt: skip
         if values[name] is not None:
             flags += [f"--{name.replace('_', '-')}", str(values[name])]
-    done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-m", "tools.bench", *flags], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise InputError(f"the {worker} run failed; what it said stands above")
     return json.loads(done.stdout.splitlines()[-1])

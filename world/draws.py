@@ -15,10 +15,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from bcz import BCZ, effort_cap
+from world.bcz import BCZ, effort_cap
 from games import Game, GameError, check_stages
-from pgg import PGG
-from runs import InputError, number, positive_int
+from world.pgg import PGG
+from run.files import InputError, number, positive_int
 
 GAMES = {game.name: game for game in (BCZ, PGG)}
 KINDS = ("homogeneous", "linear", "half", "hub")  # of types

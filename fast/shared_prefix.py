@@ -24,8 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-import attention
-from runs import InputError
+from fast import attention
+from run.files import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # rows: prompts and replies as trees of tokens

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import experts
 from games import Game, State
-from instances import GAMES, KINDS, Family, held_out_grid
-from metrics import strategic_efficiency, welfare_bounds
-from runs import number, positive_int, refuse_existing, reports_errors, seed_int, write_json
+from world.draws import GAMES, KINDS, Family, held_out_grid
+from play.metrics import strategic_efficiency, welfare_bounds
+from run.files import number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 
 TYPES = {"homogeneous": KINDS[:1], "heterogeneous": KINDS[1:]}
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from runs import InputError, write_json
+from run.files import InputError, write_json
 
 
 def seeded(*numbers: int) -> torch.Generator:

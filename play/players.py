@@ -19,19 +19,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import adapter_files
+from models import adapters as adapter_files
 import experts
 import lora
-import ranks
-from checkpoint import seeded
+from run import ranks
+from run.checkpoint import seeded
 from games import Game, State
-from instances import Family, draw_game, families, split_of
-from metrics import Played, Turn, strategic_efficiency
+from world.draws import Family, draw_game, families, split_of
+from play.metrics import Played, Turn, strategic_efficiency
 from policy import Policy, put_adapter
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, repair_reply, with_examples
 from rewards import Target, accuracy, belief_accuracy, graph_score
-from runs import InputError
-from shared_prefix import History
+from run.files import InputError
+from fast.shared_prefix import History
 from train_sft import load_policy_of_rank
 
 

@@ -27,11 +27,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from arithmetic import arithmetic
-from chat_client import ChatClient, estimated_tokens
+from teachers.arithmetic import arithmetic
+from teachers.chat_client import ChatClient, estimated_tokens
 from games import State
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, fallback, format_reply, last_line, messages, parse_reply
-from runs import InputError, number, positive_int
+from run.files import InputError, number, positive_int
 
 KINDS = ("openai:", "hf:")
 PROGRAM = (
@@ -119,7 +119,7 @@ def _asked_by_the_first_process(questions: list[Question]) -> list[Decision]:
     expert = questions[0].expert
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return expert.answer(questions)
-    import ranks  # here, since it imports torch, which exact experts do without
+    from run import ranks  # here, since it imports torch, which exact experts do without
 
     result = None
     if ranks.first():

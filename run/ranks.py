@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from runs import InputError
+from run.files import InputError
 
 
 class LostRank(InputError):

@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 
 from tqdm import tqdm
 
-from runs import InputError
+from run.files import InputError
 
 BACKOFF = 1.0  # seconds before the first repetition; doubles with each, and is spread by half of itself
 LONGEST_BACKOFF = 60.0
