@@ -1,6 +1,7 @@
-"""What all games have in common: graphs, stages, states, what a seat observes. The games themselves: bcz.py, pgg.py.
+"""What all games have in common: graphs, rules, stages, states, what a seat observes. The games themselves: world/.
 
-Agents choose links, then efforts. NumPy only: nothing here knows about language models.
+Agents choose links, then efforts. NumPy only: nothing here knows about language models. A game is one file that ends in
+a `@register`ed subclass of Game; world/bcz.py is one, docs/your-own-game.md writes another.
 
 Marks: [source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice] is decided by this project.
 Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero diagonal,
@@ -43,12 +44,6 @@ def own_rows(N: int, seat: int) -> np.ndarray:
     return np.insert(bits, seat, 0, axis=1)
 
 
-def with_link(links_NN: np.ndarray, i: int, j: int, value: int) -> np.ndarray:
-    links_NN = links_NN.copy()
-    links_NN[i, j] = links_NN[j, i] = value
-    return links_NN
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # rules
 
@@ -56,61 +51,21 @@ def with_link(links_NN: np.ndarray, i: int, j: int, value: int) -> np.ndarray:
 class Game:
     """One instance of a game: a frozen, hashable dataclass (so that solutions can be cached per instance).
 
-    A game (bcz.BCZ, pgg.PGG) has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as
-    fields, and says what the methods marked "each game" return. [choice] A later stage of the same kind revises the
-    earlier one; the round pays once, at its end, from the last graph and the last efforts.
+    A game has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and says what
+    stands under "each game" below. [choice] A later stage of the same kind revises the earlier one; the round pays
+    once, at its end, from the last graph and the last efforts.
     """
 
+    # Each game, its rules. Shapes of the methods' results: see above; efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
-    scored_at: ClassVar[str] = "nash"  # efforts at which the welfare score of a graph is counted
+    scored_at: ClassVar[str] = "nash"  # the efforts at which the welfare score of a graph is counted
     c: float
     stages: str  # of a round: `G` links, `E` efforts
     rounds: int  # T
-
-    def check(self) -> None:
-        """GameError for what no game allows."""
-        numbers = [v for f in fields(self) if f.name not in ("stages", "rounds") for v in np.atleast_1d(getattr(self, f.name))]
-        if not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in numbers):
-            raise GameError("game parameters must be finite numbers")
-        if not 2 <= self.N <= MAX_AGENTS:
-            raise GameError(f"a game needs 2 to {MAX_AGENTS} agents, got {self.N}")
-        check_stages(self.stages)
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise GameError(f"rounds must be a whole number from 1, got {self.rounds}")
-
-    @property
-    def N(self) -> int:
-        return len(self.types)
-
-    @property
-    def label(self) -> str:
-        """The game and its stages, such as BCZ-GE: that of its Family."""
-        return f"{self.name.upper()}-{self.stages}"
-
-    def to_json(self) -> dict:
-        return {"game": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    # each game
-
-    @property
-    def types(self) -> tuple[float, ...]:
-        """What tells agents apart, (N,): BCZ's alpha, PGG's endowments."""
-        raise NotImplementedError
-
-    @property
-    def key(self) -> str:
-        """Names the instance whatever its seat order and stages: instances that differ only in those are the same."""
-        raise NotImplementedError
-
-    @property
-    def caps(self) -> np.ndarray:
-        """The largest allowed effort of each agent, (N,)."""
-        raise NotImplementedError
-
-    @property
-    def parameters(self) -> dict[str, float]:
-        """What the rules tell every player, apart from types and caps."""
-        raise NotImplementedError
+    types: tuple[float, ...]  # what tells agents apart, (N,): BCZ's alpha, PGG's endowments
+    key: str  # names the instance: instances that differ only in seat order and stages are the same
+    caps: np.ndarray  # the largest allowed effort of each agent, (N,)
+    parameters: dict[str, float]  # what the rules tell every player, apart from types and caps
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """pi (N,)."""
@@ -121,7 +76,6 @@ class Game:
         raise NotImplementedError
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        """(N,)"""
         raise NotImplementedError
 
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
@@ -136,14 +90,68 @@ class Game:
         """[i, j]: what i gains from the link ij at these efforts, all other links as they are; (N, N)."""
         raise NotImplementedError
 
+    # Each game, its words: what an agent reads is made of these by prompts.py, from what the seat observes alone.
+    payoff_rule: ClassVar[str]  # one sentence
+    type_name: ClassVar[str]  # what `types` are called, such as alpha
+    parameter_format: ClassVar[str] = "g"
+
+    @classmethod
+    def link_hint(cls, seen: "Observation") -> str:
+        """A worked number beside the question about links, "" for none."""
+        return ""
+
+    @classmethod
+    def effort_facts(cls, seen: "Observation", hints: bool) -> str:
+        """What the links mean for the agent, beside the question about efforts; with a worked number if `hints`."""
+        return ""
+
+    # Each game, its draws: two free numbers u and v and the agents' types make an instance (world/draws.py).
+    fixable: ClassVar[tuple[str, ...]]  # parameters that --fix can hold fixed
+    ranges: ClassVar[tuple[tuple[float, float], tuple[float, float]]]  # of u and v in training, both uniform
+    grid: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # their values in evaluation
+    type_levels: ClassVar[tuple[float, float, float]]  # lowest, highest, and that of homogeneous agents
+
+    @classmethod
+    def make(
+        cls, types_N: np.ndarray, u: float, v: float, fixed: dict[str, float], stages: str, rounds: int
+    ) -> "Game":
+        """The instance, rounded to the digits that players read. fixed: parameters by name. Raises GameError."""
+        raise NotImplementedError
+
     # all games
+
+    def check(self) -> None:
+        """GameError for what no game allows; every game's __post_init__ calls it."""
+        own = [getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "rounds")]
+        numbers = [number for value in own for number in np.atleast_1d(value)]
+        if not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in numbers):
+            raise GameError("game parameters must be finite numbers")
+        if not 2 <= self.N <= MAX_AGENTS:
+            raise GameError(f"a game needs 2 to {MAX_AGENTS} agents, got {self.N}")
+        check_stages(self.stages)
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise GameError(f"rounds must be a whole number from 1, got {self.rounds}")
+
+    @property
+    def N(self) -> int:
+        return len(self.types)
+
+    @property
+    def label(self) -> str:
+        """The game and its stages, such as BCZ-GE."""
+        return f"{self.name.upper()}-{self.stages}"
+
+    def to_json(self) -> dict:
+        return {"game": self.name} | {
+            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
+        }
 
     def welfare(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> float:
         return float(self.payoffs(links_NN, efforts_N).sum())
 
-    def efforts(self, kind: str, links_NN: np.ndarray) -> np.ndarray:
-        """kind: `nash` or `planner`."""
-        return {"nash": self.nash_efforts, "planner": self.planner_efforts}[kind](links_NN)
+    def efforts(self, solution: str, links_NN: np.ndarray) -> np.ndarray:
+        """solution: `nash` or `planner`."""
+        return {"nash": self.nash_efforts, "planner": self.planner_efforts}[solution](links_NN)
 
     def nash_graph(self) -> np.ndarray:
         """From the complete graph, repeat "keep a link iff neither end would gain without it", efforts at Nash.
@@ -159,27 +167,31 @@ class Game:
                 return links_NN
             links_NN = kept_NN
 
-    def pairwise_stable(self, links_NN: np.ndarray, tolerance: float = 1e-9) -> bool:
-        """Jackson and Wolinsky (1996), payoffs at the Nash efforts of each graph: nobody gains by cutting a link, and
-        no missing link would make one end better off and the other not worse off."""
 
-        def nash_payoffs(graph_NN):
-            return self.payoffs(graph_NN, self.nash_efforts(graph_NN))
+GAMES: dict[str, type[Game]] = {}  # by name, as in --game
 
-        now_N = nash_payoffs(links_NN)
-        for i in range(self.N):
-            for j in range(i):
-                change = (nash_payoffs(with_link(links_NN, i, j, 1 - links_NN[i, j])) - now_N)[[i, j]]
-                if links_NN[i, j] and change.max() > tolerance:
-                    return False
-                if not links_NN[i, j] and change.max() > tolerance and change.min() >= -tolerance:
-                    return False
-        return True
+
+def register(game: type[Game]) -> type[Game]:
+    """Class decorator: from now on --game, data sets and prompts know this game by its name."""
+    GAMES[game.name] = game
+    return game
+
+
+def game_from_json(d: dict) -> Game:
+    """The instance that `to_json` wrote. Raises GameError."""
+    try:
+        game = GAMES[d["game"]]
+        values = {f.name: d[f.name] for f in fields(game)}
+        return game(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except (KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise GameError(f"not a game instance ({type(e).__name__}: {e})") from None
 
 
 def check_stages(stages: str) -> None:
     if not isinstance(stages, str) or set(stages) != {"G", "E"}:
-        raise GameError(f"stages must be a string of G (links) and E (efforts) with both in it, such as GE, got {stages!r}")
+        raise GameError(
+            f"stages must be a string of G (links) and E (efforts) with both in it, such as GE, got {stages!r}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,7 +251,9 @@ class State:
             actions = actions.astype(int)
         elif actions.shape != (N,) or not ((actions >= 0) & (actions <= self.game.caps)).all():
             caps = sorted({f"{cap:g}" for cap in self.game.caps})
-            raise ValueError(f"efforts must be {N} numbers in [0, {caps[0] if len(caps) == 1 else 'cap of the seat'}]")
+            raise ValueError(
+                f"efforts must be {N} numbers in [0, {caps[0] if len(caps) == 1 else 'cap of the seat'}]"
+            )
         else:
             actions = actions.astype(float)  # a copy: the caller's array may change later, history must not
         return State(self.game, (*self.history, actions))
@@ -249,6 +263,19 @@ class State:
         per_round = len(self.game.stages)
         ends = [self.before(k) for k in range(per_round, len(self.history) + 1, per_round)]
         return [(s.links, s.efforts, self.game.payoffs(s.links, s.efforts)) for s in ends]
+
+
+EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
+
+
+def tell_numbers(values) -> str:
+    """[1.20, 0, 0.95]: how efforts and worked numbers stand in prompts."""
+    return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"
+
+
+def tell_short(values) -> str:
+    """[1, 2.33, 3]: how types and rows stand in prompts, without digits that say nothing."""
+    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,9 +31,13 @@ PREFIX = "base_model.model."  # PEFT names a tensor by the path of its module in
 class LoRAConfig:
     r: int
     alpha: float
-    targets: tuple[str, ...] | str = DEFAULT_TARGETS  # names or path endings; a string is a regex for the whole path
+    targets: tuple[str, ...] | str = (
+        DEFAULT_TARGETS  # names or path endings; a string is a regex for the whole path
+    )
     base_model: str = ""  # name or path of the base, written as base_model_name_or_path
-    base_fingerprint: str | None = None  # of the base weights it was trained on; models/adapters.py fills it in
+    base_fingerprint: str | None = (
+        None  # of the base weights it was trained on; models/adapters.py fills it in
+    )
 
     def __post_init__(self):
         if type(self.r) is not int or self.r < 1:
@@ -114,7 +118,9 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
 
 
-def inject(model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer: type = LoRALinear) -> list[LoRALinear]:
+def inject(
+    model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer: type = LoRALinear
+) -> list[LoRALinear]:
     """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a `layer`.
 
     A target is the last part of a module path ("q_proj") or more of it ("layers.0.self_attn.q_proj"); a string
@@ -185,7 +191,7 @@ def merge(model: nn.Module) -> nn.Module:
             raise ValueError(f"cannot merge the adapter of {name}: it shares its weight with {other[0]}")
     for name in list(layers):
         layer = layers.pop(name)  # taken out, so that what the layer holds besides W is freed on the way
-        if next(layer.base.parameters()).dtype != torch.float32:
+        if isinstance(layer.base, LoRALinear) or layer.base.weight.dtype != torch.float32:
             layer.freeze()
             continue
         W = layer.base.weight
@@ -197,7 +203,11 @@ def merge(model: nn.Module) -> nn.Module:
 def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of every layer by their names in PEFT."""
     layers = require_layers(model).items()
-    return {f"{PREFIX}{name}.lora_{letter}.weight": getattr(layer, letter) for name, layer in layers for letter in "AB"}
+    return {
+        f"{PREFIX}{name}.lora_{letter}.weight": getattr(layer, letter)
+        for name, layer in layers
+        for letter in "AB"
+    }
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -79,7 +79,10 @@ class _Attention(torch.autograd.Function):
             weights = _Attention.weights(of_q, k_seen, block.bias, ctx.scaling)
             ds = (g.float() @ v_seen.float().transpose(-1, -2)).sub_(g_out).mul_(weights).to(q.dtype)
             dq[:, :, block.queries] = (ds @ k_seen).mul_(ctx.scaling).view(R, heads, -1, D)
-            for total, of_block in ((dk, ds.transpose(-1, -2) @ of_q), (dv, weights.to(g.dtype).transpose(-1, -2) @ g)):
+            for total, of_block in (
+                (dk, ds.transpose(-1, -2) @ of_q),
+                (dv, weights.to(g.dtype).transpose(-1, -2) @ g),
+            ):
                 of_block = of_block.view(R, kv_heads, -1, D)
                 if isinstance(block.keys, slice):
                     total[:, :, block.keys] += of_block

@@ -53,6 +53,11 @@ class Row:
             depth.append(0 if parent < 0 else depth[parent] + 1)
         return depth
 
+    @property
+    def longest(self) -> int:
+        """Tokens from the first to the deepest."""
+        return max(self.positions()) + 1
+
 
 def chain(ids: list[int], prompts: list[int]) -> Row:
     """A row without branches."""
@@ -140,7 +145,9 @@ class Pass:
         self.history = history if history and history.kv else None
         if self.history:
             known = [self.history.known(r, row.ids) for r, row in enumerate(rows)]
-            trunks = np.zeros(len(rows), int)  # after keys that differ from row to row, every token has a mask
+            trunks = np.zeros(
+                len(rows), int
+            )  # after keys that differ from row to row, every token has a mask
             begin = [self.history.columns[r][:n] for r, n in enumerate(known)]
             self.C, P = 0, next(iter(self.history.kv.values()))[0].shape[2]
         else:
@@ -151,7 +158,10 @@ class Pass:
         lengths = np.array([len(row.ids) for row in rows]) - known
         self.R, self.L, self.B = R, L, B = len(rows), int(trunks.max()), int((lengths - trunks).max())
         self.X = X = L + B
-        self.known, self.starts = known, np.cumsum([self.C, *lengths])  # where own tokens begin in the packed order
+        self.known, self.starts = (
+            known,
+            np.cumsum([self.C, *lengths]),
+        )  # where own tokens begin in the packed order
         depths = [row.positions() for row in rows]
 
         def packed(of_rows: list[list[int]]) -> Tensor:
@@ -164,7 +174,9 @@ class Pass:
         places_RX = np.full((R, X), self.C)  # padding reads the first own token, and nobody sees it
         real_RX = np.zeros((R, X), bool)
         visible_RBK = np.zeros((R, B, P + X), bool)
-        visible_RBK[:, range(B), range(P + L, P + X)] = True  # padding sees itself, or its softmax would be 0/0
+        visible_RBK[:, range(B), range(P + L, P + X)] = (
+            True  # padding sees itself, or its softmax would be 0/0
+        )
         for r, (row, length, trunk) in enumerate(zip(rows, lengths, trunks)):
             place = np.concatenate([np.arange(trunk), L + np.arange(length - trunk)])  # of each own token
             places_RX[r, place], real_RX[r, place] = self.starts[r] + np.arange(length), True
@@ -176,33 +188,46 @@ class Pass:
                 else:
                     visible_RBK[r, i - trunk, columns[: parent + 1]] = True
         self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
-        self.back = torch.tensor(np.flatnonzero(real_RX), device=device)  # packed index (after C) -> padded place
+        self.back = torch.tensor(
+            np.flatnonzero(real_RX), device=device
+        )  # packed index (after C) -> padded place
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
         self.P, self.visible, self.device, self.dtype = P, visible_RBK, device, dtype
         self.masks: dict[int, Tensor] = {}  # of branches, by query heads per key head
         if torch.device(device).type in IN_BLOCKS:
             trunk_1LK = np.tri(L, P + X, self.C, bool)[None]
-            self.blocks = [*attention.blocks(trunk_1LK, device), *attention.blocks(visible_RBK, device, first=L)]
+            self.blocks = [
+                *attention.blocks(trunk_1LK, device),
+                *attention.blocks(visible_RBK, device, first=L),
+            ]
             self.blocks_of_beginning = attention.blocks(np.tri(self.C, dtype=bool)[None], device)
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """Packed indices of tokens of row r."""
         return [node if node < self.C else int(self.starts[r]) + node - self.known[r] for node in nodes]
 
-    def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(
+        self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
         each row, (R, kv heads, P + X, D)."""
         (_, heads, n, D), C = query.shape, self.C
 
         def of_rows(x, begin=None):  # (1, heads, n, D) -> (R, heads, [P +] X, D)
-            own = _ByRow.apply(x[0].transpose(0, 1).flatten(1), self).view(self.R, self.X, -1, D).transpose(1, 2)
+            own = (
+                _ByRow.apply(x[0].transpose(0, 1).flatten(1), self)
+                .view(self.R, self.X, -1, D)
+                .transpose(1, 2)
+            )
             return own if begin is None else torch.cat([begin, own], 2)
 
         def beginning(x):
             return x[:, :, :C].expand(self.R, -1, -1, -1)
 
         # (A history gives its keys and values away; `SharedKV.keep` fills it again.)
-        begin_k, begin_v = self.history.kv.pop(module.layer_idx) if self.history else map(beginning, (key, value))
+        begin_k, begin_v = (
+            self.history.kv.pop(module.layer_idx) if self.history else map(beginning, (key, value))
+        )
         k, v = of_rows(key, begin_k), of_rows(value, begin_v)
         if query.device.type in IN_BLOCKS:
             out = attention.attention(of_rows(query), k, v, self.blocks, scaling)
@@ -214,7 +239,9 @@ class Pass:
         out = _Packed.apply(out.reshape(self.R * self.X, -1), self)
         return torch.cat([out_of_beginning.flatten(1), out]).view(1, n, heads, D), k, v
 
-    def _attend_by_kernels(self, module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def _attend_by_kernels(
+        self, module, q: Tensor, k: Tensor, v: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
         """The same by torch's kernels: q (R, heads, C + X, D) -> (R, X, heads, D), and (C, heads, D) of the beginning."""
         (R, heads, _, D), kv_heads, C, L = q.shape, k.shape[1], self.C, self.L
         outs, out_of_beginning = [], q.new_empty(0, heads, D)
@@ -223,7 +250,9 @@ class Pass:
             out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
             outs, out_of_beginning = [out[:, C:]], out[0, :C]
         if self.B:
-            group = heads // kv_heads  # heads of a key head one after the other, as a long sequence: no copies of keys
+            group = (
+                heads // kv_heads
+            )  # heads of a key head one after the other, as a long sequence: no copies of keys
             if group not in self.masks:
                 bias_RBK = torch.zeros(self.visible.shape, dtype=self.dtype)
                 bias_RBK.masked_fill_(torch.tensor(~self.visible), -torch.inf)
@@ -269,17 +298,25 @@ class SharedKV:
     What is computed are states: a prompt and what some of its replies have said so far. At first they are the prompts.
     """
 
-    def __init__(self, rows: Pass, prompts: list[tuple[int, int]], max_new_tokens: int, keeps_ended: bool = False):
+    def __init__(
+        self, rows: Pass, prompts: list[tuple[int, int]], max_new_tokens: int, keeps_ended: bool = False
+    ):
         """prompts: the row and the length of each. keeps_ended: states that do not go on are wanted by `keep`."""
         visible = torch.zeros(len(prompts), rows.P + rows.X, dtype=torch.bool)
         for i, (r, n) in enumerate(prompts):
             visible[i, rows.columns[r][:n]] = True
-        self.bias = torch.zeros(visible.shape, dtype=rows.dtype).masked_fill(~visible, -torch.inf)  # of each prompt
+        self.bias = torch.zeros(visible.shape, dtype=rows.dtype).masked_fill(
+            ~visible, -torch.inf
+        )  # of each prompt
         self.rows, self.max_new_tokens, self.keeps_ended = rows, max_new_tokens, keeps_ended
         self.row_of_prompt = [r for r, _ in prompts]
-        self.prompt_of = list(range(len(prompts)))  # of the U states that are computed, then of ended ones that are kept
+        self.prompt_of = list(
+            range(len(prompts))
+        )  # of the U states that are computed, then of ended ones that are kept
         self.U = 0
-        self.prompt: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys (R, kv heads, D, P + X), values (R, kv heads, P + X, D)
+        self.prompt: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # layer -> keys (R, kv heads, D, P + X), values (R, kv heads, P + X, D)
         self.reply: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> keys, values (states, kv heads, S, D)
         self.length = 0  # reply tokens stored so far
 
@@ -325,7 +362,10 @@ class SharedKV:
         layer = module.layer_idx
         if layer not in self.prompt:
             out, k, v = self.rows.attend(module, query, key, value, scaling)
-            self.prompt[layer] = k.transpose(2, 3).contiguous(), v.contiguous()  # else every step would copy them
+            self.prompt[layer] = (
+                k.transpose(2, 3).contiguous(),
+                v.contiguous(),
+            )  # else every step would copy them
             return (out,)
         (U, heads, _, D), kv_heads, t = query.shape, key.shape[1], self.length + 1
         R, K, group = self.rows.R, self.K, heads // key.shape[1]
@@ -348,7 +388,9 @@ class SharedKV:
         on_prompt, on_reply = by_row(q) @ prompt_k, q @ reply_k.transpose(2, 3)
         if self.bias_RK is not None:
             on_prompt.view(R, kv_heads, K, group, -1).add_(self.bias_RK)
-        weights = torch.cat([on_prompt, by_row(on_reply)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        weights = (
+            torch.cat([on_prompt, by_row(on_reply)], -1).softmax(-1, dtype=torch.float32).to(value.dtype)
+        )
         w_prompt, w_reply = weights.split([prompt_k.shape[3], t], -1)
         out = by_state(w_prompt @ prompt_v) + by_state(w_reply) @ reply_v
         return (out.reshape(U, 1, heads, D),)
@@ -360,7 +402,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     if tokens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise InputError("models whose attention has a soft cap or sinks are not supported; choose another --model")
+        raise InputError(
+            "models whose attention has a soft cap or sinks are not supported; choose another --model"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tokens.attend(module, query, key, value, scaling)[0], None
 

@@ -28,6 +28,7 @@ import numpy as np
 import games
 from games import Game, State
 from prompts import Decision
+from run.files import InputError, read_json
 
 METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
@@ -118,7 +119,17 @@ def mean_interval(values) -> dict:
 
 def _t95(df: int) -> float:
     """The 0.975 quantile of Student's t (a table below 10 degrees of freedom, then the Cornish-Fisher expansion)."""
-    table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
+    table = {
+        1: 12.7062,
+        2: 4.3027,
+        3: 3.1824,
+        4: 2.7764,
+        5: 2.5706,
+        6: 2.4469,
+        7: 2.3646,
+        8: 2.3060,
+        9: 2.2622,
+    }
     if df in table:
         return table[df]
     z = 1.959964
@@ -177,7 +188,9 @@ def summarise(games_played: list[Played]) -> dict:
     seats = len({t.seat for t in games_played[0].turns})
 
     def table(rows, turns):
-        return {"U1": _compliance(turns, seats)} | {m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"}
+        return {"U1": _compliance(turns, seats)} | {
+            m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"
+        }
 
     rows = [per_instance(p) for p in games_played]
     first = [per_instance(p, 1) for p in games_played]
@@ -213,7 +226,9 @@ def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:
     def mean(metric):
         return [_mean([row[metric] for row in of_game if row[metric] is not None]) for of_game in rows]
 
-    return {"U1": _compliance(turns, len(by_seat))} | {m: mean_interval(mean(m)) for m in rows[0][0] if m != "U1"}
+    return {"U1": _compliance(turns, len(by_seat))} | {
+        m: mean_interval(mean(m)) for m in rows[0][0] if m != "U1"
+    }
 
 
 def paired_difference(a: dict, b: dict, metric: str) -> dict:
@@ -241,12 +256,17 @@ def report(results: dict[str, dict], rounds: int) -> str:
     first, *others = results
     text = format_table({name: summary["all rounds"] for name, summary in results.items()})
     if rounds > 1:
-        text += "\n\nround 1 alone\n" + format_table({name: summary["round 1"] for name, summary in results.items()})
+        text += "\n\nround 1 alone\n" + format_table(
+            {name: summary["round 1"] for name, summary in results.items()}
+        )
     labels = results[first]["games"]
     for label in labels if len(labels) > 1 else ():
-        text += f"\n\n{label} alone\n" + format_table({name: summary["games"][label] for name, summary in results.items()})
+        text += f"\n\n{label} alone\n" + format_table(
+            {name: summary["games"][label] for name, summary in results.items()}
+        )
     differences = {
-        name: {metric: paired_difference(results[first], results[name], metric) for metric in COMPARED} for name in others
+        name: {metric: paired_difference(results[first], results[name], metric) for metric in COMPARED}
+        for name in others
     }
     return text + f"\n\n{first} minus the others, paired by instance:" + _difference_lines(differences)
 
@@ -262,7 +282,36 @@ def _difference_lines(differences: dict[str, dict[str, dict]]) -> str:
     return text
 
 
-def report_seeds(runs: list[dict[str, dict]]) -> str:
+def read_results(path: str) -> dict[str, dict]:
+    """The results in an eval.json. Raises InputError."""
+    try:
+        results = read_json(path)["results"]
+        for summary in results.values():
+            summary["instances"], [summary["all rounds"][m]["mean"] for m in METRICS]
+    except (TypeError, KeyError, AttributeError):
+        raise InputError(
+            f"{path} is not an eval.json of this version; give those that train_rft.py or --json wrote"
+        ) from None
+    return results
+
+
+def report_seeds(paths: list[str]) -> str:
+    """The tables of several runs' eval.json that differ in their training seed. Raises InputError."""
+    runs = [read_results(path) for path in paths]
+    played = [[i["instance"] for i in next(iter(run.values()))["instances"]] for run in runs]
+    for path, of_run, run in zip(paths, played, runs):
+        if of_run != played[0]:
+            raise InputError(
+                f"{path} was played on other games than {paths[0]}; give runs with the same flags"
+            )
+        if list(run)[0] != list(runs[0])[0]:
+            raise InputError(
+                f"{path} is a run of {list(run)[0]}, {paths[0]} of {list(runs[0])[0]}; give one kind"
+            )
+    return format_seeds(runs)
+
+
+def format_seeds(runs: list[dict[str, dict]]) -> str:
     """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over the runs'
     means, so they speak of training, not of one adapter. runs: the results of each."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
@@ -273,7 +322,14 @@ def report_seeds(runs: list[dict[str, dict]]) -> str:
 
     table = {name: {m: over_runs(lambda run: run[name]["all rounds"][m]) for m in METRICS} for name in names}
     differences = {
-        name: {m: over_runs(lambda run: paired_difference(run[first], run[name], m)) for m in COMPARED} for name in others
+        name: {m: over_runs(lambda run: paired_difference(run[first], run[name], m)) for m in COMPARED}
+        for name in others
     }
-    text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n" + format_table(table)
-    return text + f"\n\n{first} minus the others, paired by instance within each run:" + _difference_lines(differences)
+    text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n" + format_table(
+        table
+    )
+    return (
+        text
+        + f"\n\n{first} minus the others, paired by instance within each run:"
+        + _difference_lines(differences)
+    )

@@ -19,20 +19,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models import adapters as adapter_files
 import experts
 import lora
-from run import ranks
-from run.checkpoint import seeded
 from games import Game, State
-from world.draws import Family, draw_game, families, split_of
+from models import adapters as adapters_on_disk
+from models.load import put_adapter
 from play.metrics import Played, Turn, strategic_efficiency
-from policy import Policy, put_adapter
-from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, repair_reply, with_examples
+from play.repair import repair_reply
+from policy import Policy
+from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, reply_tokens
 from rewards import Target, accuracy, belief_accuracy, graph_score
+from run import dataset, ranks
+from run.checkpoint import seeded
 from run.files import InputError
-from fast.shared_prefix import History
-from train_sft import load_policy_of_rank
+from run.training import load_policy_of_rank
+from world.draws import Family, draw_game, families, split_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def policy_player(
     adapters: by kind of decision, G and E; is put on the model for every answer, so that players can share the model; examples: conversations that
     stand before every prompt, by game label; stream: players at one table must not have the same random numbers.
     """
-    histories: dict[tuple, History] = defaultdict(History)  # each adapter reads conversations for itself
+    histories = defaultdict(policy.new_history)  # each adapter reads conversations for itself
 
     def prompt(ask: Ask) -> list[int]:
         chat = messages(ask.state, ask.seat, ask.replies, style)
@@ -81,7 +82,7 @@ def policy_player(
 
     def answer(asks):
         prompts = [prompt(ask) for ask in asks]
-        limit = max_new_tokens or default_max_new_tokens(max(ask.state.game.N for ask in asks))
+        limit = max_new_tokens or reply_tokens(max(ask.state.game.N for ask in asks))
         texts, adapter = [], adapters[asks[0].state.kind] if adapters else None
         with adapter_on(policy, *adapter) if adapter else nullcontext():
             for start in range(0, len(prompts), batch):
@@ -99,7 +100,7 @@ def policy_player(
 
 @contextmanager
 def adapter_on(policy: Policy, state: dict, config: lora.LoRAConfig):
-    lora.inject(policy.model, config, torch.Generator())
+    lora.inject(policy.model, config, torch.Generator(), policy.layer)
     try:
         lora.load_adapter_state(policy.model, state)
         yield
@@ -113,7 +114,7 @@ def expert_decider(expert: str | experts.Expert, seed: int) -> Player:
 
     def decide(asks):
         rngs = [np.random.default_rng([seed, a.game, a.seat, a.stage]) for a in asks]
-        return experts.settle([expert(a.state, a.seat, rng, a.replies) for a, rng in zip(asks, rngs)])
+        return experts.decide(expert, [(a.state, a.seat, rng, a.replies) for a, rng in zip(asks, rngs)])
 
     return decide
 
@@ -124,25 +125,37 @@ def expert_player(expert: str | experts.Expert, style: PromptStyle, seed: int) -
     return lambda asks: [format_reply(decision, style) for decision in decide(asks)]
 
 
-def default_max_new_tokens(N: int) -> int:
-    """Room for two lines of N entries."""
-    return 20 + 7 * N
+def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
+    """The conversation `chat` after other, finished ones, as one conversation. Many chat templates take one system
+    message, and take it first: each later conversation has its own at the head of its first user message."""
+    first, *rest = [*examples, chat]
+    joined = list(first)
+    for system, question, *more in rest:
+        joined += [
+            {"role": "user", "content": f"A new game. {system['content']}\n{question['content']}"},
+            *more,
+        ]
+    return joined
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # players by name
 
 
-def expert_examples(count: int, family: Family, N: int, expert: experts.Expert, style: PromptStyle, seed: int) -> list[list[dict]]:
+def expert_examples(
+    count: int, family: Family, N: int, expert: experts.Expert, style: PromptStyle, seed: int
+) -> list[list[dict]]:
     """`count` expert games of the training split, each as the conversation of a random seat."""
     rng = np.random.default_rng([seed, 0, 0, 0, 2])
     chats = []
     for _ in range(count):
         game = draw_game(rng, N, "train", family)
         if split_of(game) != "train":
-            raise InputError("few-shot examples would be the evaluated game itself: the game flags leave but one instance")
+            raise InputError(
+                "few-shot examples would be the evaluated game itself: the game flags leave but one instance"
+            )
         seat = int(rng.integers(N))
-        *_, last = (r for r in experts.simulate(game, expert, rng, style) if r.seat == seat)
+        *_, last = (r for r in experts.simulate([(0, game, rng)], expert, style) if r.seat == seat)
         chats.append([*last.prompt, {"role": "assistant", "content": last.label}])
     return chats
 
@@ -151,49 +164,66 @@ def check_names(args, names: list[str], flag: str) -> None:
     for name in names:
         kind, _, rest = name.partition(":")
         if kind == "expert":
-            experts.expert_of(args, rest)
+            dataset.expert_of(args, rest)
         elif kind == "few-shot":
             if not rest.isdecimal() or int(rest) < 1:
-                raise InputError(f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3")
-        elif name != "base" and not Path(name).is_dir():
-            raise InputError(f"{flag} {name}: neither base, nor few-shot:K, nor expert:NAME, nor an adapter folder")
+                raise InputError(
+                    f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3"
+                )
+        elif name != "base" and not all(Path(folder).is_dir() for folder in adapters_on_disk.chain(name)):
+            raise InputError(
+                f"{flag} {name}: neither base, nor few-shot:K, nor expert:NAME, nor an adapter folder"
+            )
 
 
 def adapter_folders(name: str) -> dict[str, str]:
     """The adapter for each kind of decision: the folder itself, or the two that `--train-on separate` leaves in it."""
-    separate = {"G": str(Path(name) / "graph" / "adapter"), "E": str(Path(name) / "effort" / "adapter")}
+    separate = {"G": str(Path(name, "graph", "adapter")), "E": str(Path(name, "effort", "adapter"))}
     return separate if any(Path(folder).is_dir() for folder in separate.values()) else {"G": name, "E": name}
 
 
-def make_cast(args, names: list[str], flag: str = "--policy") -> dict[str, Callable[..., Player]]:
+def fitting_adapter(policy: Policy, name: str) -> tuple[dict, lora.LoRAConfig]:
+    """The adapter of a folder, or a chain as one. Raises InputError for one that does not fit the policy's model. (Of a
+    chain only the first was trained on this model, so it alone is held against its base.)"""
+    first, *others = adapters_on_disk.chain(name)
+    put_adapter(policy, first)
+    lora.remove(policy.model)
+    try:
+        stacked = adapters_on_disk.read_chain(name)
+        with adapter_on(policy, *stacked):
+            return stacked
+    except (OSError, ValueError) as e:
+        raise InputError(f"{name}: {' '.join(str(e).split())}") from None
+
+
+def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict[str, Callable[..., Player]]:
     """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The model is
     loaded once, and a wrong adapter is found before the first game, not after the last."""
     check_names(args, names, flag)
-    style, cast = experts.style_of(args), {}
+    style, cast = dataset.style_of(args), {}
     policy = None if all(name.startswith("expert:") for name in names) else load_policy_of_rank(args)
 
     def model_player(stream=100, batch=64, **how):
-        settings = style, args.max_new_tokens, args.eval_temperature, args.eval_seed
+        settings = style, args.max_new_tokens, args.eval_temperature, seed
         return policy_player(policy, *settings, batch=batch, stream=stream, **how)
 
     for name in names:
         kind, _, rest = name.partition(":")
         if kind == "expert":
-            expert = experts.expert_of(args, rest)
-            cast[name] = lambda stream=100, expert=expert: expert_player(expert, style, args.eval_seed)
+            expert = dataset.expert_of(args, rest)
+            cast[name] = lambda stream=100, expert=expert: expert_player(expert, style, seed)
         elif kind == "few-shot":
-            settings = args.eval_agents, experts.expert_of(args), style, args.eval_seed
+            settings = args.eval_agents, dataset.expert_of(args), style, seed
             examples = {f.label: expert_examples(int(rest), f, *settings) for f in families(args)}
-            smaller = max(1, 64 // (int(rest) + 1))  # every conversation keeps its own copy of what it has read
+            smaller = max(
+                1, 64 // (int(rest) + 1)
+            )  # since every conversation keeps a copy of what it has read
             cast[name] = lambda stream=100, e=examples, b=smaller: model_player(stream, b, examples=e)
         elif name == "base":
             cast[name] = model_player
         else:
             both = adapter_folders(name)
-            for folder in set(both.values()):
-                put_adapter(policy, folder)  # complains about one that does not fit
-                lora.remove(policy.model)
-            read = {folder: adapter_files.read_adapter(folder) for folder in set(both.values())}
+            read = {folder: fitting_adapter(policy, folder) for folder in set(both.values())}
             adapters = {kind: read[folder] for kind, folder in both.items()}
             cast[name] = lambda stream=100, adapters=adapters: model_player(stream, adapters=adapters)
     return cast
@@ -238,7 +268,9 @@ def play_tables(
     replies: list[list[list[str]]] = [[[] for _ in table] for table in tables]
     turns: list[list[Turn]] = [[] for _ in instances]
     stages = len(instances[0].stages) * instances[0].rounds
-    for _ in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()):
+    for _ in tqdm(
+        range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()
+    ):
         asked = [[Ask(i, s, j, replies[i][j]) for j in range(s.game.N)] for i, s in enumerate(states)]
         answers = {}
         for player in players:
@@ -249,8 +281,14 @@ def play_tables(
         for i, state in enumerate(states):
             N, caps, kind = state.game.N, state.game.caps, state.kind
             of_game = [answers[i, j] for j in range(N)]
-            strict = [a if isinstance(a, Decision) else parse_reply(a, kind, j, N, caps[j]) for j, a in enumerate(of_game)]
-            meant = [d or (repair_reply(of_game[j], kind, j, N, caps[j]) if repair else None) for j, d in enumerate(strict)]
+            strict = [
+                a if isinstance(a, Decision) else parse_reply(a, kind, j, N, caps[j])
+                for j, a in enumerate(of_game)
+            ]
+            meant = [
+                d or (repair_reply(of_game[j], kind, j, N, caps[j]) if repair else None)
+                for j, d in enumerate(strict)
+            ]
             actions = np.array([(d or fallback(kind, N)).action for d in meant])
             expert_NN = np.array([next(of_reference).action for _ in range(N)]) if kind == "G" else None
             for j in watched[i]:
@@ -262,11 +300,13 @@ def play_tables(
     return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
 
 
-def _turn(state: State, seat: int, reply, strict, meant, actions: np.ndarray, expert_NN: np.ndarray | None) -> Turn:
+def _turn(
+    state: State, seat: int, reply, strict, meant, actions: np.ndarray, expert_NN: np.ndarray | None
+) -> Turn:
     """strict: the decision of the reply as it is; meant: after repair, where there is one; expert_NN: (N, N) or None."""
     s = row = None
     if state.kind == "G":
-        s = graph_score(meant, Target(state.game, "G", seat, expert_NN))
+        s = graph_score(meant, Target(state, seat, expert_NN))
         row = accuracy(meant.action, expert_NN[seat], seat) if meant else 0.0
     return Turn(
         state.round,
@@ -276,7 +316,7 @@ def _turn(state: State, seat: int, reply, strict, meant, actions: np.ndarray, ex
         s,
         row,
         strategic_efficiency(state, seat, actions),
-        belief_accuracy(meant, state.game, seat, actions),
+        belief_accuracy(meant, Target(state, seat, actions)),
         seat,
         strict is None and meant is not None,
     )

@@ -22,7 +22,9 @@ from run.files import InputError, write_json
 
 def seeded(*numbers: int) -> torch.Generator:
     """A torch generator seeded by several numbers: (seed, purpose, step)."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
+    return torch.Generator().manual_seed(
+        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    )
 
 
 def shuffled(count: int, size: int, step: int, *seeds: int) -> list[int]:
@@ -59,7 +61,9 @@ def save_checkpoint(
         write_json(temporary / "state.json", {"step": step, "extra": extra})
         os.rename(temporary, final)
     except OSError as e:
-        raise InputError(f"cannot write the checkpoint {final}: {e.strerror}; older ones are untouched") from None
+        raise InputError(
+            f"cannot write the checkpoint {final}: {e.strerror}; older ones are untouched"
+        ) from None
     for old in sorted(Path(folder).glob("step-??????"))[:-keep]:
         shutil.rmtree(old)
     return final
@@ -70,14 +74,18 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(Path(folder).glob("step-??????"), default=None)
 
 
-def load_checkpoint(path: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, torch.Tensor], dict]:
+def load_checkpoint(
+    path: Path, optimizer: torch.optim.Optimizer
+) -> tuple[int, dict[str, torch.Tensor], dict]:
     """Restores the optimizer in place. Returns (steps done, adapter tensors, extra)."""
     try:
         tensors = load_file(path / "tensors.safetensors")
         state = json.loads((path / "state.json").read_text())
         step, extra = state["step"], state["extra"]
     except Exception as e:  # safetensors raises its own error type for a damaged file
-        raise InputError(f"the checkpoint {path} cannot be read ({e}); remove it to continue from the one before") from None
+        raise InputError(
+            f"the checkpoint {path} cannot be read ({e}); remove it to continue from the one before"
+        ) from None
     moments: dict[int, dict] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -44,7 +44,9 @@ def parse_range(text: str) -> tuple[int, int]:
     try:
         a, b = int(low), int(high) if dash else int(low)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4 or a range such as 4-8") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number such as 4 or a range such as 4-8"
+        ) from None
     if not 2 <= a <= b <= MAX_AGENTS:
         raise argparse.ArgumentTypeError(f"{text!r} must rise, and a game needs 2 to {MAX_AGENTS} agents")
     return a, b
@@ -60,7 +62,9 @@ def number(kind: type, low: float, high: float = math.inf):
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}")
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
+            )
         return value
 
     return parse
@@ -140,6 +144,16 @@ def resumed_arguments(folder: str, script: str) -> dict:
     return config
 
 
+def peak_memory_gib() -> float | None:
+    """The most memory that this process has held; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 class JsonLines:
     """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no step
     stands in the log twice. `writes` is False in all but one of several processes."""
@@ -191,7 +205,8 @@ class Stopwatch:
     """Wall seconds by stage."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # in all
+        self.last: dict[str, float] = {}  # of the last time
 
     def __call__(self, stage: str) -> "Stopwatch":
         self.stage = stage
@@ -203,4 +218,12 @@ class Stopwatch:
     def __exit__(self, *_):
         elapsed = time.perf_counter() - self.started
         self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + elapsed
-        self.last = elapsed
+        self.last[self.stage] = elapsed
+
+
+def print_times(folder: Path, clock: Stopwatch) -> None:
+    """The minutes of each stage and the peak memory, on the screen and in FOLDER/timing.json."""
+    minutes = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
+    memory = peak_memory_gib()
+    write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": memory})
+    print(f"\ntime: {minutes}" + (f"; peak memory {memory:.1f} GiB" if memory else ""))

@@ -65,7 +65,9 @@ def _collective():
     try:
         yield
     except RuntimeError as e:  # torch's DistBackendError is one
-        raise LostRank(f"another process of this run cannot be reached ({str(e).splitlines()[0][:100]})") from None
+        raise LostRank(
+            f"another process of this run cannot be reached ({str(e).splitlines()[0][:100]})"
+        ) from None
 
 
 @contextmanager
@@ -106,7 +108,9 @@ def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Every process's .grad becomes the sum of all of them; one that has had no item counts as 0."""
     if world() == 1:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]).cpu()
+    flat = torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+    ).cpu()
     with _collective():
         dist.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):

@@ -1,14 +1,15 @@
 """Questions to a server that speaks the chat-completions protocol, and the record of its answers.
 
-The server's address and key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY). They are written nowhere: not
-into the record, not into a log, and the key is taken out of whatever a server says before that is shown or kept.
+The server's address and key come from the environment (OPENAI_BASE_URL, OPENAI_API_KEY). They are written
+nowhere: not into the record, not into a log, and the key is taken out of whatever a server says before that
+is shown or kept.
 
-The record is the cache: a JSON line per answer, on the disk before the answer is used, so a run that is killed loses no
-answer that was paid for, and the same command goes on where it stopped. What has an answer there is never asked again;
-only what is under way at the moment of a kill, or is answered after the time-out, is asked once more.
-An answer is found by (model, messages, sampling settings, draw, attempt), and not by the server it came from. `draw`
-names which sample of the model's law it is, see llm_experts.py; `attempt` counts how often the question was repeated
-because the answer could not be read.
+The record is the cache: a JSON line per answer, on the disk before the answer is used, so a run that is
+killed loses no answer that was paid for, and the same command goes on where it stopped. What has an answer there
+is never asked again; only what is under way at a kill, or is answered after the time-out, is.
+An answer is found by (model, messages, sampling settings, draw, attempt), and not by the server it came from.
+`draw` names which sample of the model's law it is, see language.py; `attempt` counts how often the question
+was repeated because the answer could not be read.
 
 NumPy and torch are not needed here, nor anything else outside the standard library.
 """
@@ -27,7 +28,6 @@ import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 from tqdm import tqdm
 
@@ -40,16 +40,14 @@ LARGEST_BODY = 2**24
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 2.3, 1.3  # per token, by SmolLM2's tokenizer; for estimates alone
 
 
-def estimated_tokens(prompt_characters: int, answer_characters: int) -> tuple[int, int]:
-    return round(prompt_characters / PROMPT_CHARACTERS), round(answer_characters / ANSWER_CHARACTERS)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the record
 
 
 def question_key(model: str, messages: list[dict], settings: dict, draw: str, attempt: int) -> str:
-    return hashlib.sha256(json.dumps([model, messages, settings, draw, attempt], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([model, messages, settings, draw, attempt], sort_keys=True).encode()
+    ).hexdigest()
 
 
 class AnswerFile:
@@ -70,7 +68,9 @@ class AnswerFile:
 
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run is writing answers to {path}; wait, or name another --expert-cache") from None
+            raise InputError(
+                f"another run is writing answers to {path}; wait, or name another with --ask record=FILE"
+            ) from None
         except (ImportError, OSError):  # a file system without locks
             pass
         self.answers: dict[str, dict] = {}
@@ -79,10 +79,10 @@ class AnswerFile:
                 answer = json.loads(line)
                 if isinstance(answer["text"], str) and isinstance(answer["model"], str):
                     self.answers.setdefault(answer["key"], answer)
-            except (ValueError, KeyError, TypeError, RecursionError):  # the half line of a run that was killed
-                pass
+            except (ValueError, KeyError, TypeError, RecursionError):
+                pass  # the half line of a run that was killed
         if len(lines) > 2 and not self.answers:
-            raise InputError(f"{path} is no record of answers; name another --expert-cache")
+            raise InputError(f"{path} is no record of answers; name another with --ask record=FILE")
         self.torn = bool(lines[-1])  # a half line at the end: the next answer begins a new one
 
     @classmethod
@@ -115,7 +115,7 @@ class AnswerFile:
             return [a for a in self.answers.values() if a["model"] == model]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # the server
 
 
@@ -147,7 +147,9 @@ def server_from_environment() -> Server:
     except ValueError:
         good = False
     if not good:
-        raise InputError("OPENAI_BASE_URL must be an address such as http://localhost:8000/v1, without user name or query")
+        raise InputError(
+            "OPENAI_BASE_URL must be an address such as http://localhost:8000/v1, without user name or query"
+        )
     if not (key.isascii() and key.isprintable() and " " not in key):
         raise InputError("OPENAI_API_KEY holds characters that no key has")
     if not key and parts.hostname == "api.openai.com":
@@ -210,7 +212,8 @@ def post(server: Server, body: dict, timeout: float) -> dict:
         raise _refusal(server, e, body["model"]) from None
     except ssl.SSLCertVerificationError as e:
         raise InputError(f"{server.host}: {e.verify_message}") from None
-    except (OSError, http.client.HTTPException) as e:  # URLError, time-outs and broken connections are of these
+    except (OSError, http.client.HTTPException) as e:
+        # (URLError, time-outs and broken connections are of these.)
         cause = getattr(e, "reason", e)
         if isinstance(cause, ssl.SSLCertVerificationError):
             raise InputError(f"{server.host}: {cause.verify_message}") from None
@@ -224,7 +227,10 @@ def post(server: Server, body: dict, timeout: float) -> dict:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise _Again("an answer that is no chat completion, or half of one") from None
     usage = answer.get("usage")
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    counts = [
+        usage.get(name) if isinstance(usage, dict) else None
+        for name in ("prompt_tokens", "completion_tokens")
+    ]
     good = all(type(n) is int and n >= 0 for n in counts)
     # (No content: a refusal, or all tokens were spent on reasoning. It was paid for, and it cannot be read.)
     finish = choice.get("finish_reason")
@@ -239,14 +245,24 @@ def _refusal(server: Server, error: urllib.error.HTTPError, model: str) -> Excep
         inner = json.loads(detail)["error"]
         detail = inner if isinstance(inner, str) else inner["message"]
         code = None if isinstance(inner, str) else inner.get("code") or inner.get("type")
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):
         pass
     detail = server.clean(" ".join(str(detail).split()))[:200]
     said = f"{server.host} answered {status}" + (f": {detail}" if detail else "")
     if status in (401, 403):
         return InputError(f"{said} (is OPENAI_API_KEY the key of this server?)")
     if status == 404:
-        return InputError(f"{said} (does it have {model!r}, and does OPENAI_BASE_URL end as it should, mostly in /v1?)")
+        return InputError(
+            f"{said} (does it have {model!r}, and does OPENAI_BASE_URL end as it should, mostly in /v1?)"
+        )
     if status == 429 and code == "insufficient_quota":
         return InputError(said)
     if status in (408, 409, 425, 429) or status >= 500:
@@ -254,13 +270,13 @@ def _refusal(server: Server, error: urllib.error.HTTPError, model: str) -> Excep
     return InputError(said)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # asking
 
 
 class ChatClient:
-    """Asks one model with fixed settings. temperature, max_tokens: None leaves them to the server; price: USD per
-    million tokens, in and out; budget: USD, of all answers of this model in the record."""
+    """Asks one model with fixed settings. temperature, max_tokens: None leaves them to the server; price: USD
+    per million tokens, in and out; budget: USD, of all answers of this model in the record."""
 
     def __init__(
         self,
@@ -282,7 +298,8 @@ class ChatClient:
         self.limit_name = "max_tokens"
         self.quiet_until = 0.0  # a server that asks one question to wait is left alone by all
         self.noted: set[str] = set()
-        self.asked = self.failed = self.used = self.under_way = 0  # answers, tries without one, answers of the record
+        self.asked = self.failed = self.used = 0  # answers, tries without one, answers of the record
+        self.under_way = 0
         self.tokens = [0, 0]  # in and out, of this run
         costs = [self.cost(*self._tokens(a)) for a in self.file.of_model(model)]
         self.spent, self.dearest = sum(costs), max(costs, default=0.0)
@@ -299,18 +316,18 @@ class ChatClient:
         if isinstance(usage, list) and len(usage) == 2 and all(type(n) is int and n >= 0 for n in usage):
             return tuple(usage)
         said = sum(len(m["content"]) for m in answer.get("messages", ()))
-        return estimated_tokens(said, len(answer["text"]))
+        return round(said / PROMPT_CHARACTERS), round(len(answer["text"]) / ANSWER_CHARACTERS)
 
-    def ask_all(self, questions: list[tuple[list[dict], str]], attempt: int) -> list[str]:
-        """The texts that answer (messages, draw), several at a time. Raises InputError when one fails for good; what
-        was under way is then waited for and recorded."""
+    def ask_all(self, questions: list, attempt: int) -> list[str]:
+        """The texts that answer questions (with a `chat` and a `draw`), several at a time. Raises InputError
+        when one fails for good; what was under way is then waited for and recorded."""
         self.stop.clear()
         self.under_way = 0
-        keys = [question_key(self.model, messages, self.settings, draw, attempt) for messages, draw in questions]
-        new = {key: question for key, question in zip(keys, questions) if key not in self.file.answers}
+        keys = [question_key(self.model, q.chat, self.settings, q.draw, attempt) for q in questions]
+        new = {key: q for key, q in zip(keys, questions) if key not in self.file.answers}
         self.used += len(set(keys)) - len(new)
         with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, key, *question, attempt) for key, question in new.items()]
+            futures = [pool.submit(self._ask, key, q.chat, q.draw, attempt) for key, q in new.items()]
             try:
                 done, silent = as_completed(futures), len(futures) < 10
                 for future in tqdm(done, "asking the expert", len(futures), leave=False, disable=silent):
@@ -329,10 +346,10 @@ class ChatClient:
         try:
             self._begin()
             started = time.monotonic()
-            line = {"key": key, "model": self.model, "messages": messages, "settings": self.settings, "draw": draw}
-            line |= {"attempt": attempt, **self._try_until_answered(messages)}
+            line = {"key": key, "model": self.model, "messages": messages, "settings": self.settings}
+            line |= {"draw": draw, "attempt": attempt, **self._try_until_answered(messages)}
             line |= {"seconds": round(time.monotonic() - started, 3)}
-            line |= {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+            line |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
             self.file.append(line)
             self._end(self._tokens(line))
         except BaseException:
@@ -348,16 +365,17 @@ class ChatClient:
             self.dearest = max(self.dearest, self.cost(*tokens))
 
     def _begin(self) -> None:
-        """Stops before a question that would go beyond the budget, if it and those under way cost as much as the dearest
-        so far."""
+        """Stops before a question that would go beyond the budget, if it and those under way cost as much as
+        the dearest so far."""
         with self.lock:
             if self.stop.is_set():
                 raise _Stopped
             expected = self.spent + (self.under_way + 1) * self.dearest
             if self.budget is not None and (expected > self.budget or self.spent >= self.budget):
                 raise InputError(
-                    f"the budget of ${self.budget:g} is used up: the answers in {self.file.path} cost ${self.spent:.4f}; "
-                    "they are kept, and the same command with a higher --expert-budget goes on from there"
+                    f"the budget of ${self.budget:g} is used up: the answers in {self.file.path} cost "
+                    f"${self.spent:.4f}; they are kept, and the same command goes on with a higher "
+                    "--ask budget=USD"
                 )
             self.under_way += 1
 
@@ -381,11 +399,13 @@ class ChatClient:
                 with self.lock:
                     self.failed += 1
                 if e.wait > LONGEST_WAIT:
-                    raise InputError(f"{e}; it asks to wait {e.wait:.0f} s: run the same command again then") from None
+                    raise InputError(
+                        f"{e}; it asks to wait {e.wait:.0f} s: run the same command again then"
+                    ) from None
                 if tries > self.retries:
                     raise InputError(
-                        f"{self.server.host} gave no answer in {tries} tries, at last: {e}; all answers so far are in "
-                        f"{self.file.path}: run the same command again to go on"
+                        f"{self.server.host} gave no answer in {tries} tries, at last: {e}; all answers so "
+                        f"far are in {self.file.path}: run the same command again to go on"
                     ) from None
                 if e.wait:
                     self.quiet_until = max(self.quiet_until, time.monotonic() + e.wait)
@@ -404,8 +424,11 @@ class ChatClient:
         tqdm.write(f"{self.server.host}: {reason}; trying again")
 
     def report(self) -> str:
-        text = f"{self.used} answers from {self.file.path}, {self.asked} asked for ({self.failed} tries failed), "
-        text += f"{self.tokens[0]} tokens in and {self.tokens[1]} out"
+        text = (
+            f"{self.used} answers from {self.file.path}, {self.asked} asked for ({self.failed} tries failed)"
+        )
+        text += f", {self.tokens[0]} tokens in and {self.tokens[1]} out"
         if self.price:
-            text += f", ${self.spent - self.spent_before:.4f} (all of this model in the record: ${self.spent:.4f})"
+            text += f", ${self.spent - self.spent_before:.4f}"
+            text += f" (all of this model in the record: ${self.spent:.4f})"
         return text

@@ -29,16 +29,16 @@ import time
 
 import torch
 
-from run import checkpoint
 import experts
 import lora
-from models import pretrained
 import tompo
-from policy import Policy, load_policy, put_adapter
-from models.pretrained import DEFAULT_MODEL
-from prompts import PromptStyle
-from run.files import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from fast.shared_prefix import pack
+from models import pretrained
+from models.pretrained import DEFAULT_MODEL
+from policy import Policy, load_policy, put_adapter
+from prompts import PromptStyle
+from run import checkpoint
+from run.files import InputError, number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from train_rft import peak_memory_gib
 from train_sft import make_optimizer, micro_batches, optimizer_step
 
@@ -47,7 +47,9 @@ STAGES = ("prompts", "decoding", "reference", "update", "optimizer")
 
 def random_prompts(tokenizer, count: int, tokens: int, seed: int) -> list[str]:
     """Texts of exactly so many tokens: words that are one token each, in random order."""
-    words = [i for i in range(len(tokenizer)) if (w := tokenizer.decode([i])).startswith(" ") and w[1:].isalpha()]
+    words = [
+        i for i in range(len(tokenizer)) if (w := tokenizer.decode([i])).startswith(" ") and w[1:].isalpha()
+    ]
     generator, texts = checkpoint.seeded(seed, 200), []
     while len(texts) < count:
         text = tokenizer.decode([words[i] for i in torch.randint(len(words), (tokens,), generator=generator)])
@@ -60,7 +62,9 @@ def random_prompts(tokenizer, count: int, tokens: int, seed: int) -> list[str]:
 # our own step
 
 
-def step(args, policy: Policy, optimizer, prompts: list[list[int]], m: int, reply_tokens: int) -> dict[str, float]:
+def step(
+    args, policy: Policy, optimizer, prompts: list[list[int]], m: int, reply_tokens: int
+) -> dict[str, float]:
     """Seconds by stage of one step. The advantages are random: a step costs the same whatever they are."""
     seconds, clock = {}, time.perf_counter
 
@@ -85,7 +89,9 @@ def step(args, policy: Policy, optimizer, prompts: list[list[int]], m: int, repl
         ref = torch.cat(policy.reference_logps(part)) if args.beta else None
         seconds["reference"] += synchronized() - start
         start = synchronized()
-        advantages = torch.randn(len(old) // reply_tokens, generator=generator).repeat_interleave(reply_tokens)
+        advantages = torch.randn(len(old) // reply_tokens, generator=generator).repeat_interleave(
+            reply_tokens
+        )
         logp = torch.cat(policy.token_logps(part))
         weights = torch.full_like(logp, weight)
         tompo.objective_loss(logp, old, ref, advantages.to(policy.device), weights, 0.2, args.beta).backward()
@@ -164,10 +170,14 @@ def worker_tompo(args) -> dict:
 def worker_generate(args) -> dict:
     model, tokenizer = pretrained.load(args.model, args.cache, getattr(torch, args.dtype), args.device)
     texts = random_prompts(tokenizer, args.prompts, args.prompt_tokens, args.seed)
-    ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False) for text in texts], device=args.device)
+    ids = torch.tensor(
+        [tokenizer.encode(text, add_special_tokens=False) for text in texts], device=args.device
+    )
 
     def run(ids, m, n):
-        limits = dict(do_sample=True, min_new_tokens=n, max_new_tokens=n, num_return_sequences=m, top_k=0, top_p=1.0)
+        limits = dict(
+            do_sample=True, min_new_tokens=n, max_new_tokens=n, num_return_sequences=m, top_k=0, top_p=1.0
+        )
         start = time.perf_counter()
         out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **limits)
         assert out.shape == (len(ids) * m, ids.shape[1] + n)
@@ -186,7 +196,11 @@ def worker_trl(args) -> dict:
     model, tokenizer = pretrained.load(args.model, args.cache, getattr(torch, args.dtype), args.device)
     texts = random_prompts(tokenizer, args.prompts, args.prompt_tokens, args.seed)
     size, lengths, clock = args.prompts * args.m, [], {}
-    passes = next(n for n in range(1, args.prompts + 1) if args.prompts % n == 0 and args.prompts // n <= args.micro_batch)
+    passes = next(
+        n
+        for n in range(1, args.prompts + 1)
+        if args.prompts % n == 0 and args.prompts // n <= args.micro_batch
+    )
 
     def reward(completions, completion_ids, **kwargs):
         lengths.extend(map(len, completion_ids))
@@ -231,7 +245,9 @@ def precision_table(args) -> str:
     records = experts.simulate_many(20, "second-best", args.seed, PromptStyle(), (4, 4))
     chats, theirs = [r.prompt for r in records if r.seat == 0], None
     lines = [f"{'':12}{'law against fp32':>34}{'scored against sampled':>40}"]
-    lines += [f"{'':12}{'mean |d|':>12}{'largest':>10}{'KL':>12}{'mean |d|':>16}{'largest':>10}{'off by 5 %':>14}"]
+    lines += [
+        f"{'':12}{'mean |d|':>12}{'largest':>10}{'KL':>12}{'mean |d|':>16}{'largest':>10}{'off by 5 %':>14}"
+    ]
     for name in ("float32", "bfloat16"):
         policy = load_policy(args.model, args.cache, getattr(torch, name), args.device)
         put_adapter(policy, args.precision)
@@ -277,12 +293,17 @@ def run(args, worker: str, **changes) -> dict:
 
 def stage_table(args, runs: list[dict]) -> str:
     median = {s: statistics.median(r["seconds"][s] for r in runs) for s in STAGES}
-    tokens = {"prompts": args.prompts * args.prompt_tokens, "decoding": args.prompts * args.m * (args.reply_tokens - 1)}
+    tokens = {
+        "prompts": args.prompts * args.prompt_tokens,
+        "decoding": args.prompts * args.m * (args.reply_tokens - 1),
+    }
     tokens["reference"] = tokens["update"] = sum(tokens.values())
     lines = [f"{'stage':12}{'seconds':>9}{'share':>8}{'tokens/s':>10}{'floor s':>9}{'of floor':>10}"]
     for s in STAGES:
         floors = [max(r["needed"][s][k] / r["peaks"][k] for k in r["needed"][s]) for r in runs]
-        reached = statistics.median(floor / r["seconds"][s] if r["seconds"][s] else 0 for floor, r in zip(floors, runs))
+        reached = statistics.median(
+            floor / r["seconds"][s] if r["seconds"][s] else 0 for floor, r in zip(floors, runs)
+        )
         speed = f"{tokens[s] / median[s]:.0f}" if s in tokens and median[s] else "-"
         floor = f"{statistics.median(floors):>9.2f}{reached:>10.0%}" if any(floors) else f"{'-':>9}{'-':>10}"
         lines.append(f"{s:12}{median[s]:>9.2f}{median[s] / sum(median.values()):>8.0%}{speed:>10}{floor}")
@@ -296,31 +317,55 @@ def stage_table(args, runs: list[dict]) -> str:
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description="Time one step of reinforcement fine-tuning, beside its peers.")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder of a causal chat model")
+    parser = argparse.ArgumentParser(
+        description="Time one step of reinforcement fine-tuning, beside its peers."
+    )
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="Hugging Face id or folder of a causal chat model"
+    )
     parser.add_argument("--cache", help="folder for the default model (else $TOMPO_CACHE or ~/.cache/tompo)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights"
+    )
     parser.add_argument("--rank", type=positive_int, default=64, help="LoRA rank")
     parser.add_argument("--prompts", type=positive_int, default=4, help="prompts per step")
     parser.add_argument("--prompt-tokens", type=positive_int, default=400, help="tokens of each prompt")
     parser.add_argument("--m", type=positive_int, default=8, help="replies per prompt")
     parser.add_argument("--reply-tokens", type=number(int, 2), default=48, help="tokens of each reply")
-    parser.add_argument("--beta", type=number(float, 0), default=0.04, help="weight of the KL term; 0 skips the reference")
-    parser.add_argument("--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update")
+    parser.add_argument(
+        "--beta", type=number(float, 0), default=0.04, help="weight of the KL term; 0 skips the reference"
+    )
+    parser.add_argument(
+        "--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update"
+    )
     parser.add_argument("--repeats", type=positive_int, default=3, help="runs of each, taking turns")
-    parser.add_argument("--peer", action="append", choices=("trl", "generate"), default=[], help="also run this")
-    parser.add_argument("--peer-dtype", choices=("float32", "bfloat16"), help="the peers' dtype (else --dtype)")
-    parser.add_argument("--scaling", action="store_true", help="the table of m against prompt lengths instead")
-    parser.add_argument("--precision", metavar="ADAPTER", help="what bf16 does to this policy's log-probabilities instead")
+    parser.add_argument(
+        "--peer", action="append", choices=("trl", "generate"), default=[], help="also run this"
+    )
+    parser.add_argument(
+        "--peer-dtype", choices=("float32", "bfloat16"), help="the peers' dtype (else --dtype)"
+    )
+    parser.add_argument(
+        "--scaling", action="store_true", help="the table of m against prompt lengths instead"
+    )
+    parser.add_argument(
+        "--precision", metavar="ADAPTER", help="what bf16 does to this policy's log-probabilities instead"
+    )
     parser.add_argument("--seed", type=seed_int, default=0, help="of prompts and sampling")
     parser.add_argument("--json", metavar="FILE", help="write every run to a new file")
-    parser.add_argument("--worker", choices=WORKERS, help=argparse.SUPPRESS)  # one run, as a process of its own
+    parser.add_argument(
+        "--worker", choices=WORKERS, help=argparse.SUPPRESS
+    )  # one run, as a process of its own
     args = parser.parse_args(argv)
     if args.worker:
         result = WORKERS[args.worker](args)
         on_gpu = torch.cuda.max_memory_allocated() / 2**30 if args.device.startswith("cuda") else None
-        print("\n" + json.dumps(result | {"peak_memory_gib": peak_memory_gib() if on_gpu is None else on_gpu}))
+        print(
+            "\n" + json.dumps(result | {"peak_memory_gib": peak_memory_gib() if on_gpu is None else on_gpu})
+        )
         return
     if args.precision:
         if args.peer or args.scaling or args.json:
@@ -331,14 +376,20 @@ def main(argv=None) -> None:
         refuse_existing(args.json)
     results: dict[str, list[dict]] = {}
     if args.scaling:
-        print(f"seconds of a step (medians of {args.repeats}), {args.prompts} prompts, replies of {args.reply_tokens} tokens")
+        print(
+            f"seconds of a step (medians of {args.repeats}), {args.prompts} prompts, replies of {args.reply_tokens} tokens"
+        )
         print(f"{'prompt tokens':14}" + "".join(f"{f'm = {m}':>10}" for m in (4, 8, 16, 32)))
         for p in (200, 400, 800):
             print(f"{p:<14}", end="", flush=True)
             for m in (4, 8, 16, 32):
                 runs = [run(args, "tompo", prompt_tokens=p, m=m) for _ in range(args.repeats)]
                 results[f"p={p} m={m}"] = runs
-                print(f"{statistics.median(sum(r['seconds'].values()) for r in runs):>10.2f}", end="", flush=True)
+                print(
+                    f"{statistics.median(sum(r['seconds'].values()) for r in runs):>10.2f}",
+                    end="",
+                    flush=True,
+                )
             print()
     else:
         for _ in range(args.repeats):

@@ -15,14 +15,13 @@ seats and random numbers, so they are paired by game.
 
 import argparse
 
-import experts
-from run import ranks
-from eval import add_eval_arguments, by_stages, held_out_instances
 from games import Game
+from play.held_out import EVAL_SEED, add_eval_arguments, by_stages, held_out_instances
 from play.metrics import mean_interval, per_instance
 from play.players import make_cast, play_tables
-from run.files import InputError, refuse_existing, reports_errors, seat_choice, write_json
-from train_sft import add_model_arguments
+from run import dataset, ranks
+from run.files import InputError, refuse_existing, reports_errors, seat_choice, seed_int, write_json
+from run.training import add_model_arguments
 
 DEFAULT = ["expert:second-best", "expert:planner", "expert:nash", "expert:always-link", "expert:random"]
 SHOWN = {"U3": "U3, welfare of all against the first best", "U2": "U2 of the seat that the row's player has"}
@@ -42,7 +41,7 @@ def play_pair(args, make_one, make_rest, label: str) -> list[dict]:
         one, rest = make_one(stream=100), make_rest(stream=101)
         tables = [[one if j == seats[i] else rest for j in range(instances[i].N)] for i in part]
         of_part = [instances[i] for i in part], tables, [(seats[i],) for i in part]
-        return play_tables(*of_part, experts.expert_of(args), args.eval_seed, label)
+        return play_tables(*of_part, dataset.expert_of(args), args.eval_seed, label)
 
     return [per_instance(played) for played in by_stages(instances, play_part)]
 
@@ -78,7 +77,14 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
         axis.set_yticks(range(len(names)), short)
         for i, row in enumerate(means):
             for j, mean in enumerate(row):
-                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color="black" if 2 * mean > low + 1 else "white")
+                axis.text(
+                    j,
+                    i,
+                    f"{mean:.2f}",
+                    ha="center",
+                    va="center",
+                    color="black" if 2 * mean > low + 1 else "white",
+                )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -87,12 +93,17 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Every player against every other on the held-out games.")
     add_model_arguments(parser)
-    experts.add_style_arguments(parser)
+    dataset.add_style_arguments(parser)
     add_eval_arguments(parser, seat_flag=None)
-    parser.add_argument("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
+    parser.add_argument(
+        "--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME"
+    )
+    parser.add_argument("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
     seat = dict(type=seat_choice("rotate"), default=0, metavar="SEAT|rotate")
     parser.add_argument("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
-    parser.add_argument("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write means, intervals and per-game values to a new file"
+    )
     parser.add_argument("--png", metavar="FILE", help="draw the two tables as heat maps in a new file")
     ranks.start()
     args = parser.parse_args(argv)
@@ -102,10 +113,12 @@ def main(argv=None) -> None:
     if len(names) < 2:
         raise InputError("--player: cross-play needs at least two different players")
     instances = held_out_instances(args)
-    experts.expert_of(args)
-    cast = make_cast(args, names, "--player")
+    dataset.expert_of(args)
+    cast = make_cast(args, names, args.eval_seed, "--player")
     games = {(a, b): play_pair(args, cast[a], cast[b], f"{a} among {b}") for a in names for b in names}
-    tables = {m: {pair: mean_interval([row[m] for row in rows]) for pair, rows in games.items()} for m in SHOWN}
+    tables = {
+        m: {pair: mean_interval([row[m] for row in rows]) for pair, rows in games.items()} for m in SHOWN
+    }
     where = "seats in turn" if args.seat == "rotate" else f"seat {args.seat}"
     print(f"{len(instances)} games of {args.eval_agents}; row: in one seat ({where}), column: in all others")
     for metric, title in SHOWN.items():
@@ -114,10 +127,14 @@ def main(argv=None) -> None:
         return
     if args.json:
         pairs = [
-            {"one": a, "rest": b} | {m: tables[m][a, b] | {"games": [row[m] for row in games[a, b]]} for m in SHOWN}
+            {"one": a, "rest": b}
+            | {m: tables[m][a, b] | {"games": [row[m] for row in games[a, b]]} for m in SHOWN}
             for a, b in games
         ]
-        write_json(args.json, {"arguments": vars(args), "instances": [g.to_json() for g in instances], "pairs": pairs})
+        write_json(
+            args.json,
+            {"arguments": vars(args), "instances": [g.to_json() for g in instances], "pairs": pairs},
+        )
         print(f"\nwritten: {args.json}")
     if args.png:
         plot(args.png, names, tables)

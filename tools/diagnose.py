@@ -29,11 +29,16 @@ U3_BELOW = (0.95, 0.85)  # U3 as a share of what the others' expert reaches in t
 CHANGED_ABOVE = (0.30, 0.60)  # of the times an instance is met again, or of repeated link stages
 ENOUGH_TO_JUDGE = 8  # occasions to change; below it nothing is said
 IDLE_GROUPS_ABOVE = (0.50, 0.80)  # late share of groups whose replies all got the same reward
-COLLAPSE_ABOVE = (0.15, 0.30)  # by how much one answer is more common than in the expert's answers to the same prompts
+COLLAPSE_ABOVE = (
+    0.15,
+    0.30,
+)  # by how much one answer is more common than in the expert's answers to the same prompts
 KL_ABOVE = (0.10, 0.50)  # nats per token, late mean
 KL_SPIKE = 4  # largest step / late mean, where the largest is itself above the watch level
 CLIPPED_ABOVE = (0.10, 0.30)  # late share of tokens where the clip is active
-RATIO_ERROR = 0.05  # |rho - 1| with one inner epoch, where it should be rounding alone; in bf16 that reaches 0.4, so
+RATIO_ERROR = (
+    0.05  # |rho - 1| with one inner epoch, where it should be rounding alone; in bf16 that reaches 0.4, so
+)
 MISMATCH = 1e-3  # there it is the KL per token between what was sampled and what is scored
 
 LEVELS = ("ok", "watch", "bad")
@@ -105,7 +110,9 @@ def broken_rule(reply: str, kind: str, seat: int, N: int, cap: float = float("in
         return "an entry that is no number"
     if any(e not in ("0", "1") for e in entries):
         whole = all(re.fullmatch(r"\d+", e, re.ASCII) for e in entries)
-        return "a digit above 1" if whole and any(int(e) > 1 for e in entries) else "an entry that is not 0 or 1"
+        return (
+            "a digit above 1" if whole and any(int(e) > 1 for e in entries) else "an entry that is not 0 or 1"
+        )
     return "wrong length" if len(entries) != N else "own position not 0"
 
 
@@ -127,7 +134,10 @@ def rule_of(sample: dict) -> str | None:
     rule is above it."""
     if sample["compliance"] > 0:
         return None
-    return broken_rule(sample["reply"], sample["kind"], sample["seat"], agents_in(sample)) or "number outside [0, cap]"
+    return (
+        broken_rule(sample["reply"], sample["kind"], sample["seat"], agents_in(sample))
+        or "number outside [0, cap]"
+    )
 
 
 def decision_text(reply: str) -> str:
@@ -194,7 +204,11 @@ def changing_links(samples: list[dict], results: dict[str, dict] | None) -> Find
     text = f"an instance was met again {again} times, the most common links had changed in {changed}"
     if repeated:
         text += f"; repeated link stages of a round: {moved} of {repeated} changed the links"
-    levels = [above(n / of, CHANGED_ABOVE) for n, of in ((changed, again), (moved, repeated)) if of >= ENOUGH_TO_JUDGE]
+    levels = [
+        above(n / of, CHANGED_ABOVE)
+        for n, of in ((changed, again), (moved, repeated))
+        if of >= ENOUGH_TO_JUDGE
+    ]
     level = max(levels, key=LEVELS.index, default="ok")
     if not levels:
         text += " (too few to judge)"
@@ -215,7 +229,9 @@ def _repeated_link_stages(results: dict[str, dict] | None) -> tuple[int, int]:
                     continue
                 for seat in range(seats):
                     pair = [replies[i * seats + seat] for i in (k - 1, k)]
-                    if all(any(broken_rule(reply, "G", own, N) is None for own in range(N)) for reply in pair):
+                    if all(
+                        any(broken_rule(reply, "G", own, N) is None for own in range(N)) for reply in pair
+                    ):
                         a, b = map(decision_text, pair)
                         repeated, moved = repeated + 1, moved + (a != b)
     return repeated, moved
@@ -251,7 +267,9 @@ def collapse(metrics: list[dict], samples: list[dict]) -> Finding:
             f"(expert: {len(expert)} different, {usual:.2f})"
         )
     first, last = (mean(late(metrics, early), "distinct_replies") for early in (True, False))
-    text = "late answers: " + "; ".join([*texts, f"distinct replies of a group / m: {first:.2f} early, {last:.2f} late"])
+    text = "late answers: " + "; ".join(
+        [*texts, f"distinct replies of a group / m: {first:.2f} early, {last:.2f} late"]
+    )
     advice = "One answer takes over: lower --lr, raise --beta, and check whether giving it always earns a high reward."
     return finding("one answer to everything", max(levels, key=LEVELS.index, default="ok"), text, advice)
 
@@ -272,7 +290,9 @@ def divergence(metrics: list[dict]) -> Finding:
 
 def clipping(metrics: list[dict], inner_epochs: int, dtype: str) -> Finding:
     name, fraction = "clipped updates", mean(late(metrics), "clip_fraction")
-    error = max((row["max_ratio_error"] for row in metrics if row.get("max_ratio_error") is not None), default=0.0)
+    error = max(
+        (row["max_ratio_error"] for row in metrics if row.get("max_ratio_error") is not None), default=0.0
+    )
     if inner_epochs == 1:
         apart = max((row["approx_kl"] for row in metrics if row.get("approx_kl") is not None), default=0.0)
         text = f"one inner epoch, so pi is pi_old: largest KL of a step between them {apart:.1e}, largest |rho - 1| {error:.1e}"
@@ -323,7 +343,9 @@ def diagnose(folder: str | Path) -> list[Finding]:
             clipping(metrics, config.get("inner_epochs", 1), config.get("dtype", "float32")),
         ]
     except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f"{folder} is not a run of this version of train_rft.py ({type(e).__name__}: {e})") from None
+        raise InputError(
+            f"{folder} is not a run of this version of train_rft.py ({type(e).__name__}: {e})"
+        ) from None
 
 
 def format_findings(findings: list[Finding], advice: bool = True) -> str:
@@ -334,7 +356,9 @@ def format_findings(findings: list[Finding], advice: bool = True) -> str:
         for text in (f.numbers, f"-> {f.advice}" if advice and f.advice else ""):
             yield from textwrap.wrap(text, 118, initial_indent=" " * 7, subsequent_indent=" " * 7)
 
-    return "\n".join(line for f in sorted(findings, key=lambda f: -LEVELS.index(f.level)) for line in lines(f))
+    return "\n".join(
+        line for f in sorted(findings, key=lambda f: -LEVELS.index(f.level)) for line in lines(f)
+    )
 
 
 def summary(folder: str | Path) -> str:
@@ -347,7 +371,9 @@ def summary(folder: str | Path) -> str:
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description="Look for the known failures of training in the logs of a run.")
+    parser = argparse.ArgumentParser(
+        description="Look for the known failures of training in the logs of a run."
+    )
     parser.add_argument("run", help="the folder of a run of train_rft.py")
     args = parser.parse_args(argv)
     print(format_findings(diagnose(args.run)))

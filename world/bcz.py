@@ -1,9 +1,9 @@
 """BCZ, the network game of Ballester, Calvo-Armengol, Zenou (2006): rules and exact solutions.
 
-    payoff        pi_i = alpha_i x_i - x_i^2/2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
-    best response x_i  = alpha_i + delta (G x)_i
-    Nash          x    = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
-    planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1   (maximises welfare, sum_i pi_i)
+payoff        pi_i = alpha_i x_i - x_i^2/2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
+best response x_i  = alpha_i + delta (G x)_i
+Nash          x    = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
+planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1   (maximises welfare, sum_i pi_i)
 """
 
 import json
@@ -13,9 +13,19 @@ from functools import lru_cache
 
 import numpy as np
 
-from games import Game, GameError, complete_graph, empty_graph
+from games import (
+    Game,
+    GameError,
+    Observation,
+    complete_graph,
+    empty_graph,
+    register,
+    tell_numbers,
+    tell_short,
+)
 
 
+@register
 @dataclass(frozen=True)
 class BCZ(Game):
     """alpha: standalone marginal return of each agent's effort (N,); delta: complementarity; c: cost of a link, paid at
@@ -52,7 +62,9 @@ class BCZ(Game):
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         x = np.asarray(efforts_N, float)
-        return np.array(self.alpha) * x - x**2 / 2 + self.delta * x * (links_NN @ x) - self.c * links_NN.sum(1)
+        return (
+            np.array(self.alpha) * x - x**2 / 2 + self.delta * x * (links_NN @ x) - self.c * links_NN.sum(1)
+        )
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         return np.clip(np.array(self.alpha) + self.delta * links_NN @ efforts_N, 0, self.cap)
@@ -73,6 +85,49 @@ class BCZ(Game):
         """delta x_i x_j - c, whatever the other links."""
         return self.delta * np.outer(efforts_N, efforts_N) - self.c
 
+    # words
+
+    payoff_rule = "Payoff: alpha x - x^2/2 + delta x (sum of linked efforts) - c (links)."
+    type_name = "alpha"
+    parameter_format = ".3f"
+
+    @classmethod
+    def link_hint(cls, seen: Observation) -> str:
+        """What each link would earn if all link and reply once to efforts alpha, in units of c."""
+        delta, c = seen.parameters["delta"], seen.parameters["c"]
+        if not c:
+            return ""
+        reply_N = [a + delta * (sum(seen.types) - a) for a in seen.types]
+        worth = [delta * reply_N[seen.seat] * x / c for x in reply_N]
+        worth[seen.seat] = 0
+        return f". If all link, at best replies to alpha a link earns {tell_numbers(worth)} c"
+
+    @classmethod
+    def effort_facts(cls, seen: Observation, hints: bool) -> str:
+        """How many links, to which alphas, and the best reply to efforts alpha."""
+        linked = np.flatnonzero(seen.links[seen.seat])
+        text = f", {len(linked)} links"
+        if seen.types is not None and len(linked):
+            text += f" to alphas {tell_short(seen.types[j] for j in linked)}"
+            if hints:
+                response = seen.own_type + seen.parameters["delta"] * sum(seen.types[j] for j in linked)
+                text += f". Best reply to efforts alpha: {response:.2f}"
+        return text
+
+    # draws: u is p = delta (N-1), v is g = c / (delta mean(alpha)^2)
+
+    fixable = ("delta", "c")
+    ranges = ((0.15, 0.33), (0.6, 2.2))
+    grid = ((0.2, 0.25, 0.3), (0.75, 1, 1.25, 1.5, 2))
+    type_levels = (1.0, 3.0, 1.0)
+
+    @classmethod
+    def make(cls, types_N, u, v, fixed, stages, rounds) -> "BCZ":
+        alpha_N = np.asarray(types_N, float)
+        delta = fixed.get("delta", round(float(u) / (len(alpha_N) - 1), 3))
+        c = fixed.get("c", round(float(v * delta * alpha_N.mean() ** 2), 3))
+        return cls(tuple(alpha_N.tolist()), delta, c, effort_cap(alpha_N, delta), stages, rounds)
+
 
 def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | None = None) -> np.ndarray:
     """The fixed point of x = alpha + coupling G x, or with a cap m of x = min(m, alpha + coupling G x); shape (N,).
@@ -84,7 +139,9 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
     alpha_N = np.asarray(alpha_N, float)
     system_NN = np.eye(len(alpha_N)) - coupling * links_NN
     try:
-        np.linalg.cholesky(system_NN - 1e-12 * np.eye(len(alpha_N)))  # singular up to rounding is not definite
+        np.linalg.cholesky(
+            system_NN - 1e-12 * np.eye(len(alpha_N))
+        )  # singular up to rounding is not definite
         x = np.linalg.solve(system_NN, alpha_N)
         if cap is None or x.max() <= cap:
             return x
@@ -145,14 +202,6 @@ def _efficient_graph(game: BCZ, efforts: str) -> tuple[bytes, float]:
         if W > best_welfare + 1e-12:
             best_links, best_welfare = links_NN, W
     return best_links.tobytes(), best_welfare
-
-
-def critical_cost(alpha: float, delta: float, N: int, efforts: str = "nash") -> float:
-    """c* of the homogeneous game: the efficient graph is complete iff c < c*, else empty; p = delta (N-1)."""
-    p = delta * (N - 1)
-    if efforts == "nash":
-        return alpha**2 * ((1 - p) ** -2 - 1) / (2 * (N - 1))
-    return alpha**2 * delta / (1 - 2 * p)
 
 
 def effort_cap(alpha_N, delta: float) -> float:

@@ -18,11 +18,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from games import Game, GameError, complete_graph, empty_graph, with_link
+from games import Game, GameError, Observation, complete_graph, empty_graph, register, tell_numbers
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
 
 
+@register
 @dataclass(frozen=True)
 class PGG(Game):
     """endowment: e (N,); r: multiplication factor; b: exponent of the group size; c: cost of a link, paid at both ends;
@@ -40,7 +41,9 @@ class PGG(Game):
     def __post_init__(self):
         self.check()
         if min(self.endowment) <= 0 or self.r <= 0 or self.b < 0 or self.c < 0:
-            raise GameError("endowments and the factor must be positive, the size exponent and the cost not negative")
+            raise GameError(
+                "endowments and the factor must be positive, the size exponent and the cost not negative"
+            )
 
     @property
     def types(self) -> tuple[float, ...]:
@@ -81,12 +84,67 @@ class PGG(Game):
         return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        gains_NN = np.zeros((self.N, self.N))
+        gains_NN, changed_NN = np.zeros((self.N, self.N)), links_NN.copy()
         for i in range(self.N):
             for j in range(i):
-                with_it, without = (self.payoffs(with_link(links_NN, i, j, v), efforts_N) for v in (1, 0))
-                gains_NN[i, j], gains_NN[j, i] = (with_it - without)[[i, j]]
+                changed_NN[i, j] = changed_NN[j, i] = 1
+                with_it = self.payoffs(changed_NN, efforts_N)
+                changed_NN[i, j] = changed_NN[j, i] = 0
+                gains_NN[i, j], gains_NN[j, i] = (with_it - self.payoffs(changed_NN, efforts_N))[[i, j]]
+                changed_NN[i, j] = changed_NN[j, i] = links_NN[i, j]
         return gains_NN
+
+    # words
+
+    payoff_rule = (
+        "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your groups; a "
+        "group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups pay - c (links)."
+    )
+    type_name = "e"
+
+    @classmethod
+    def link_hint(cls, seen: Observation) -> str:
+        """What the last member brings to each of a group of neighbours in riches, in units of c."""
+        r, b, c = (seen.parameters[name] for name in "rbc")
+        if not c:
+            return ""
+        e, order = seen.types, sorted(range(seen.N), key=lambda i: -seen.types[i])
+
+        def each_gets(members) -> float:  # from the group, links apart
+            k = len(members)
+            return sum(e[i] for i in members) * (r * k**b - 1) / k if k > 1 else 0.0
+
+        worth = [0.0] * seen.N
+        for j in range(seen.N):
+            if j != seen.seat:
+                first, last = sorted((order.index(seen.seat), order.index(j)))
+                group = order[first : last + 1]
+                worth[j] = (each_gets(group) - each_gets([i for i in group if i != j])) / c
+        rule = "If you and all in riches up to an agent give all in one group, its link earns each"
+        return f". {rule} {tell_numbers(worth)} c"
+
+    @classmethod
+    def effort_facts(cls, seen: Observation, hints: bool) -> str:
+        """The own groups, and what a unit returns."""
+        own = [group for group in groups(seen.links) if seen.seat in group]
+        text = f", your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
+        if hints and own:
+            M = returns(seen.links, seen.parameters["r"], seen.parameters["b"])
+            text += f". A unit you give returns {M[seen.seat, seen.seat]:.2f} to you, {M[:, seen.seat].sum():.2f} to all"
+        return text
+
+    # draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed
+
+    fixable = ("r", "b", "c")
+    ranges = ((1.1, 1.4), (0.1, 0.9))  # this r is a dilemma in every group
+    grid = ((1.15, 1.25, 1.35), (0.1, 0.3, 0.5, 0.7, 0.9))
+    type_levels = (5.0, 15.0, 10.0)
+
+    @classmethod
+    def make(cls, types_N, u, v, fixed, stages, rounds) -> "PGG":
+        e_N = np.asarray(types_N, float)
+        r, c = fixed.get("r", round(float(u), 2)), fixed.get("c", round(float(v * e_N.mean()), 2))
+        return cls(tuple(e_N.tolist()), r, fixed.get("b", 0.5), c, stages, rounds)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,7 +218,9 @@ def isomorphism_classes(N: int) -> tuple[np.ndarray, ...]:
         graphs_RNN[:, -1, :-1] = graphs_RNN[:, :-1, -1] = rows_RN
         colour = (graphs_RNN + 2 * np.eye(N, dtype=int)).astype(np.uint64)
         for _ in range(4):
-            triangles = _mix(colour[:, :, :, None] * np.uint64(3) + colour[:, None, :, :] * np.uint64(0x9E3779B97F4A7C15))
+            triangles = _mix(
+                colour[:, :, :, None] * np.uint64(3) + colour[:, None, :, :] * np.uint64(0x9E3779B97F4A7C15)
+            )
             colour = _mix(colour + _mix(triangles.sum(2)))
         for graph_NN, of_pairs in zip(graphs_RNN, np.sort(colour.reshape(len(colour), -1), 1)):
             seen.setdefault(of_pairs.tobytes(), graph_NN)
@@ -182,7 +242,9 @@ def _efficient_graph(game: PGG, efforts: str) -> tuple[bytes, float]:
     if efforts == "nash" and game.r * max(2.0 ** (game.b - 1), float(N) ** (game.b - 1)) <= 1:
         graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
     elif efforts == "planner" and game.b >= 0.5:
-        graphs = partitions(N)  # the optimum is one of them, with groups of neighbours in the order of endowments
+        graphs = partitions(
+            N
+        )  # the optimum is one of them, with groups of neighbours in the order of endowments
     elif N <= MAX_CLASSES:
         graphs = isomorphism_classes(N)
     else:

@@ -1,0 +1,127 @@
+"""Held-out games: which are played, who sits where, and the rows of a training run. Their flags are evaluation's.
+
+Every policy plays the same instances (the fixed held-out grid), in the same seat, against the same draws of the experts,
+so rows can be compared game by game.
+"""
+
+import argparse
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+import games
+import lora
+from games import Game
+from play.metrics import Played, summarise
+from play.players import expert_player, play, policy_player
+from policy import Policy
+from run import dataset, ranks, training
+from run.files import InputError, number, positive_int, seat_choice, write_json
+from world.draws import families, held_out_grid
+
+EVAL_SEED = 0
+
+# ---------------------------------------------------------------------------------------------------------------------
+# games and seats
+
+
+def add_eval_arguments(parser: argparse.ArgumentParser, seat_flag: str | None = "--seat") -> None:
+    """seat_flag: training has a --seat of its own, which is then the default; None: no flag."""
+    group = parser.add_argument_group("evaluation", "Held-out games, the same for all policies.")
+    add = group.add_argument
+    add("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
+    add("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
+    temperature = dict(type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")
+    add("--eval-temperature", **temperature)
+    add("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
+    if seat_flag is None:
+        return
+    default, more = (0, "") if seat_flag == "--seat" else (None, " (default: that of --seat, 0 for all)")
+    told = "the policy's seat, from 0 [source: 0]; random: one drawn for each game; all: self-play" + more
+    seat = dict(type=seat_choice("random", "all"), metavar="SEAT|random|all")
+    add(seat_flag, **seat, default=default, help=told)
+
+
+def seat_of(args) -> int | str:
+    """The policy's seat; a run that trains on every seat is evaluated in the first."""
+    evaluated = getattr(args, "eval_seat", args.seat)
+    if evaluated is None:
+        return 0 if args.seat == "all" else args.seat
+    return evaluated
+
+
+def seed_of(args) -> int:
+    """Of sampling and expert draws: the same for all training runs, so that they meet the same games and experts."""
+    return getattr(args, "eval_seed", EVAL_SEED)
+
+
+def held_out_instances(args) -> list[Game]:
+    seat = seat_of(args)
+    if not 3 <= args.eval_agents <= games.MAX_AGENTS:
+        raise InputError(f"--eval-agents must be 3 to {games.MAX_AGENTS}, got {args.eval_agents}")
+    if isinstance(seat, int) and not 0 <= seat < args.eval_agents:
+        raise InputError(
+            f"the evaluated seat must be one of 0 to {args.eval_agents - 1} (--eval-agents - 1), got {seat}"
+        )
+    grid = [game for family in families(args) for game in held_out_grid(args.eval_agents, family)]
+    chosen = np.linspace(0, len(grid) - 1, min(args.eval_games, len(grid))).round().astype(int)
+    return [grid[i] for i in chosen]
+
+
+def seats_in(instances: list[Game], seat: int | str, seed: int) -> list[tuple[int, ...]]:
+    """The policy's seats in each game. A random one belongs to the seed and the game, so it is the same for all
+    policies, however many games are played."""
+    if seat == "all":
+        return [tuple(range(g.N)) for g in instances]
+    if seat == "random":
+        rngs = [np.random.default_rng([seed, zlib.crc32(g.key.encode()), 0, 0, 1]) for g in instances]
+        return [(int(rng.integers(g.N)),) for rng, g in zip(rngs, instances)]
+    return [(seat,)] * len(instances)
+
+
+def by_stages(instances: list[Game], play_part) -> list[Played]:
+    """Plays together the games that have the same stages and rounds. play_part: their indices -> their games played."""
+    played: dict[int, Played] = {}
+    for stages in dict.fromkeys((g.stages, g.rounds) for g in instances):
+        part = [i for i, g in enumerate(instances) if (g.stages, g.rounds) == stages]
+        played |= zip(part, play_part(part), strict=True)
+    return [played[i] for i in range(len(instances))]
+
+
+def play_held_out(
+    args, make_player, label: str, seat: int | str | None = None, repair: bool = False
+) -> list[Played]:
+    """One kind of player on the held-out games of these arguments, in its seat or seats and experts in the others."""
+    instances = held_out_instances(args)
+    seats = seats_in(instances, seat_of(args) if seat is None else seat, seed_of(args))
+
+    def play_part(part):
+        of_part = [instances[i] for i in part], make_player(), [seats[i] for i in part]
+        return play(*of_part, dataset.expert_of(args), seed_of(args), label, repair)
+
+    return by_stages(instances, play_part)
+
+
+def evaluate_policy(args, policy: Policy, label: str) -> dict:
+    settings = dataset.style_of(args), args.max_new_tokens, args.eval_temperature, seed_of(args)
+    return summarise(play_held_out(args, lambda: policy_player(policy, *settings), label))
+
+
+def evaluate_expert(args, name: str) -> dict:
+    settings = dataset.expert_of(args, name), dataset.style_of(args), seed_of(args)
+    return summarise(play_held_out(args, lambda: expert_player(*settings), f"expert:{name}"))
+
+
+def evaluate_run(args, policy: Policy, folder: Path) -> dict[str, dict]:
+    """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base model, the
+    other seats' expert and random play, on the same games. Takes the policy's adapter off."""
+    results = {args.algo: evaluate_policy(args, policy, args.algo)}
+    lora.remove(policy.model)  # what is left is the SFT policy
+    results["sft"] = evaluate_policy(args, policy, "sft")
+    results["base"] = evaluate_policy(args, training.load_policy_of_rank(args), "base")
+    for name in (args.expert, "random"):
+        results[f"expert:{name}"] = evaluate_expert(args, name)
+    if ranks.first():
+        write_json(folder / "eval.json", {"arguments": vars(args), "results": results})
+    return results

@@ -1,0 +1,83 @@
+"""The flags of RFT alone, and which of them do not go together."""
+
+import argparse
+
+import tompo
+from experts import is_language
+from rewards import GRAPH_SCORES, TERMS, WEIGHTS
+from run import dataset
+from run.files import InputError, number, positive_int
+from world.draws import named_numbers
+
+
+def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "reinforcement", "The second stage: sample, reward, compare within groups, step."
+    )
+    add, weight = group.add_argument, number(float, 0)
+    add("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
+    add(
+        "--sft-adapter",
+        metavar="FOLDER",
+        help="start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one",
+    )
+    add("--steps", type=positive_int, default=16, help="optimizer steps (sampling rounds)")
+    told = "graph and effort decisions per step"
+    add("--prompts", nargs=2, type=number(int, 0), default=(8, 2), metavar=("GRAPH", "EFFORT"), help=told)
+    add("--m", type=positive_int, default=8, help="replies per prompt: the group")
+    add("--lr", type=weight, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    add("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
+    add("--temperature", type=weight, default=1.0, help="of sampling and of every log-probability")
+    group = parser.add_argument_group("reward and objective", "Each in its place in rewards.py and tompo.py.")
+    add = group.add_argument
+    told = ", ".join(f"{name}={WEIGHTS.get(name, 0)}" for name in {**WEIGHTS, **TERMS})
+    add("--reward", nargs="+", metavar="NAME=WEIGHT", help=f"weights of optional terms ({told})")
+    add("--w-sample", type=weight, default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
+    add("--w-graph", type=weight, default=0.2, help="weight of A^G [source: 0.2]")
+    add(
+        "--graph-score",
+        choices=GRAPH_SCORES,
+        default="hamming",
+        help="s: like the expert graph, or its welfare",
+    )
+    add("--credit", choices=("immediate", "return"), default="immediate", help="see play/credit.py")
+    add("--gamma", type=number(float, 0, 1), default=1.0, help="discount per round of --credit return")
+    add("--zeta", type=weight, default=0.0, help="weight of |C_G - C_E| in --credit return")
+    add(
+        "--clip-eps",
+        nargs="+",
+        type=weight,
+        default=[0.2],
+        help="clip range of the ratio; two: below and above 1",
+    )
+    add("--beta", type=weight, default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    add(
+        "--aggregation",
+        choices=tompo.AGGREGATIONS,
+        default="sequence",
+        help="how tokens and replies are averaged",
+    )
+
+
+def check_rft_arguments(args) -> None:
+    """Raises InputError for flags that do not go together, before anything is trained."""
+    weights = named_numbers(args.reward, "--reward")
+    unknown = [name for name in weights if name not in WEIGHTS and name not in TERMS]
+    if unknown:
+        raise InputError(f"--reward {unknown[0]}: no such term; there are {', '.join({**WEIGHTS, **TERMS})}")
+    if weights.get("belief") and not args.belief:
+        raise InputError("--reward belief is for the Belief line, which --no-belief switches off")
+    if sum(args.prompts) == 0:
+        raise InputError("--prompts 0 0: a step needs prompts")
+    if args.train_on == "separate":
+        advice = "use train_sft.py, or train on both"
+        raise InputError(f"--train-on separate makes two adapters, RFT trains one policy: {advice}")
+    if args.temperature <= 0:
+        raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
+    if len(args.clip_eps) > 2:
+        raise InputError("--clip-eps takes one number, or two: how far the ratio may go below and above 1")
+    if args.credit == "return" and is_language(args.expert):
+        raise InputError(
+            "--credit return plays every game to its end with the expert: choose an exact --expert for it"
+        )
+    dataset.expert_of(args)

@@ -1,0 +1,70 @@
+"""What a step of RFT writes down: its line of metrics.jsonl, and one line of samples.jsonl for every sampled reply."""
+
+from collections.abc import Iterator
+
+import rewards
+import tompo
+from policy import Rollout
+from prompts import broken_rule
+from run.files import Stopwatch
+
+
+def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float]) -> dict:
+    """What one step's samples look like. Every key is explained in docs/settings.md.
+
+    batch: the prompts (train_rft.Prompt); groups: the rollouts of each; sums: of tompo.objective_loss over the step.
+    """
+    everything = [o for group in groups for o in group]
+    graph = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "G"]
+    effort = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "E"]
+
+    def mean(rollouts, value):
+        return sum(map(value, rollouts)) / len(rollouts) if rollouts else None
+
+    optional = {name: mean(everything, lambda o, name=name: o.rewards[name]) for name in rewards.TERMS}
+    return {
+        "reward": mean(everything, lambda o: o.rewards["r_S"]),
+        "reward_graph": mean(graph, lambda o: o.rewards["r_S"]),
+        "reward_effort": mean(effort, lambda o: o.rewards["r_S"]),
+        "s": mean(graph, lambda o: o.rewards["s"]),
+        "R_G": mean(graph, lambda o: o.rewards["R_G"]),
+        **optional,
+        "U1": mean(everything, lambda o: o.rewards["compliance"] > 0),
+        **tompo.diagnostics(sums),
+        "zero_variance_groups": mean(groups, lambda g: all(o.advantage == 0 for o in g)),
+        "distinct_replies": mean(groups, lambda g: len({o.text for o in g}) / len(g)),
+        "reply_tokens": mean(everything, lambda o: len(o.reply_ids)),
+        "entropy": -mean(everything, lambda o: sum(o.sampled_logps))
+        / mean(everything, lambda o: len(o.reply_ids)),
+    }
+
+
+def sample_lines(step: int, batch: list, groups: list[list[Rollout]]) -> Iterator[dict]:
+    """The reply, the expert's, every reward term, both advantages, and which rule a reply that is not compliant broke."""
+    for prompt, group in zip(batch, groups):
+        r = prompt.record
+        for o in group:
+            broken = (
+                None if o.decision else broken_rule(o.text, r.kind, r.seat, prompt.game.N, prompt.target.cap)
+            )
+            where = {"step": step, "game": r.game, "stage": r.stage, "kind": r.kind, "seat": r.seat}
+            yield (
+                where
+                | {"reply": o.text, "expert": r.label, "broken": broken}
+                | o.rewards
+                | {"advantage": o.advantage}
+            )
+
+
+def timing(groups: list[list[Rollout]], clock: Stopwatch) -> dict:
+    """Reply tokens per second of the whole step, and the seconds of its two halves."""
+    tokens = sum(len(o.reply_ids) for group in groups for o in group)
+    sample_s, update_s = clock.last["sample"], clock.last["update"]
+    return {"tokens_per_s": tokens / (sample_s + update_s), "sample_s": sample_s, "update_s": update_s}
+
+
+def live_line(line: dict) -> str:
+    """For the progress bar. The policy loss is not shown: at step 0 it is 0, and rightly so."""
+    shown = {"reward": "reward", "U1": "U1", "s": "s", "KL": "kl"}
+    values = ", ".join(f"{name} {line[key]:.3f}" for name, key in shown.items() if line[key] is not None)
+    return f"{values}, {line['tokens_per_s']:.0f} reply tok/s"

@@ -1,0 +1,64 @@
+"""An adapter, or a chain of them, merged into its base model: a folder for transformers, vLLM and the hub.
+
+    python -m tools.merge runs/tompo/adapter --out FOLDER [--model NAME] [--dtype float32|bfloat16]
+
+An adapter that was trained on top of another one is named with it: FIRST/adapter+SECOND/adapter.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+import lora
+from models import adapters, pretrained
+from run.files import InputError, refuse_existing, reports_errors
+
+
+def merge_into(model, name: str):
+    """Merges an adapter folder, or several joined by "+", into the model. Raises InputError."""
+    try:
+        adapters.load_chain(model, name)
+        return lora.merge(model)
+    except (OSError, ValueError) as e:
+        raise InputError(" ".join(str(e).split())) from None
+
+
+def save(model, tokenizer, out: Path) -> None:
+    """Writes the folder beside its place and renames it: it is whole or not there. Raises InputError."""
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as work:
+            whole = Path(work, "model")
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            for file in whole.iterdir():
+                file.chmod(0o644)  # safetensors makes its file private, and a server may be another user
+            os.rename(whole, out)
+    except (OSError, ValueError) as e:  # save_pretrained also checks the generation config of the base
+        raise InputError(f"cannot write {out}: {' '.join(str(e).split())}") from None
+
+
+@reports_errors
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Merge an adapter into its base model and save a plain model."
+    )
+    parser.add_argument("adapter", help="adapter folder, or several, each trained on those before: A+B")
+    parser.add_argument("--out", required=True, help="new folder for the model and its tokenizer")
+    parser.add_argument("--model", default=pretrained.DEFAULT_MODEL, help="the base: name, folder or hub id")
+    parser.add_argument("--cache", help="folder for the default model (else $TOMPO_CACHE or ~/.cache/tompo)")
+    choices = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=choices, default="float32", help="of the saved weights")
+    args = parser.parse_args(argv)
+    refuse_existing(args.out)
+    model, tokenizer = pretrained.load(args.model, args.cache)
+    # The sum is taken in fp32 and rounded once: in bf16 much of a small adapter would be lost.
+    model = merge_into(model, args.adapter).to(getattr(torch, args.dtype))
+    save(model, tokenizer, Path(args.out))
+    print(f"{args.out}: {model.num_parameters():,} parameters, {args.dtype}")
+
+
+if __name__ == "__main__":
+    main()
