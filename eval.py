@@ -1,19 +1,20 @@
-"""Evaluation: held-out games with the policy in one seat and experts in the others, or with any players in any seats.
+"""Evaluation: held-out games with the policy in one seat and experts in the others, or any players anywhere.
 
     python eval.py --policy base runs/rft/sft/adapter runs/rft/adapter --json results.json
-    python eval.py --policy runs/rft/adapter --seat all           # self-play; --seat random: one seat drawn per game
+    python eval.py --policy runs/rft/adapter --seat all           # self-play; random: one seat drawn per game
     python eval.py --policy runs/rft/adapter --by-seat            # the same games once for every seat
     python eval.py --table runs/rft/adapter base expert:nash expert:nash             # a player for each seat
     python eval.py --policy base --few-shot 3 --repair            # what prompting and lenient reading do
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
---policy takes `base` (the model without an adapter), adapter folders, `few-shot:K` and `expert:NAME`. The rows
-`expert:random` and that of the other seats' expert are always added. Every policy plays the same instances (the fixed
-held-out grid), in the same seat, against the same draws of the experts, so rows can be compared game by game.
+--policy takes `base` (the model without an adapter), adapter folders, `few-shot:K` and `expert:NAME`. The
+rows `expert:random` and that of the other seats' expert are always added. Every policy plays the same
+instances (the fixed held-out grid), in the same seat, against the same draws of the experts, so rows can be
+compared game by game.
 
---repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant, what can be
-read in them is played (prompts.repair_reply). U1 is the strict one there too. The strict row minus this one is what
-formatting costs; what is left between repaired rows is strategy.
+--repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant,
+what can be read in them is played (prompts.repair_reply). U1 is the strict one there too. The strict row
+minus this one is what formatting costs; what is left between repaired rows is strategy.
 
 The metrics: see metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
 """
@@ -28,8 +29,7 @@ from run import dataset, ranks
 from run.files import InputError, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from run.training import add_model_arguments
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what can be asked for
+# -------------------- what can be asked for
 
 
 def evaluate_names(args) -> dict[str, dict]:
@@ -55,7 +55,8 @@ def evaluate_by_seat(args, make_player, name: str) -> tuple[dict[str, dict], dic
 
 
 def evaluate_table(args) -> dict[str, dict]:
-    """{`seat I NAME`: summary} of games in which every seat has its own player; a name in several seats is one player."""
+    """{`seat I NAME`: summary} of games in which every seat has its own player; a name in several seats is
+    one player."""
     makers, instances = make_cast(args, args.table, seed_of(args), "--table"), held_out_instances(args)
 
     def play_part(part):

@@ -1,20 +1,21 @@
 """Experts: the players of the other seats and the teachers of the data, and whole games among them.
 
-An expert is a function (state, seat, rng, past) -> Decision; `past` is what the agent answered in the stages before,
-which only language models look at. The exact ones need no model:
+An expert is a function (state, seat, rng, past) -> Decision; `past` is what the agent answered in the stages
+before, which only language models look at. The exact ones need no model:
 
-    second-best   the efficient graph at Nash efforts, then Nash efforts on the graph that formed (the default)
+    second-best   the efficient graph at Nash efforts, then Nash efforts on what formed (the default)
     planner       the first best: the efficient graph at planner efforts, then planner efforts
     nash          the greatest equilibrium graph, Nash efforts
     myopic        best response to the last round (to efforts alpha and everybody's consent in the first)
-    selfish       the row with the highest own Nash payoff if everybody else were to choose everybody, Nash efforts
+    selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
     random        a coin for every link, a uniform effort
     openai:MODEL / hf:PATH   a language model on a server, a local one: see teachers/language.py
     noisy:EXPERT:RATE   any of them, with that share of its decisions replaced by `random`
 
-[source] of the paper is GPT-o3 as the expert, 126 games of 4 to 8 agents; the exact experts are a [choice]. To add one,
-write a rule for links and a rule for efforts and put them into RULES. `python -m tools.expert_games` writes a data set.
+[source] of the paper is GPT-o3 as the expert, 126 games of 4 to 8 agents; the exact experts are a [choice].
+To add one, write a rule for links and a rule for efforts and put them into RULES. `python -m
+tools.expert_games` writes a data set.
 """
 
 import argparse
@@ -26,15 +27,14 @@ from functools import lru_cache, partial
 import numpy as np
 
 import games
-from games import EFFORT_DIGITS, Game, State, game_from_json
-from prompts import Decision, PromptStyle, format_reply, messages, parse_reply
+from games import Game, State, game_from_json
+from prompts import EFFORT_DIGITS, Decision, PromptStyle, format_reply, messages, parse_reply
 from run.files import InputError, share
 
 Expert = Callable[..., Decision]  # (state, seat, rng, past=())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# exact experts: each is a rule for the graph and a rule for the efforts, solved for all seats at once
+# -------------------- exact experts: a rule for links and a rule for efforts, solved for all seats at once
 
 
 @lru_cache(maxsize=4096)
@@ -113,8 +113,8 @@ def _noisy(
 
 
 def make_expert(name: str, ask=None) -> Expert:
-    """The expert of a name. ask: how language models are asked (teachers.language.Asking), None for their defaults.
-    Raises InputError for a name that is none, or a language model that cannot be had."""
+    """The expert of a name. ask: how language models are asked (teachers.language.Asking), None for their
+    defaults. Raises InputError for a name that is none, or a language model that cannot be had."""
     if name == "random":
         return _random
     if name in RULES:
@@ -155,25 +155,24 @@ def print_report() -> None:
 
 
 def decide(expert: Expert, calls: list[tuple]) -> list[Decision]:
-    """The decisions of several calls (state, seat, rng, past), in order. Language models, whose `decide_all` answers
-    many questions in the time of one, get them together."""
+    """The decisions of several calls (state, seat, rng, past), in order. Language models, whose `decide_all`
+    answers many questions in the time of one, get them together."""
     together = getattr(expert, "decide_all", None)
     return together(calls) if together else [expert(*call) for call in calls]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# whole games
+# -------------------- whole games
 
 
 @dataclass(frozen=True)
 class Record:
     """One decision of one agent in an expert game: one line of the data set.
 
-    prompt: the conversation so far; label: the expert's reply to the state that really arose; reply: the reply that
-    was played, a random one where `replaced` (a share of all decisions is replaced at random, else an agent could
-    learn to copy the last round). proposals and links: the latest ones after this stage; efforts: those played in this
-    stage (None in a graph stage); payoffs: of the round that ended with this stage (None if none did).
-    """
+    prompt: the conversation so far; label: the expert's reply to the state that really arose; reply: the
+    reply that was played, a random one where `replaced` (a share of all decisions is replaced at random, else
+    an agent could learn to copy the last round). proposals and links: the latest ones after this stage;
+    efforts: those played in this stage (None in a graph stage); payoffs: of the round that ended with this
+    stage (None if none did)."""
 
     game: int
     instance: dict
@@ -194,10 +193,11 @@ class Record:
 def simulate(
     plays: list[tuple[int, Game, np.random.Generator]], expert: Expert, style: PromptStyle, noise: float = 0.0
 ) -> list[Record]:
-    """Plays games with the expert in every seat, side by side; T * len(stages) * N records of each, game by game.
+    """Plays games with the expert in every seat, side by side; T * len(stages) * N records of each, game by
+    game.
 
-    plays: of each game its index, its instance and its random numbers. noise: share of decisions replaced at random.
-    """
+    plays: of each game its index, its instance and its random numbers. noise: share of decisions replaced at
+    random."""
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
     records: list[list[Record]] = [[] for _ in plays]

@@ -1,11 +1,11 @@
-"""What all games have in common: graphs, rules, stages, states, what a seat observes. The games themselves: world/.
+"""What all games have in common: rules, stages, states, what a seat observes. NumPy only, no language models.
 
-Agents choose links, then efforts. NumPy only: nothing here knows about language models. A game is one file that ends in
-a `@register`ed subclass of Game; world/bcz.py is one, docs/your-own-game.md writes another.
+Agents choose links, then efforts. A game is one file with a `@register`ed subclass of Game: world/bcz.py is
+one, docs/your-own-game.md writes another. [source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice]
+by this project.
 
-Marks: [source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice] is decided by this project.
-Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero diagonal,
-`efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
+Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero
+diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
 """
 
 import math
@@ -21,8 +21,7 @@ class GameError(ValueError):
     """Game parameters that describe no playable game. The message is one line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# graphs
+# -------------------- graphs
 
 
 def form_links(proposals_NN: np.ndarray) -> np.ndarray:
@@ -44,17 +43,15 @@ def own_rows(N: int, seat: int) -> np.ndarray:
     return np.insert(bits, seat, 0, axis=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rules
+# -------------------- rules
 
 
 class Game:
     """One instance of a game: a frozen, hashable dataclass (so that solutions can be cached per instance).
 
-    A game has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and says what
-    stands under "each game" below. [choice] A later stage of the same kind revises the earlier one; the round pays
-    once, at its end, from the last graph and the last efforts.
-    """
+    A game has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and
+    says what stands under "each game" below. [choice] A later stage of the same kind revises the earlier one;
+    the round pays once, at its end, from the last graph and the last efforts."""
 
     # Each game, its rules. Shapes of the methods' results: see above; efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
@@ -83,14 +80,16 @@ class Game:
         raise NotImplementedError
 
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """(links_NN, welfare) of the graph with the highest welfare at `nash` or at `planner` efforts. Exact."""
+        """(links_NN, welfare) of the graph with the highest welfare at `nash` or at `planner` efforts.
+        Exact."""
         raise NotImplementedError
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """[i, j]: what i gains from the link ij at these efforts, all other links as they are; (N, N)."""
         raise NotImplementedError
 
-    # Each game, its words: what an agent reads is made of these by prompts.py, from what the seat observes alone.
+    # Each game, its words: what an agent reads is made of these by prompts.py, from what the seat observes
+    # alone.
     payoff_rule: ClassVar[str]  # one sentence
     type_name: ClassVar[str]  # what `types` are called, such as alpha
     parameter_format: ClassVar[str] = "g"
@@ -102,7 +101,8 @@ class Game:
 
     @classmethod
     def effort_facts(cls, seen: "Observation", hints: bool) -> str:
-        """What the links mean for the agent, beside the question about efforts; with a worked number if `hints`."""
+        """What the links mean for the agent, beside the question about efforts; with a worked number if
+        `hints`."""
         return ""
 
     # Each game, its draws: two free numbers u and v and the agents' types make an instance (world/draws.py).
@@ -112,18 +112,17 @@ class Game:
     type_levels: ClassVar[tuple[float, float, float]]  # lowest, highest, and that of homogeneous agents
 
     @classmethod
-    def make(
-        cls, types_N: np.ndarray, u: float, v: float, fixed: dict[str, float], stages: str, rounds: int
-    ) -> "Game":
-        """The instance, rounded to the digits that players read. fixed: parameters by name. Raises GameError."""
+    def make(cls, types_N, u: float, v: float, fixed: dict[str, float], stages: str, rounds: int) -> "Game":
+        """The instance, rounded to the digits that players read. fixed: parameters by name. Raises
+        GameError."""
         raise NotImplementedError
 
     # all games
 
     def check(self) -> None:
         """GameError for what no game allows; every game's __post_init__ calls it."""
-        own = [getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "rounds")]
-        numbers = [number for value in own for number in np.atleast_1d(value)]
+        values = [getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "rounds")]
+        numbers = [v for value in values for v in np.atleast_1d(value)]
         if not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in numbers):
             raise GameError("game parameters must be finite numbers")
         if not 2 <= self.N <= MAX_AGENTS:
@@ -142,9 +141,8 @@ class Game:
         return f"{self.name.upper()}-{self.stages}"
 
     def to_json(self) -> dict:
-        return {"game": self.name} | {
-            k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()
-        }
+        fields_of = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"game": self.name} | fields_of
 
     def welfare(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> float:
         return float(self.payoffs(links_NN, efforts_N).sum())
@@ -154,11 +152,11 @@ class Game:
         return {"nash": self.nash_efforts, "planner": self.planner_efforts}[solution](links_NN)
 
     def nash_graph(self) -> np.ndarray:
-        """From the complete graph, repeat "keep a link iff neither end would gain without it", efforts at Nash.
+        """From the complete graph, repeat "keep a link iff neither end would gain without it", efforts at
+        Nash.
 
-        It only ever removes, so it ends; nobody drops one of the links that are left, as things stand. In BCZ it is
-        the greatest such graph: dropping links lowers efforts, which drops more links.
-        """
+        It only ever removes, so it ends; nobody drops one of the links that are left, as things stand. In BCZ
+        it is the greatest such graph: dropping links lowers efforts, which drops more links."""
         links_NN = complete_graph(self.N)
         while True:
             keeps_NN = self.link_gains(links_NN, self.nash_efforts(links_NN)) >= 0
@@ -189,13 +187,10 @@ def game_from_json(d: dict) -> Game:
 
 def check_stages(stages: str) -> None:
     if not isinstance(stages, str) or set(stages) != {"G", "E"}:
-        raise GameError(
-            f"stages must be a string of G (links) and E (efforts) with both in it, such as GE, got {stages!r}"
-        )
+        raise GameError(f"stages must be a string of G (links) and E (efforts), such as GE, got {stages!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# play
+# -------------------- play
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,19 +258,6 @@ class State:
         per_round = len(self.game.stages)
         ends = [self.before(k) for k in range(per_round, len(self.history) + 1, per_round)]
         return [(s.links, s.efforts, self.game.payoffs(s.links, s.efforts)) for s in ends]
-
-
-EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
-
-
-def tell_numbers(values) -> str:
-    """[1.20, 0, 0.95]: how efforts and worked numbers stand in prompts."""
-    return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"
-
-
-def tell_short(values) -> str:
-    """[1, 2.33, 3]: how types and rows stand in prompts, without digits that say nothing."""
-    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,14 @@
-"""LoRA: low-rank adapters (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685).
+"""LoRA: low-rank adapters (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv
+2106.09685).
 
 A frozen weight W of shape (out, in) gets a trainable low-rank correction, in the letters of the paper:
 
     h = W x + scaling * B A x,   A: (r, in),  B: (out, r),  scaling = alpha / r
 
-A is random and B is zero at the start, so step 0 is exactly the base model. Switching the correction off gives the
-base model back at no cost in memory; that is how RFT gets its reference policy pi_ref. Mind the chain: RFT starts
-from the SFT policy, so the SFT adapter is merged into the base first and a new adapter is trained on top. Only then
-is "adapter off" the SFT policy and not the model before SFT.
+A is random and B is zero at the start, so step 0 is exactly the base model. Switching the correction off
+gives the base model back at no cost in memory; that is how RFT gets its reference policy pi_ref. Mind the
+chain: RFT starts from the SFT policy, so the SFT adapter is merged into the base first and a new adapter is
+trained on top. Only then is "adapter off" the SFT policy and not the model before SFT.
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
@@ -57,16 +58,16 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the paper.
 
-    A and B are fp32 also where W is bf16: an optimizer step is often below bf16's resolution of 1/256 and would be
-    rounded away. base is an nn.Linear, or a LoRALinear that `merge` has frozen.
-    """
+    A and B are fp32 also where W is bf16: an optimizer step is often below bf16's resolution of 1/256 and
+    would be rounded away. base is an nn.Linear, or a LoRALinear that `merge` has frozen."""
 
     def __init__(self, base: nn.Module, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled, self.frozen = base, scaling, False, False
         self.in_features, self.out_features = base.in_features, base.out_features
         device = next(base.parameters()).device
-        # A is drawn on the generator's device and then moved, so that a seed gives the same A on every device.
+        # A is drawn on the generator's device and then moved, so that a seed gives the same A on every
+        # device.
         A = torch.empty(r, self.in_features, device=generator.device, dtype=torch.float32)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(A.to(device))
@@ -85,7 +86,8 @@ class LoRALinear(nn.Module):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers of the model's adapter by module path, in the model's order; empty if there is no adapter."""
+    """The layers of the model's adapter by module path, in the model's order; empty if there is no
+    adapter."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear) and not m.frozen}
 
 
@@ -112,7 +114,8 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base that it holds."""
+    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base that it
+    holds."""
     frozen = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoRALinear))
     modules = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
@@ -121,12 +124,13 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 def inject(
     model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer: type = LoRALinear
 ) -> list[LoRALinear]:
-    """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a `layer`.
+    """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a
+    `layer`.
 
-    A target is the last part of a module path ("q_proj") or more of it ("layers.0.self_attn.q_proj"); a string
-    instead of a tuple is a regex for the whole path, and "all-linear" is every Linear but the output head.
-    ValueError: the model has an adapter already, or some target names no Linear (nothing is changed then).
-    """
+    A target is the last part of a module path ("q_proj") or more of it ("layers.0.self_attn.q_proj"); a
+    string instead of a tuple is a regex for the whole path, and "all-linear" is every Linear but the output
+    head. ValueError: the model has an adapter already, or some target names no Linear (nothing is changed
+    then)."""
     require_no_layers(model)
     linears = _linears(model)
     if config.targets == "all-linear":
@@ -151,10 +155,11 @@ def inject(
 
 @contextmanager
 def adapter_off(model: nn.Module):
-    """Inside, the model is its base (pi_ref), exactly. The state before is restored on exit, also after an exception.
+    """Inside, the model is its base (pi_ref), exactly. The state before is restored on exit, also after an
+    exception.
 
-    ValueError without an adapter: the caller would take the model itself for its reference, and measure KL = 0.
-    """
+    ValueError without an adapter: the caller would take the model itself for its reference, and measure KL =
+    0."""
     layers = list(require_layers(model).values())
     before = [layer.disabled for layer in layers]
     try:
@@ -174,13 +179,14 @@ def remove(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1 of the paper.
+    """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1 of
+    the paper.
 
-    The sum is taken in float64 on the CPU and rounded once to fp32, so the merged weights come out the same on every
-    device. Below fp32 the adapter stays beside W, frozen: W + scaling B A, rounded to bf16, would lose what is smaller
-    than half a step of W, which after 50 steps of SFT is nine tenths of the adapter.
-    ValueError: no adapter, or an adapted weight is tied to another module (merging would change that one too).
-    """
+    The sum is taken in float64 on the CPU and rounded once to fp32, so the merged weights come out the same
+    on every device. Below fp32 the adapter stays beside W, frozen: W + scaling B A, rounded to bf16, would
+    lose what is smaller than half a step of W, which after 50 steps of SFT is nine tenths of the adapter.
+    ValueError: no adapter, or an adapted weight is tied to another module (merging would change that one
+    too)."""
     layers, owners = require_layers(model), {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))
@@ -211,7 +217,8 @@ def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all A (r, in) and B (out, r), fp32 on the CPU, under PEFT's names. ValueError without an adapter."""
+    """Copies of all A (r, in) and B (out, r), fp32 on the CPU, under PEFT's names. ValueError without an
+    adapter."""
     return {key: p.detach().to("cpu", copy=True) for key, p in _named_parameters(model).items()}
 
 

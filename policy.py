@@ -1,11 +1,12 @@
 """The policy pi_theta: a causal language model that samples replies to prompts, and scores replies.
 
-This file is the definition, written the plain way: transformers' own attention and cache, one prompt at a time, the
-softmax over the whole vocabulary. `fast/engine.py` gives the same numbers sooner behind the same methods; the tests hold
-the two together. The law is the same in sampling and scoring: log softmax(logits / temperature) in fp32, no top-k, no
-top-p, no dropout.
+This file is the definition, written the plain way: transformers' own attention and cache, one prompt at a
+time, the softmax over the whole vocabulary. `fast/engine.py` gives the same numbers sooner behind the same
+methods; the tests hold the two together. The law is the same in sampling and scoring: log softmax(logits /
+temperature) in fp32, no top-k, no top-p, no dropout.
 
-Dimensions: P prompts, M replies of a prompt, S reply tokens at most, V vocabulary, B sequences of a pass, T targets.
+Dimensions: P prompts, M replies of a prompt, S reply tokens at most, V vocabulary, B sequences of a pass, T
+targets.
 """
 
 from dataclasses import dataclass, field
@@ -51,8 +52,8 @@ class Row:
 
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A token of each law and its log-probability, both (B,): the inverse of the law's distribution function at a
-    uniform number. Temperature 0 takes the likeliest token."""
+    """A token of each law and its log-probability, both (B,): the inverse of the law's distribution function
+    at a uniform number. Temperature 0 takes the likeliest token."""
     law_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
     cdf_BV = law_BV.exp().cumsum(-1)
     token_B = (cdf_BV <= uniforms_B[:, None] * cdf_BV[:, -1:]).sum(-1).clamp(max=cdf_BV.shape[1] - 1)
@@ -84,10 +85,9 @@ class Policy:
 
     def check_length(self, prompt_tokens: int, reply_tokens: int) -> None:
         if prompt_tokens + reply_tokens > self.context:
-            raise InputError(
-                f"a prompt of {prompt_tokens} tokens and {reply_tokens} reply tokens do not fit into the "
-                f"{self.context} tokens of {self.name}; take fewer agents or rounds, or a smaller --max-new-tokens"
-            )
+            needed = f"a prompt of {prompt_tokens} tokens and {reply_tokens} reply tokens do not fit into"
+            advice = "take fewer agents or rounds, or a smaller --max-new-tokens"
+            raise InputError(f"{needed} the {self.context} tokens of {self.name}; {advice}")
 
     def new_history(self):
         """A store for `sample`; this engine keeps none."""
@@ -108,11 +108,10 @@ class Policy:
     ) -> list[list[Rollout]]:
         """M replies to each of P prompts, [P][M]. Temperature 0 is greedy.
 
-        Token t of a reply belongs to a uniform number that belongs to that reply and that t alone, so a sample does
-        not depend on what else is in the batch. generator: a list has one for each prompt. only: answer these prompts
-        alone, with the samples that they would get among all. history (M = 1): a fast engine's store of what earlier
-        calls have read of the same conversations.
-        """
+        Token t of a reply belongs to a uniform number that belongs to that reply and that t alone, so a
+        sample does not depend on what else is in the batch. generator: a list has one for each prompt. only:
+        answer these prompts alone, with the samples that they would get among all. history (M = 1): a fast
+        engine's store of what earlier calls have read of the same conversations."""
         if isinstance(generator, list):
             uniforms_PMS = torch.stack([torch.rand(M, max_new_tokens, generator=g) for g in generator])
         else:
@@ -156,7 +155,8 @@ class Policy:
         return [Row([i], ids, replies[i]) for i, ids in enumerate(prompts)]
 
     def token_logps(self, rows: list[Row], temperature: float = 1.0) -> list[Tensor]:
-        """log pi of the targets of each row, [R] of (T,), with gradients: one padded batch, one forward pass."""
+        """log pi of the targets of each row, [R] of (T,), with gradients: one padded batch, one forward
+        pass."""
         sequences = [(row.ids, reply) for row in rows for reply in row.replies]
         longest = max(len(prompt) + len(reply) for prompt, reply in sequences)
         self.check_length(longest, 0)

@@ -1,14 +1,16 @@
 """Decisions as text: what an agent is told, how it must answer, and the strict reading of its answer.
 
-[choice] One game is one conversation per agent: the system message states the rules and the numbers the agent knows;
-each stage adds a user message (what was seen since, and the question) and the agent's reply. The prompt of a decision
-is the conversation so far. `messages` is the only place that builds prompts: fine-tuning, reinforcement and evaluation
-all call it.
+[choice] One game is one conversation per agent: the system message states the rules and the numbers the agent
+knows; each stage adds a user message (what was seen since, and the question) and the agent's reply. The
+prompt of a decision is the conversation so far. `messages` is the only place that builds prompts:
+fine-tuning, reinforcement and evaluation all call it.
 
 A reply is two lines, the first of which (the theory-of-mind channel) can be switched off:
 
-    Belief: [1, 0, 1, 0]      graph: whom I expect to choose me     effort: the efforts I expect, own position 0
-    Decision: [1, 0, 1, 0]    graph: whom I choose, own position 0  effort: one number
+    Belief: [1, 0, 1, 0]     graph: whom I expect to choose me     effort: the efforts I expect of the others
+    Decision: [1, 0, 1, 0]   graph: whom I choose                  effort: one number
+
+The own position is 0 in every list.
 """
 
 import re
@@ -16,23 +18,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import EFFORT_DIGITS, GAMES, Observation, State, observe, tell_numbers, tell_short
+from games import GAMES, Observation, State, observe
+
+EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief line;
-    hints: the games' worked numbers next to the question [choice: a small model cannot multiply]. They are one step of
-    reasoning about the others, not the answer: in BCZ "link where a link earns at least its cost" is wrong about one in
-    ten of the efficient graph's links."""
+    """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief
+    line; hints: the games' worked numbers next to the question [choice: a small model cannot multiply]. They
+    are one step of reasoning about the others, not the answer: in BCZ "link where a link earns at least its
+    cost" is wrong about one in ten of the efficient graph's links."""
 
     information: str = "full"
     belief: bool = True
     hints: bool = True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the agent reads
+# -------------------- what the agent reads
+
+
+def tell_numbers(values) -> str:
+    """[1.20, 0, 0.95]: how efforts and worked numbers stand in prompts."""
+    return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"
+
+
+def tell_short(values) -> str:
+    """[1, 2.33, 3]: how types and rows stand in prompts, without digits that say nothing."""
+    return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
 def _links(links_NN: np.ndarray) -> str:
@@ -43,7 +56,8 @@ def _links(links_NN: np.ndarray) -> str:
 
 
 def system_message(seen: Observation, style: PromptStyle) -> str:
-    """First what all games have in common, then the numbers: the common beginning is computed once for all."""
+    """First what all games have in common, then the numbers: the common beginning is computed once for
+    all."""
     stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
     belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
@@ -59,7 +73,8 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 
 
 def question(seen: Observation, style: PromptStyle) -> str:
-    """The user message of one stage: the results since the agent's last decision, its own numbers, the question."""
+    """The user message of one stage: the results since the agent's last decision, its own numbers, the
+    question."""
     news = f"Efforts were {tell_numbers(seen.efforts)}. " if seen.previous == "E" else ""
     game = GAMES[seen.game]
     own = f"Your {game.type_name} {seen.own_type:g}"
@@ -91,14 +106,13 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
     return chat
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what the agent answers
+# -------------------- what the agent answers
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """One agent's decision. action: row (N,) of {0, 1} for `G`, a float for `E`. belief: what is expected of the
-    others, (N,), own position 0; None where there is none."""
+    """One agent's decision. action: row (N,) of {0, 1} for `G`, a float for `E`. belief: what is expected of
+    the others, (N,), own position 0; None where there is none."""
 
     kind: str
     action: np.ndarray | float
@@ -163,17 +177,18 @@ def _read(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | st
 
 
 def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
-    """The decision of a compliant reply, None for any other. A reply is data: parsed, never evaluated or repaired.
+    """The decision of a compliant reply, None for any other. A reply is data: parsed, never evaluated or
+    repaired.
 
-    Compliant iff the last `Decision:` line is exactly N entries in {0, 1} with a 0 in the own position (`G`), or one
-    finite number in [0, cap] (`E`). The Belief line does not decide compliance.
-    """
+    Compliant iff the last `Decision:` line is exactly N entries in {0, 1} with a 0 in the own position (`G`),
+    or one finite number in [0, cap] (`E`). The Belief line does not decide compliance."""
     found = _read(reply, kind, seat, N, cap)
     return found if isinstance(found, Decision) else None
 
 
 def broken_rule(reply: str, kind: str, seat: int, N: int, cap: float) -> str | None:
-    """The first rule of `parse_reply` that a reply breaks, in a few words for logs; None for a compliant one."""
+    """The first rule of `parse_reply` that a reply breaks, in a few words for logs; None for a compliant
+    one."""
     found = _read(reply, kind, seat, N, cap)
     return None if isinstance(found, Decision) else found
 

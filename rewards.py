@@ -2,23 +2,24 @@
 
 [source] is fixed by the paper (arXiv 2509.21134), [choice] by this project. For rollout i of the group:
 
-    compliance   +0.5 if the reply is compliant, else -0.5 and every other term is 0                      [source]
-    sample level, graph decision:   F1(row_i, expert row) + accuracy(row_i, expert row)                   [source]
-    sample level, effort decision:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))              [choice]
+    compliance   +0.5 if the reply is compliant, else -0.5 and every other term is 0                [source]
+    sample level, graph decision:   F1(row_i, expert row) + accuracy(row_i, expert row)             [source]
+    sample level, effort decision:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))        [choice]
     r^S_i = compliance + sample level + the optional terms below, each times its weight
     graph level, graph decisions only:
-        G_i = form(P_expert with the agent's row := row_i)                                                [source]
-        s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                       [source]
+        G_i = form(P_expert with the agent's row := row_i)                                          [source]
+        s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                 [source]
         or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG,
-        where those are mostly 0 and the empty graph would score best, at planner efforts                 [choice]
+        where those are mostly 0 and the empty graph would score best, at planner efforts           [choice]
         R^G_i = s_i + w_local [s_i is the best of the group] + w_global [s_i >= the best so far in memory]
-                                                      [source: the terms; choice: w_local = w_global = 0.5]
+                                                  [source: the terms; choice: w_local = w_global = 0.5]
 
-Why terms of the reward and not subtracted baselines: a baseline that does not depend on the reply that was sampled
-leaves the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
+Why terms of the reward and not subtracted baselines: a baseline that does not depend on the reply that was
+sampled leaves the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
 
-To add a term, write a function (decision, target) -> float and put it into TERMS; `--reward NAME=WEIGHT` switches it
-on, and it is logged by its name. Rewards that need the rest of the game played out: play/credit.py.
+To add a term, write a function (decision, target) -> float and put it into TERMS; `--reward NAME=WEIGHT`
+switches it on, and it is logged by its name. Rewards that need the rest of the game played out:
+play/credit.py.
 """
 
 from collections.abc import Callable
@@ -34,7 +35,8 @@ GRAPH_SCORES = ("hamming", "welfare")
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the experts of all agents do in `state`, where `seat` decides: proposals (N, N) or efforts (N,)."""
+    """What the experts of all agents do in `state`, where `seat` decides: proposals (N, N) or efforts
+    (N,)."""
 
     state: State
     seat: int
@@ -59,8 +61,7 @@ class Target:
         return actions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sample level
+# -------------------- sample level
 
 
 def compliance(decision: Decision | None) -> float:
@@ -96,8 +97,9 @@ def sample_level(decision: Decision | None, target: Target) -> float:
 
 
 def belief_accuracy(decision: Decision | None, target: Target) -> float:
-    """In [0, 1]: graph: share of the others whose choice of the agent was foreseen; effort: mean over the others of
-    max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states a belief."""
+    """In [0, 1]: graph: share of the others whose choice of the agent was foreseen; effort: mean over the
+    others of max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states a
+    belief."""
     if decision is None or decision.belief is None:
         return 0.0
     others = np.arange(target.game.N) != target.seat
@@ -107,24 +109,27 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float:
     return float(np.maximum(0, 1 - error_N)[others].mean())
 
 
-# Optional terms of r^S, of both kinds of decisions, and the weights that --reward changes. One without a weight has 0.
+# Optional terms of r^S, of both kinds of decisions, and the weights that --reward changes. One without a
+# weight has 0.
 TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# graph level
+# -------------------- graph level
 
 
 def graph_score(decision: Decision | None, target: Target, score: str = "hamming") -> float:
-    """s_i: how near the graph with this row comes to the expert graph (1 for the same graph), or to the efficient
-    one."""
+    """s_i: how near the graph with this row comes to the expert graph (1 for the same graph), or to the
+    efficient one."""
     if decision is None:
         return 0.0
     game, links_NN = target.game, form_links(target.with_own(decision))
     if score == "welfare":
         efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
-        return max(0.0, game.welfare(links_NN, efforts_N)) / best
+        W = game.welfare(links_NN, efforts_N)
+        return (
+            max(0.0, W) / best if best > 0 else float(W >= best)
+        )  # where nobody can do better than 0, 1 for that
     hamming = (links_NN != form_links(target.actions)).sum()
     return float(1 - hamming / (game.N * (game.N - 1)))
 
@@ -152,9 +157,9 @@ def group_rewards(
     score: str = "hamming",
     credits: list[float | None] | None = None,
 ) -> list[dict[str, float]]:
-    """All terms of every rollout of one group: `compliance`, `sample`, the optional ones by name, `r_S` (their weighted
-    sum), and for graph decisions `s`, `local`, `global`, `R_G` (their sum). credits take the place of the sample level.
-    """
+    """All terms of every rollout of one group: `compliance`, `sample`, the optional ones by name, `r_S`
+    (their weighted sum), and for graph decisions `s`, `local`, `global`, `R_G` (their sum). credits take the
+    place of the sample level."""
     groups_terms = []
     for i, decision in enumerate(decisions):
         terms = {"compliance": compliance(decision)}

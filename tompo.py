@@ -1,6 +1,6 @@
-"""ToMPO (arXiv 2509.21134): advantages on two levels, and the clipped objective with a KL penalty. Pure functions.
+"""ToMPO (arXiv 2509.21134): advantages on two levels, and the clipped objective with a KL penalty.
 
-Symbols are the paper's. Dimensions: M rollouts of a prompt (a group), T reply tokens.
+Pure functions in the paper's symbols. Dimensions: M rollouts of a prompt (a group), T reply tokens.
 
     A^S_i = (r^S_i - mean) / (std + eps)   within the group: sample level; this alone is GRPO
     A^G_i = the same of R^G                                : graph level, graph decisions only
@@ -8,7 +8,7 @@ Symbols are the paper's. Dimensions: M rollouts of a prompt (a group), T reply t
     A_i   = A^S_i                                            effort decisions
 
     J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta k3 ) ]
-    rho = pi_theta / pi_old per token,   k3 = exp(l_ref - l) - (l_ref - l) - 1,   l = log pi_theta, l_ref = log pi_ref
+    rho = pi_theta / pi_old,  k3 = exp(l_ref - l) - (l_ref - l) - 1,  l = log pi_theta, l_ref = log pi_ref
 
 A variant is one function and one line in the table below it: ADVANTAGES, LOSSES, AGGREGATIONS.
 """
@@ -18,12 +18,12 @@ from torch import Tensor
 
 ALGORITHMS = ("tompo", "grpo")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# advantages
+# -------------------- advantages
 
 
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within one group, (M,). A group of one, or of equal rewards, gets exactly 0."""
+    """(r - mean) / (std + eps) within one group, (M,). A group of one, or of equal rewards, gets exactly
+    0."""
     if (
         rewards_M == rewards_M[0]
     ).all():  # r - mean of equal floats can be 1e-8, which the division would blow up
@@ -43,7 +43,8 @@ def dual_level_advantages(
     w_graph: float = 0.2,
     advantage: str = "std",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, A^S, A^G) of one group, each (M,). R_G_M is None for effort decisions. `grpo` is the sample level alone."""
+    """(A, A^S, A^G) of one group, each (M,). R_G_M is None for effort decisions. `grpo` is the sample level
+    alone."""
     A_S = ADVANTAGES[advantage](r_S_M)
     A_G = torch.zeros_like(A_S) if R_G_M is None else ADVANTAGES[advantage](R_G_M)
     if algo == "grpo" or R_G_M is None:
@@ -51,11 +52,11 @@ def dual_level_advantages(
     return w_sample * A_S + w_graph * A_G, A_S, A_G
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the objective
+# -------------------- the objective
 
-# The weight of every token of each rollout, from the lengths of all rollouts of an optimizer step and the longest reply
-# allowed. The denominator is that of the whole step, so gradients do not depend on how a step is cut into passes.
+# The weight of every token of each rollout, from the lengths of all rollouts of an optimizer step and the
+# longest reply allowed. The denominator is that of the whole step, so gradients do not depend on how a step
+# is cut into passes.
 AGGREGATIONS = {
     "sequence": lambda lengths, limit: [
         1 / (len(lengths) * n) for n in lengths
@@ -96,9 +97,9 @@ def objective_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """-J of the given tokens, and sums over them for the log (`diagnostics`).
 
-    Each token's A_i and weight stand beside it, rollouts are simply concatenated. Added up over the passes of a step
-    it is the loss of the step. clip_eps: how far rho may go below and above 1. ref_logp_T may be None if beta is 0.
-    """
+    Each token's A_i and weight stand beside it, rollouts are simply concatenated. Added up over the passes of
+    a step it is the loss of the step. clip_eps: how far rho may go below and above 1. ref_logp_T may be None
+    if beta is 0."""
     low, high = 1 - clip_eps[0], 1 + clip_eps[1]
     ratio_T = (logp_T - old_logp_T).exp()  # rho
     objective_T = LOSSES[loss](ratio_T, logp_T, advantage_T, low, high)
@@ -127,7 +128,8 @@ def add_sums(parts: list[dict[str, float]]) -> dict[str, float]:
 
 
 def diagnostics(sums: dict[str, float]) -> dict[str, float | None]:
-    """Per token: KL to pi_ref (None if it was not measured), how far this step has moved from pi_old, where it clips."""
+    """Per token: KL to pi_ref (None if it was not measured), how far this step has moved from pi_old, where
+    it clips."""
     per_token = {
         key: None if sums[key] is None else sums[key] / sums["tokens"] for key in ("kl", "approx_kl")
     }

@@ -2,7 +2,7 @@
 
     python train_rft.py --out runs/tompo            # SFT, then ToMPO, then the table
     python train_rft.py --algo grpo --out runs/grpo --sft-adapter runs/tompo/sft/adapter
-    python train_rft.py --resume runs/tompo         # after Ctrl-C or a crash: ends in the same adapter, bit for bit
+    python train_rft.py --resume runs/tompo         # after Ctrl-C or a crash: the same adapter, bit for bit
 
 One step, in the symbols of the paper (arXiv 2509.21134), is the body of the loop in `rft`:
 1. Take a batch of prompts q: decisions of one agent in expert games, graph and effort.
@@ -11,12 +11,13 @@ One step, in the symbols of the paper (arXiv 2509.21134), is the body of the loo
 4. Advantages (tompo.py): each level normalised within its group, A = w_sample A^S + w_graph A^G.
 5. Minimise -J: clipped ratio times A, minus beta KL(pi, pi_ref), with one denominator for the whole step.
 
-How this departs from the paper, all [choice]: exact experts instead of GPT-o3; prompts come from a fixed set of expert
-games (so the memory of an instance is met again); the reward of an effort decision and the two weights in R^G; a
-135M-parameter model by default (`--preset paper` has the paper's model and values).
+How this departs from the paper, all [choice]: exact experts instead of GPT-o3; prompts come from a fixed set
+of expert games (so the memory of an instance is met again); the reward of an effort decision and the two
+weights in R^G; a 135M-parameter model by default (`--preset paper` has the paper's model and values).
 
-pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so "adapter
-off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the plain base model.
+pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so
+"adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the
+plain base model.
 """
 
 import argparse
@@ -85,8 +86,8 @@ def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Promp
 def next_batch(
     conversations: list[list[Prompt]], counts: tuple[int, int], step: int, seed: int
 ) -> list[Prompt]:
-    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the same
-    conversations (drawn in a new random order every epoch), which share most of their tokens."""
+    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the
+    same conversations (drawn in a new random order every epoch), which share most of their tokens."""
     rng, batch = np.random.default_rng([seed, 7, step]), []
     for k, i in enumerate(checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)):
         for kind, count in zip("GE", counts):
@@ -101,7 +102,8 @@ def reply_limit(args, prompts: list[Prompt]) -> int:
 
 
 def sample(args, policy: Policy, batch: list[Prompt], mine: list[int], step: int) -> list[list[Rollout]]:
-    """m replies to every prompt, each with what the strict parser reads in it. mine: the prompts of this process."""
+    """m replies to every prompt, each with what the strict parser reads in it. mine: the prompts of this
+    process."""
     generator, ids = checkpoint.seeded(args.seed, 6, step), [p.ids for p in batch]
     groups = policy.sample(ids, args.m, reply_limit(args, batch), args.temperature, generator, only=mine)
     groups = ranks.whole(mine, groups)
@@ -134,8 +136,8 @@ def judge(
 def gradient(
     args, policy: Policy, groups: list[list[Rollout]], mine: list[int], limit: int
 ) -> tuple[float, dict]:
-    """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. limit: the longest reply allowed.
-    Returns their part of the loss, and sums for the log."""
+    """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. limit: the longest
+    reply allowed. Returns their part of the loss, and sums for the log."""
     rollouts = [o for group in groups for o in group]
     weights = tompo.AGGREGATIONS[args.aggregation]([len(o.reply_ids) for o in rollouts], limit)
     for o, weight in zip(rollouts, weights):
@@ -169,8 +171,8 @@ def gradient(
 
 
 def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
-    """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns False if
-    it was stopped before the end (after saving a checkpoint)."""
+    """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns
+    False if it was stopped before the end (after saving a checkpoint)."""
     config = training.new_adapter(policy, args, purpose=3)
     conversations = make_prompts(policy, records, args)
     prompts = [p for of_one in conversations for p in of_one]
@@ -180,9 +182,7 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
         memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), loop.open_log("samples")
         loop.keep = lambda: {"memory": memory.best}
         if loop.done == 0 and ranks.first():
-            tqdm.write(
-                "RFT: the policy loss is 0 at step 0, and rightly so (rho is 1, advantages have mean 0); watch r^S"
-            )
+            tqdm.write("RFT: a policy loss of 0 at step 0 is right: rho is 1, and advantages have mean 0")
         for step in loop:
             with clock("sample"):
                 batch = next_batch(conversations, args.prompts, step, args.seed)
@@ -214,10 +214,9 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description="ToMPO: SFT, reinforcement fine-tuning and evaluation in one run."
     )
-    training.add_training_arguments(parser)
+    training.add_training_arguments(parser, "runs/tompo")
     add_rft_arguments(parser)
     held_out.add_eval_arguments(parser, "--eval-seat")
-    parser.add_argument("--out", default="runs/tompo", help="the run folder")
     ranks.start()
     args = training.parse(parser, "train_rft.py", argv)
     check_rft_arguments(args)

@@ -3,12 +3,13 @@
     python train_sft.py --out runs/sft
 
 [source] LoRA rank 64, alpha 32, learning rate 5e-5, batch 16, on expert effort decisions: `--preset paper`.
-[choice] The small default model trains on both kinds of decision, because it keeps to the reply format in no case before
-any training, and RFT has no signal without some compliant replies.
+[choice] The small default model trains on both kinds of decision, because it keeps to the reply format in no
+case before any training, and RFT has no signal without some compliant replies.
 
-All decisions of an agent in a game are one conversation. The loss is the mean of -log pi over the reply tokens of the
-chosen kind (and each reply's end-of-turn token); `--train-on separate` trains an adapter for each kind. Where the data
-holds a decision that was replaced at random, the expert's own answer is trained in its place.
+All decisions of an agent in a game are one conversation. The loss is the mean of -log pi over the reply
+tokens of the chosen kind (and each reply's end-of-turn token); `--train-on separate` trains an adapter for
+each kind. Where the data holds a decision that was replaced at random, the expert's own answer is trained in
+its place.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import experts
 import lora
 from experts import Record
 from models import adapters
@@ -30,15 +32,17 @@ HELD_OUT_GAMES = 12  # for the reply loss before and after
 
 @dataclass
 class Conversation:
-    """The trained decisions of one agent in one game. rows: what the policy scores; kinds: of each target, G or E."""
+    """The trained decisions of one agent in one game. rows: what the policy scores; kinds: of each target, G
+    or E."""
 
     rows: list
     kinds: str
 
 
 def conversations(policy: Policy, records: list[Record], train_on: str) -> list[Conversation]:
-    """One conversation for each (game, seat) of the data set: its decisions of the trained kind as prompts, with the
-    expert's answer as their one reply. What was really played, if something else, stands in the later prompts."""
+    """One conversation for each (game, seat) of the data set: its decisions of the trained kind as prompts,
+    with the expert's answer as their one reply. What was really played, if something else, stands in the
+    later prompts."""
     kinds = {"effort": "E", "graph": "G", "both": "GE"}[train_on]
     decisions: dict[tuple[int, int], list[Record]] = {}
     for r in records:
@@ -69,8 +73,8 @@ def reply_loss(
 
 
 def sft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
-    """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER if there
-    is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
+    """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER
+    if there is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
     config = training.new_adapter(policy, args, purpose=1)
     data = conversations(policy, training.in_trained_seats(args, records), args.train_on)
     held_out = dataset.simulate_args(args, HELD_OUT_GAMES, args.seed, "held-out")
@@ -114,8 +118,8 @@ def log_reply_loss(loop: training.Loop, policy: Policy, test: list[Conversation]
 
 
 def sft_separately(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
-    """An adapter for each kind of decision: FOLDER/graph/adapter and FOLDER/effort/adapter; what was finished before
-    a resume is kept. Returns False if it was stopped before the end."""
+    """An adapter for each kind of decision: FOLDER/graph/adapter and FOLDER/effort/adapter; what was finished
+    before a resume is kept. Returns False if it was stopped before the end."""
     for kind in ("graph", "effort"):
         if not (folder / kind / "adapter" / adapters.CONFIG_FILE).exists():
             of_kind = argparse.Namespace(**vars(args) | {"train_on": kind})
@@ -128,8 +132,7 @@ def sft_separately(policy: Policy, args, records: list[Record], folder: Path, st
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="LoRA fine-tuning on expert games.")
-    training.add_training_arguments(parser)
-    parser.add_argument("--out", default="runs/sft", help="the run folder")
+    training.add_training_arguments(parser, "runs/sft")
     ranks.start()
     args = training.parse(parser, "train_sft.py", argv)
     records = training.load_records(args)
@@ -138,6 +141,7 @@ def main(argv=None) -> None:
     with StopSignal() as stop:
         separate = args.train_on == "separate"
         finished = (sft_separately if separate else sft)(policy, args, records, folder, stop)
+    experts.print_report()
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)

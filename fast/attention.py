@@ -1,11 +1,12 @@
 """Attention in which every token sees some of the others, by plain matrix products in blocks.
 
-softmax(scaling q k^T + mask) v, scores and softmax in fp32. Neighbouring queries form a `Block` with the keys that any
-of them sees, so that little is multiplied to be masked. The backward pass computes the weights again. Where a CPU has
-fast products, torch's flash attention does not use them, and this takes half (bf16) to three quarters (fp32 of oneDNN)
-of its time.
+softmax(scaling q k^T + mask) v, scores and softmax in fp32. Neighbouring queries form a `Block` with the keys
+that any of them sees, so that little is multiplied to be masked. The backward pass computes the weights
+again. Where a CPU has fast products, torch's flash attention does not use them, and this takes half (bf16) to
+three quarters (fp32 of oneDNN) of its time.
 
-Dimensions: R rows, n queries and K keys of a row, D head size; kv heads, of which each serves a group of query heads.
+Dimensions: R rows, n queries and K keys of a row, D head size; kv heads, of which each serves a group of
+query heads.
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ QUERIES = 128  # of a block, at most
 
 @dataclass
 class Block:
-    """queries: which of the n. keys: a slice of the K, or indices (k,). bias (R or 1, 1, queries, keys): 0, or -inf for
-    what is not seen."""
+    """queries: which of the n. keys: a slice of the K, or indices (k,). bias (R or 1, 1, queries, keys): 0,
+    or -inf for what is not seen."""
 
     queries: slice
     keys: slice | Tensor
@@ -28,7 +29,8 @@ class Block:
 
 
 def blocks(visible: np.ndarray, device, first: int = 0) -> list[Block]:
-    """visible (R or 1, n, K): does a query see a key? Each sees one at least. The queries count from `first`."""
+    """visible (R or 1, n, K): does a query see a key? Each sees one at least. The queries count from
+    `first`."""
     result = []
     for start in range(0, visible.shape[1], QUERIES):
         of_block = visible[:, start : start + QUERIES]
@@ -69,7 +71,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
-        (R, heads, n, D), kv_heads = q.shape, k.shape[1]
+        (R, heads, _, D), kv_heads = q.shape, k.shape[1]
         grad_out = (grad.float() * out.float()).sum(-1, keepdim=True).transpose(1, 2)
         grad = grad.transpose(1, 2)  # (R, heads, n, D), as q
         dq, (dk, dv) = torch.empty_like(q), (x.new_zeros(x.shape, dtype=torch.float32) for x in (k, v))
@@ -92,7 +94,8 @@ class _Attention(torch.autograd.Function):
 
 
 def _of_block(block: Block, x: Tensor, kv_heads: int) -> Tensor:
-    """(R, heads, n, D) -> (R kv, group queries, D): the heads of a key head one after the other, so no key is copied."""
+    """(R, heads, n, D) -> (R kv, group queries, D): the heads of a key head one after the other, so no key is
+    copied."""
     x = x[:, :, block.queries]
     return x.reshape(len(x) * kv_heads, -1, x.shape[-1])
 
@@ -104,5 +107,6 @@ def _seen(block: Block, x: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, all_blocks: list[Block], scaling: float) -> Tensor:
-    """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D). The blocks have every query once."""
+    """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D). The blocks have every query
+    once."""
     return _Attention.apply(q, k, v, all_blocks, scaling)

@@ -18,8 +18,8 @@ def prepare_cpu() -> None:
     ):  # glibc. Freed activations stay with the process: else the kernel takes them back
         libc.mallopt(M_MMAP_MAX, 0)  # and hands them out again page by page, at every step
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-    # On AMD's CPUs MKL leaves AVX-512 alone, and oneDNN has twice its speed in fp32. But torch asks oneDNN only where it
-    # may round to bf16 inside; whether it then does (with AMX) shows in a product.
+    # On AMD's CPUs MKL leaves AVX-512 alone, and oneDNN has twice its speed in fp32. But torch asks oneDNN
+    # only where it may round to bf16 inside; whether it then does (with AMX) shows in a product.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f"):
         settings, a = torch.backends.mkldnn.matmul, torch.arange(2.0**16).sin().view(256, 256)

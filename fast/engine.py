@@ -1,7 +1,7 @@
 """The policy as policy.py defines it, sooner: the same draws and log-probabilities behind the same methods.
 
-Both sampling and scoring compute what prompts and replies have in common once: see shared_prefix.py. The vocabulary is
-only visited at reply tokens, and its gradient is taken in closed form.
+Both sampling and scoring compute what prompts and replies have in common once: see shared_prefix.py. The
+vocabulary is only visited at reply tokens, and its gradient is taken in closed form.
 
 Dimensions: P prompts, M replies of a prompt, B replies that are sampled, U different ones among them, R rows,
 S reply tokens, T targets, H hidden size, V vocabulary.
@@ -19,9 +19,9 @@ from policy import Policy, Rollout
 class _TargetLogps(torch.autograd.Function):
     """log softmax(logits_of(h) / temperature) at the target of each token: (T, H), (T,) -> (T,).
 
-    Never holds the logits of more than `CHUNK` tokens: each value depends on its own h alone, so its gradient with
-    respect to h, one vector of size H, is computed beside it and kept instead. The head, of weight W, is frozen.
-    """
+    Never holds the logits of more than `CHUNK` tokens: each value depends on its own h alone, so its gradient
+    with respect to h, one vector of size H, is computed beside it and kept instead. The head, of weight W, is
+    frozen."""
 
     CHUNK = 256
 
@@ -57,7 +57,8 @@ def target_logps(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
 
 def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> tuple[list[int], list[float]]:
-    """A token for each of B replies, from the law of its state, and its log-probability. Without uniforms: the likeliest.
+    """A token for each of B replies, from the law of its state, and its log-probability. Without uniforms:
+    the likeliest.
 
     A uniform number u draws the first token at which the law's distribution function is above u.
     """
@@ -101,8 +102,9 @@ class FastPolicy(Policy):
     # sampling
 
     def _sample(self, prompts, uniforms_PMS: Tensor, temperature: float, history: History | None):
-        """Replies to one prompt that have said the same so far are computed as one, and a reply that has ended costs
-        nothing more. history (M = 1): what earlier calls have read is not read again; it is brought up to date."""
+        """Replies to one prompt that have said the same so far are computed as one, and a reply that has
+        ended costs nothing more. history (M = 1): what earlier calls have read is not read again; it is
+        brought up to date."""
         (P, M, max_new_tokens), device = uniforms_PMS.shape, self.device
         assert history is None or M == 1
         rows = (
@@ -180,8 +182,8 @@ class FastPolicy(Policy):
         return self.model.get_output_embeddings()
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """(n, H) -> (n, V). From a plain head in fp32 whatever the model's dtype: bf16 would round a logit of 20 by up to
-        0.06, which is more than all that rounding does to the hidden states."""
+        """(n, H) -> (n, V). From a plain head in fp32 whatever the model's dtype: bf16 would round a logit of
+        20 by up to 0.06, which is more than all that rounding does to the hidden states."""
         head = self._head()
         if type(head) is not torch.nn.Linear:  # an adapter
             return head(hidden)

@@ -1,9 +1,10 @@
-"""LoRA's products joined: the same h = W x + scaling B A x as lora.LoRALinear, in one product with W instead of three.
+"""LoRA's products joined: the same h = W x + scaling B A x as lora.LoRALinear, in one product with W instead
+of three.
 
-A `JointLoRALinear` keeps a working copy, made anew after any of W, B and A was changed in place (what writes to `.data`,
-or a fused optimizer, it cannot see). In fp32 it is the sum W + scaling B A. In bf16 that would lose every change of W
-that is smaller than W's resolution, and the first steps are; so there it is [W, B], for [x, scaling A x], and one product
-adds both before it rounds.
+A `JointLoRALinear` keeps a working copy, made anew after any of W, B and A was changed in place (what writes
+to `.data`, or a fused optimizer, it cannot see). In fp32 it is the sum W + scaling B A. In bf16 that would
+lose every change of W that is smaller than W's resolution, and the first steps are; so there it is [W, B],
+for [x, scaling A x], and one product adds both before it rounds.
 """
 
 import torch
@@ -65,13 +66,17 @@ class JointLoRALinear(LoRALinear):
         return self._working, self._joint_A
 
     def freeze(self) -> None:
-        """W and B become views of the working copy, so that a frozen layer holds W once."""
+        """W, and every B that is frozen above it, become views of the working copy, which holds W once."""
         super().freeze()
-        S, _ = self.working(self.base_weight())
-        n = S.shape[1] - self.B.shape[1]
-        if isinstance(self.base, nn.Linear):
-            self.base.weight = nn.Parameter(S[:, :n], requires_grad=False)
+        self._hold(self.working(self.base_weight())[0])
+
+    def _hold(self, S: torch.Tensor) -> None:
+        self._working, n = S, S.shape[1] - self.B.shape[1]
         self.B = nn.Parameter(S[:, n:], requires_grad=False)
+        if isinstance(self.base, LoRALinear):
+            self.base._hold(S[:, :n])
+        else:
+            self.base.weight = nn.Parameter(S[:, :n], requires_grad=False)
 
 
 def _joint(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -80,8 +85,9 @@ def _joint(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 
 class _SumLinear(torch.autograd.Function):
-    """h = S x + bias with S = W + scaling B A at hand: one product instead of three, and no (out)-wide sum. Backward,
-    with g = dJ/dh:  dJ/dx = S^T g,  dJ/dA = scaling (B^T g) x^T,  dJ/dB = scaling g (A x)^T;  W is frozen."""
+    """h = S x + bias with S = W + scaling B A at hand: one product instead of three, and no (out)-wide sum.
+    Backward, with g = dJ/dh:  dJ/dx = S^T g,  dJ/dA = scaling (B^T g) x^T,  dJ/dB = scaling g (A x)^T;  W is
+    frozen."""
 
     @staticmethod
     def forward(ctx, x, A, B, scaling, S, bias):
@@ -101,9 +107,9 @@ class _SumLinear(torch.autograd.Function):
 
 
 class _JointLinear(torch.autograd.Function):
-    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both before it rounds.
-    Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above. What was frozen before stands between: [W, B']
-    for W, and its A' above scaling A in joint_A."""
+    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both before it
+    rounds. Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above. What was frozen before
+    stands between: [W, B'] for W, and its A' above scaling A in joint_A."""
 
     @staticmethod
     def forward(ctx, x, A, B, scaling, S, joint_A, bias):
@@ -124,8 +130,8 @@ class _JointLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear. On a CPU, where x has few rows, in fp32, W x^T takes half the time of x W^T in MKL, and four fifths in
-    oneDNN (in bf16 less for 32 rows, but more for 24 or 40)."""
+    """F.linear. On a CPU, where x has few rows, in fp32, W x^T takes half the time of x W^T in MKL, and four
+    fifths in oneDNN (in bf16 less for 32 rows, but more for 24 or 40)."""
     few = x.numel() < 56 * x.shape[-1] and x.dtype == torch.float32
     if x.device.type != "cpu" or bias is not None or not few:
         return F.linear(x, W, bias)

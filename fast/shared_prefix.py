@@ -1,17 +1,20 @@
 """Prompts and replies as trees of tokens, and attention over them: every token is computed once.
 
-All prompts begin with the same rules, the prompt of a decision goes on from that of the decision before, the m replies
-to one prompt follow it and begin alike. So they form trees:
+All prompts begin with the same rules, the prompt of a decision goes on from that of the decision before, the
+m replies to one prompt follow it and begin alike. So they form trees:
+
 - a `Row` is a trunk (the longest prompt) from which replies branch off; a token sees its ancestors (`pack`);
-- a `Pass` packs rows for one forward pass: without padding, with the beginning that all rows have in common read once;
-- a `SharedKV` holds the keys and values of the prompts once for all replies that are being sampled. Each reply has a
-  small store of its own, and one softmax runs over both.
+- a `Pass` packs rows for one forward pass: without padding, with the beginning that all rows have in common
+  read once;
+- a `SharedKV` holds the keys and values of the prompts once for all replies that are being sampled. Each
+  reply has a small store of its own, and one softmax runs over both.
 
-It hooks into any Hugging Face decoder through transformers' AttentionInterface; the model's own code is untouched.
+It hooks into any Hugging Face decoder through transformers' AttentionInterface; the model's own code is
+untouched.
 
-Dimensions: R rows, n tokens of a pass, of which C are the common beginning; a row's keys: P that it begins with, then
-X = L + B own ones (trunk, branches); U states that are computed in a decoding step, at most K of a row; S reply tokens,
-T targets, D head size.
+Dimensions: R rows, n tokens of a pass, of which C are the common beginning; a row's keys: P that it begins
+with, then X = L + B own ones (trunk, branches); U states that are computed in a decoding step, at most K of a
+row; S reply tokens, T targets, D head size.
 """
 
 from dataclasses import dataclass, field
@@ -27,19 +30,18 @@ from transformers.masking_utils import sdpa_mask
 from fast import attention
 from run.files import InputError
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rows: prompts and replies as trees of tokens
+# -------------------- rows: prompts and replies as trees of tokens
 
 
 @dataclass
 class Row:
     """A tree of tokens that one forward pass reads, and the reply tokens that it scores.
 
-    ids (n,): tokens; parents (n,): index of the token before, -1 for the first, always smaller than the own index;
-    sources (T,): index of the token whose output predicts each target; targets (T,): reply tokens; prompts: which of
-    the prompts it was packed from, in the order in which their replies stand in `targets`. Recorded indices, never
-    token values, say what is a reply: the end-of-turn token may be the padding token too.
-    """
+    ids (n,): tokens; parents (n,): index of the token before, -1 for the first, always smaller than the own
+    index; sources (T,): index of the token whose output predicts each target; targets (T,): reply tokens;
+    prompts: which of the prompts it was packed from, in the order in which their replies stand in `targets`.
+    Recorded indices, never token values, say what is a reply: the end-of-turn token may be the padding token
+    too."""
 
     ids: list[int]
     parents: list[int]
@@ -67,9 +69,9 @@ def chain(ids: list[int], prompts: list[int]) -> Row:
 def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
     """Prompts and the replies to each (none, one or many) in as few rows as possible.
 
-    A prompt that is the beginning of another shares its row. Where replies begin alike, with each other or with what
-    stands in the trunk, they share tokens. The last token of a reply predicts nothing, so it is not read.
-    """
+    A prompt that is the beginning of another shares its row. Where replies begin alike, with each other or
+    with what stands in the trunk, they share tokens. The last token of a reply predicts nothing, so it is not
+    read."""
     rows: list[Row] = []
     trunks: list[list[int]] = []
     for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
@@ -104,7 +106,8 @@ def trunk_length(row: Row) -> int:
 
 
 def common_beginning(rows: list[Row]) -> int:
-    """C: how many tokens all rows begin with, before any branch. 0 for a single row; every row keeps one token."""
+    """C: how many tokens all rows begin with, before any branch. 0 for a single row; every row keeps one
+    token."""
     if len(rows) < 2:
         return 0
     limit = min(len(row.ids) - 1 for row in rows)
@@ -114,16 +117,15 @@ def common_beginning(rows: list[Row]) -> int:
     return next((C for C, alternatives in enumerate(tokens) if len(set(alternatives)) > 1), limit)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# attention
+# -------------------- attention
 
 IN_BLOCKS = ("cpu",)  # devices where attention.py is faster than torch's own attention
 
 
 @dataclass
 class History:
-    """What was read of R conversations so far: their tokens, and the keys and values of each layer (R, kv heads, P, D),
-    in whatever order and with gaps; columns say where each token's stand."""
+    """What was read of R conversations so far: their tokens, and the keys and values of each layer (R, kv
+    heads, P, D), in whatever order and with gaps; columns say where each token's stand."""
 
     ids: list[list[int]] = field(default_factory=list)
     columns: list[list[int]] = field(default_factory=list)
@@ -136,10 +138,10 @@ class History:
 
 
 class Pass:
-    """Rows packed for one forward pass: the common beginning, then what is left of row 1, of row 2, ..., no padding.
-    Only the attention sees rows side by side, as P + X columns of keys: P that rows begin with (C of the common
-    beginning, or those of the rows' history), then X = L + B own ones, padded: L of the trunk (all before the first
-    branch), where each token sees all before it, and B of branches, which have a mask."""
+    """Rows packed for one forward pass: the common beginning, then what is left of row 1, of row 2, ..., no
+    padding. Only the attention sees rows side by side, as P + X columns of keys: P that rows begin with (C of
+    the common beginning, or those of the rows' history), then X = L + B own ones, padded: L of the trunk (all
+    before the first branch), where each token sees all before it, and B of branches, which have a mask."""
 
     def __init__(self, rows: list[Row], device, dtype, history: History | None = None):
         self.history = history if history and history.kv else None
@@ -209,8 +211,8 @@ class Pass:
     def attend(
         self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and values of
-        each row, (R, kv heads, P + X, D)."""
+        """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D), and the keys and
+        values of each row, (R, kv heads, P + X, D)."""
         (_, heads, n, D), C = query.shape, self.C
 
         def of_rows(x, begin=None):  # (1, heads, n, D) -> (R, heads, [P +] X, D)
@@ -242,7 +244,8 @@ class Pass:
     def _attend_by_kernels(
         self, module, q: Tensor, k: Tensor, v: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """The same by torch's kernels: q (R, heads, C + X, D) -> (R, X, heads, D), and (C, heads, D) of the beginning."""
+        """The same by torch's kernels: q (R, heads, C + X, D) -> (R, X, heads, D), and (C, heads, D) of the
+        beginning."""
         (R, heads, _, D), kv_heads, C, L = q.shape, k.shape[1], self.C, self.L
         outs, out_of_beginning = [], q.new_empty(0, heads, D)
         if L:
@@ -264,8 +267,8 @@ class Pass:
 
 
 class _ByRow(torch.autograd.Function):
-    """Packed tokens (n, ...) -> padded places (R * X, ...). Each token after the beginning has one place, so the
-    gradient is a gather too, and not a slow scatter-add; padding passes none back."""
+    """Packed tokens (n, ...) -> padded places (R * X, ...). Each token after the beginning has one place, so
+    the gradient is a gather too, and not a slow scatter-add; padding passes none back."""
 
     @staticmethod
     def forward(ctx, x, rows: Pass):
@@ -295,13 +298,14 @@ class _Packed(torch.autograd.Function):
 class SharedKV:
     """Keys and values in decoding: those of the prompts once for all replies, those of the replies apart.
 
-    What is computed are states: a prompt and what some of its replies have said so far. At first they are the prompts.
-    """
+    What is computed are states: a prompt and what some of its replies have said so far. At first they are the
+    prompts."""
 
     def __init__(
         self, rows: Pass, prompts: list[tuple[int, int]], max_new_tokens: int, keeps_ended: bool = False
     ):
-        """prompts: the row and the length of each. keeps_ended: states that do not go on are wanted by `keep`."""
+        """prompts: the row and the length of each. keeps_ended: states that do not go on are wanted by
+        `keep`."""
         visible = torch.zeros(len(prompts), rows.P + rows.X, dtype=torch.bool)
         for i, (r, n) in enumerate(prompts):
             visible[i, rows.columns[r][:n]] = True
@@ -321,7 +325,8 @@ class SharedKV:
         self.length = 0  # reply tokens stored so far
 
     def go_on(self, origin: list[int]) -> None:
-        """From now on U states are computed, in the order of their rows; each goes on from the origin-th so far."""
+        """From now on U states are computed, in the order of their rows; each goes on from the origin-th so
+        far."""
         if origin == list(range(self.U)):
             return
         gone_on = set(origin)
@@ -330,7 +335,8 @@ class SharedKV:
         self.prompt_of = [self.prompt_of[u] for u in origin + ended]
         taken = torch.tensor(origin + ended, device=device)
         self.reply = {layer: (k[taken], v[taken]) for layer, (k, v) in self.reply.items()}
-        # Attention to the prompts wants the states by row, K places each; what is left over is computed in vain.
+        # Attention to the prompts wants the states by row, K places each; what is left over is computed in
+        # vain.
         rows = [self.row_of_prompt[i] for i in self.prompt_of[: self.U]]
         self.K = max(rows.count(r) for r in set(rows))
         place = [r * self.K + rows[:u].count(r) for u, r in enumerate(rows)]
@@ -357,8 +363,8 @@ class SharedKV:
             history.kv[layer] = tuple(torch.cat(parts, 2) for parts in zip((k.transpose(2, 3), v), of_reply))
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, ...]:
-        """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D), with scores in
-        the model's dtype."""
+        """First the prompts, as a Pass; then one new token per state: (U, heads, 1, D) -> (U, 1, heads, D),
+        with scores in the model's dtype."""
         layer = module.layer_idx
         if layer not in self.prompt:
             out, k, v = self.rows.attend(module, query, key, value, scaling)
@@ -397,8 +403,9 @@ class SharedKV:
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tokens=None, **kwargs):
-    """What the model's attention layers call. tokens: the Pass or SharedKV that says who sees whom, whatever mask
-    transformers made of the position ids; without it (somebody calls the model itself) it is plain attention."""
+    """What the model's attention layers call. tokens: the Pass or SharedKV that says who sees whom, whatever
+    mask transformers made of the position ids; without it (somebody calls the model itself) it is plain
+    attention."""
     if tokens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:

@@ -31,8 +31,8 @@ def load_policy(name: str, dtype: str = "float32", device: str = "cpu", engine: 
 
 
 def put_adapter(policy: Policy, name: str) -> LoRAConfig:
-    """Puts the adapter of a folder on the policy's model, or the last of a chain (FOLDER+FOLDER) on the others, merged.
-    Raises InputError for one that does not fit."""
+    """Puts the adapter of a folder on the policy's model, or the last of a chain (FOLDER+FOLDER) on the
+    others, merged. Raises InputError for one that does not fit."""
     try:
         return adapters.load_chain(policy.model, str(name), layer=policy.layer)
     except (OSError, ValueError) as e:

@@ -1,10 +1,13 @@
-"""Sequential credit (equations 4 to 6 of the paper): `--credit return` puts it in the place of the sample level.
+"""Sequential credit (equations 4 to 6 of the paper): `--credit return` puts it in the place of the sample
+level.
 
-C_i = discounted return of the agent when decision i is played and then experts play the game to its end: for an
-      effort the return given the graph, for a graph decision the value V*(S_t+1) of the state it leads to [source]
-sample level := 2 max(0, 1 + (C_i - C_expert) / |C_expert|), 2 for what the expert's own decision earns   [choice]
-minus zeta |C_G - C_E|: the distance from the mean credit of the other kind of decision in the same round of the
-same conversation, if the step holds one                                   [source: the term; choice: its form]
+In place of the likeness to the expert stands what the decision earns:
+
+    [source] C_i = discounted return of the agent when decision i is played and experts then play on to the
+             end: for an effort the return given the graph, for a graph decision V*(S_t+1) of its next state
+    [choice] sample level := 2 max(0, 1 + (C_i - C_expert) / |C_expert|), 2 for what the expert's own earns
+    [source] minus zeta |C_G - C_E|; [choice] its form: the distance from the mean credit of the other kind of
+             decision in the same round of the same conversation, if the step holds one
 """
 
 import numpy as np
@@ -17,7 +20,8 @@ from run.dataset import expert_of
 
 
 def discounted_return(state: State, seat: int, actions: np.ndarray, expert, gamma: float, seed) -> float:
-    """sum_k gamma^k pi_seat of the round of `state` and those after it: all agents' `actions` now, then experts."""
+    """sum_k gamma^k pi_seat of the round of `state` and those after it: all agents' `actions` now, then
+    experts."""
     finished, rng = len(state.round_results()), np.random.default_rng(seed)
     state = state.step(actions)
     while not state.done:
@@ -41,7 +45,8 @@ def return_credits(
 
 
 def made_consistent(credits: dict[tuple, list[float | None]], zeta: float) -> dict[tuple, list[float | None]]:
-    """credits by (conversation and round, kind): each minus zeta times its distance from the other kind's mean."""
+    """credits by (conversation and round, kind): each minus zeta times its distance from the other kind's
+    mean."""
     other = {"G": "E", "E": "G"}
     compliant = {key: [c for c in values if c is not None] for key, values in credits.items()}
     means = {key: sum(values) / len(values) for key, values in compliant.items() if values}
@@ -56,8 +61,8 @@ def made_consistent(credits: dict[tuple, list[float | None]], zeta: float) -> di
 def step_credits(
     args, batch: list, groups: list[list[Rollout]], step: int
 ) -> list[list[float | None] | None]:
-    """The credit of every rollout of a step, which takes the place of its sample level; None for every group under
-    --credit immediate. batch: the prompts (train_rft.Prompt)."""
+    """The credit of every rollout of a step, which takes the place of its sample level; None for every group
+    under --credit immediate. batch: the prompts (train_rft.Prompt)."""
     if args.credit == "immediate":
         return [None] * len(batch)
     expert, credits = expert_of(args), {}

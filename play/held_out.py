@@ -1,7 +1,8 @@
-"""Held-out games: which are played, who sits where, and the rows of a training run. Their flags are evaluation's.
+"""Held-out games: which are played, who sits where, and the rows of a training run. Their flags are
+evaluation's.
 
-Every policy plays the same instances (the fixed held-out grid), in the same seat, against the same draws of the experts,
-so rows can be compared game by game.
+Every policy plays the same instances (the fixed held-out grid), in the same seat, against the same draws of
+the experts, so rows can be compared game by game.
 """
 
 import argparse
@@ -22,8 +23,7 @@ from world.draws import families, held_out_grid
 
 EVAL_SEED = 0
 
-# ---------------------------------------------------------------------------------------------------------------------
-# games and seats
+# -------------------- games and seats
 
 
 def add_eval_arguments(parser: argparse.ArgumentParser, seat_flag: str | None = "--seat") -> None:
@@ -52,7 +52,8 @@ def seat_of(args) -> int | str:
 
 
 def seed_of(args) -> int:
-    """Of sampling and expert draws: the same for all training runs, so that they meet the same games and experts."""
+    """Of sampling and expert draws: the same for all training runs, so that they meet the same games and
+    experts."""
     return getattr(args, "eval_seed", EVAL_SEED)
 
 
@@ -70,8 +71,8 @@ def held_out_instances(args) -> list[Game]:
 
 
 def seats_in(instances: list[Game], seat: int | str, seed: int) -> list[tuple[int, ...]]:
-    """The policy's seats in each game. A random one belongs to the seed and the game, so it is the same for all
-    policies, however many games are played."""
+    """The policy's seats in each game. A random one belongs to the seed and the game, so it is the same for
+    all policies, however many games are played."""
     if seat == "all":
         return [tuple(range(g.N)) for g in instances]
     if seat == "random":
@@ -81,7 +82,8 @@ def seats_in(instances: list[Game], seat: int | str, seed: int) -> list[tuple[in
 
 
 def by_stages(instances: list[Game], play_part) -> list[Played]:
-    """Plays together the games that have the same stages and rounds. play_part: their indices -> their games played."""
+    """Plays together the games that have the same stages and rounds. play_part: their indices -> their games
+    played."""
     played: dict[int, Played] = {}
     for stages in dict.fromkeys((g.stages, g.rounds) for g in instances):
         part = [i for i, g in enumerate(instances) if (g.stages, g.rounds) == stages]
@@ -92,7 +94,8 @@ def by_stages(instances: list[Game], play_part) -> list[Played]:
 def play_held_out(
     args, make_player, label: str, seat: int | str | None = None, repair: bool = False
 ) -> list[Played]:
-    """One kind of player on the held-out games of these arguments, in its seat or seats and experts in the others."""
+    """One kind of player on the held-out games of these arguments, in its seat or seats and experts in the
+    others."""
     instances = held_out_instances(args)
     seats = seats_in(instances, seat_of(args) if seat is None else seat, seed_of(args))
 
@@ -114,8 +117,8 @@ def evaluate_expert(args, name: str) -> dict:
 
 
 def evaluate_run(args, policy: Policy, folder: Path) -> dict[str, dict]:
-    """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base model, the
-    other seats' expert and random play, on the same games. Takes the policy's adapter off."""
+    """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
+    model, the other seats' expert and random play, on the same games. Takes the policy's adapter off."""
     results = {args.algo: evaluate_policy(args, policy, args.algo)}
     lora.remove(policy.model)  # what is left is the SFT policy
     results["sft"] = evaluate_policy(args, policy, "sft")

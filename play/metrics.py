@@ -2,26 +2,28 @@
 
 Metrics, [choice] where the paper only names them:
     U1      share of the policy's decisions that are compliant; Wilson interval
-    s       graph score of the policy's graph decisions against the expert's: see rewards.py; 0 if not compliant
-    row     share of the N-1 other agents for whom a graph decision is the expert's; 0 if not compliant. Unlike s it sees
-            proposals that nobody answers
-    U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others actually
-            play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would form), or over all
-            efforts in [0, cap]; 1 where u_best = u_worst
-    U3      cooperative outcome of a game: realised welfare / welfare of the first best (planner)
-    U3 gain (W - W_empty) / (W* - W_empty): 0 for nobody linking at Nash efforts, 1 for the first best; games without
-            a difference are left out
+    s       graph score of its graph decisions against the expert's: see rewards.py; 0 if not compliant
+    row     share of the N-1 other agents for whom a graph decision is the expert's; 0 if not compliant.
+            Unlike s it sees proposals that nobody answers
+    U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others
+            actually play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would
+            form), or over all efforts in [0, cap]; 1 where u_best = u_worst
+    U3      cooperative outcome of a game: realised welfare / welfare of the first best (planner); games in
+            which that is 0 are left out
+    U3 gain (W - W_empty) / (W* - W_empty): 0 for nobody linking at Nash efforts, 1 for the first best; games
+            without a difference are left out
     belief  graph: share of the others whose choice of the agent was foreseen; effort: mean over the others of
             max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states one
-The unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not compliant
-plays no links / effort 0, and counts; the columns `| ok` are U2 of compliant decisions and U3 of games in which every
-decision of the policy was compliant. Where the policy sits in several seats, a game's value is the mean over its seats.
-All of it is also reported for round 1 alone where games have more rounds.
+
+The unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
+compliant plays no links / effort 0, and counts; the columns `| ok` are U2 of compliant decisions and U3 of
+games in which every decision of the policy was compliant. Where the policy sits in several seats, a game's
+value is the mean over its seats. All of it is also reported for round 1 alone where games have more rounds.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -34,8 +36,7 @@ METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | o
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# metrics
+# -------------------- metrics
 
 
 @lru_cache(maxsize=2**16)
@@ -70,7 +71,7 @@ def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
     return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
-@lru_cache(maxsize=None)
+@cache
 def welfare_bounds(game: Game) -> tuple[float, float]:
     """(W* of the first best, W of nobody linking at Nash efforts)."""
     empty_NN = games.empty_graph(game.N)
@@ -79,8 +80,8 @@ def welfare_bounds(game: Game) -> tuple[float, float]:
 
 @dataclass
 class Turn:
-    """One decision of the policy. decision is None for a reply that is not compliant; repaired: not compliant, but a
-    decision was read out of it and played (see prompts.repair_reply)."""
+    """One decision of the policy. decision is None for a reply that is not compliant; repaired: not
+    compliant, but a decision was read out of it and played (see prompts.repair_reply)."""
 
     round: int
     kind: str
@@ -103,8 +104,7 @@ class Played:
     welfares: list[float]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# results
+# -------------------- results
 
 
 def mean_interval(values) -> dict:
@@ -118,7 +118,8 @@ def mean_interval(values) -> dict:
 
 
 def _t95(df: int) -> float:
-    """The 0.975 quantile of Student's t (a table below 10 degrees of freedom, then the Cornish-Fisher expansion)."""
+    """The 0.975 quantile of Student's t (a table below 10 degrees of freedom, then the Cornish-Fisher
+    expansion)."""
     table = {
         1: 12.7062,
         2: 4.3027,
@@ -161,30 +162,32 @@ def per_instance(played: Played, rounds: int | None = None) -> dict:
     first_best, empty = welfare_bounds(played.game)
     W = float(np.mean(played.welfares[:rounds]))
     gain = (W - empty) / (first_best - empty) if first_best - empty > 1e-9 else None
+    share = W / first_best if first_best > 1e-9 else None  # in some games nobody can do better than 0
     ok = [t for t in turns if t.decision is not None]
     return {
         "U1": len(ok) / len(turns),
         "s": float(np.mean([t.s for t in turns if t.kind == "G"])),
         "row": float(np.mean([t.row for t in turns if t.kind == "G"])),
         "U2": float(np.mean([t.U2 for t in turns])),
-        "U3": W / first_best,
+        "U3": share,
         "U3 gain": gain,
         "belief": float(np.mean([t.belief for t in turns])),
         "U2 | ok": _mean([t.U2 for t in ok]),
-        "U3 | ok": W / first_best if len(ok) == len(turns) else None,
+        "U3 | ok": share if len(ok) == len(turns) else None,
         "U2 graph": float(np.mean([t.U2 for t in turns if t.kind == "G"])),
         "U2 effort": float(np.mean([t.U2 for t in turns if t.kind == "E"])),
     }
 
 
 def _compliance(turns: list[Turn], seats: float) -> dict:
-    """U1. The decisions of several seats of a game are not independent: for the interval they count as those of one."""
+    """U1. The decisions of several seats of a game are not independent: for the interval they count as those
+    of one."""
     return wilson_interval(sum(t.decision is not None for t in turns) / seats, len(turns) / seats)
 
 
 def summarise(games_played: list[Played]) -> dict:
-    """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same}, "instances": per
-    instance, "replies": of some games, evenly spread; "repaired": how many replies}."""
+    """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same},
+    "instances": per instance, "replies": of some games, evenly spread; "repaired": how many replies}."""
     seats = len({t.seat for t in games_played[0].turns})
 
     def table(rows, turns):
@@ -218,8 +221,8 @@ def of_seat(games_played: list[Played], seat: int) -> list[Played]:
 
 
 def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:
-    """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a game
-    counts once, with its mean over the plays."""
+    """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a
+    game counts once, with its mean over the plays."""
     rows = [[per_instance(p) for p in plays] for plays in zip(*by_seat)]  # [game][seat]
     turns = [t for of_one in by_seat for p in of_one for t in p.turns]
 
@@ -238,7 +241,8 @@ def paired_difference(a: dict, b: dict, metric: str) -> dict:
 
 
 def format_table(tables: dict[str, dict]) -> str:
-    """One line per policy: mean [low, high] of every metric. tables: {policy: {metric: mean and interval}}."""
+    """One line per policy: mean [low, high] of every metric. tables: {policy: {metric: mean and
+    interval}}."""
 
     def cell(v):
         if v["mean"] is None:
@@ -312,8 +316,8 @@ def report_seeds(paths: list[str]) -> str:
 
 
 def format_seeds(runs: list[dict[str, dict]]) -> str:
-    """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over the runs'
-    means, so they speak of training, not of one adapter. runs: the results of each."""
+    """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over
+    the runs' means, so they speak of training, not of one adapter. runs: the results of each."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
     first, *others = names
 

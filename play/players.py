@@ -1,12 +1,13 @@
 """Who sits at a table, and games played at tables.
 
-A player answers a list of `Ask`s, all of one stage, with one answer each: a reply's text, which is parsed as strictly as
-the policy's in training, or a Decision (experts in seats that are not measured). A table names a player for every seat
-of a game; a player in several seats, or in several games, is asked once per stage for all of them.
+A player answers a list of `Ask`s, all of one stage, with one answer each: a reply's text, which is parsed as
+strictly as the policy's in training, or a Decision (experts in seats that are not measured). A table names a
+player for every seat of a game; a player in several seats, or in several games, is asked once per stage for
+all of them.
 
-Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in the prompt), an
-adapter folder (or one with two adapters, graph/adapter and effort/adapter, that take turns), `expert:NAME`. All that need
-the model share one.
+Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in the
+prompt), an adapter folder (or one with two adapters, graph/adapter and effort/adapter, that take turns),
+`expert:NAME`. All that need the model share one.
 """
 
 from collections import defaultdict
@@ -38,8 +39,8 @@ from world.draws import Family, draw_game, families, split_of
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One decision that is asked for. game: which of the games that are played; replies: what this seat has answered in
-    the stages before."""
+    """One decision that is asked for. game: which of the games that are played; replies: what this seat has
+    answered in the stages before."""
 
     game: int
     state: State
@@ -53,8 +54,7 @@ class Ask:
 
 Player = Callable[[list[Ask]], list[str | Decision]]
 
-# ---------------------------------------------------------------------------------------------------------------------
-# players
+# -------------------- players
 
 
 def policy_player(
@@ -68,12 +68,12 @@ def policy_player(
     examples: dict[str, list[list[dict]]] | None = None,
     stream: int = 100,
 ) -> Player:
-    """A player that answers with the policy. It is for one play of games: of the conversations of its first two batches
-    it keeps the keys and values from one decision to the next.
+    """A player that answers with the policy. It is for one play of games: of the conversations of its first
+    two batches it keeps the keys and values from one decision to the next.
 
-    adapters: by kind of decision, G and E; is put on the model for every answer, so that players can share the model; examples: conversations that
-    stand before every prompt, by game label; stream: players at one table must not have the same random numbers.
-    """
+    adapters: by kind of decision, G and E; is put on the model for every answer, so that players can share
+    the model; examples: conversations that stand before every prompt, by game label; stream: players at one
+    table must not have the same random numbers."""
     histories = defaultdict(policy.new_history)  # each adapter reads conversations for itself
 
     def prompt(ask: Ask) -> list[int]:
@@ -89,7 +89,8 @@ def policy_player(
                 generator = seeded(seed, stream, asks[0].stage, start)
                 part = prompts[start : start + batch]
                 mine = ranks.share(range(len(part)))
-                # What was read takes 46 KB a token in the default model: later batches read their conversations again.
+                # What was read takes 46 KB a token in the default model: later batches read their
+                # conversations again.
                 history = histories[id(adapter), start] if start < 2 * batch else None
                 groups = policy.sample(part, 1, limit, temperature, generator, history, mine)
                 texts += ranks.whole(mine, [group[0].text for group in groups])
@@ -109,7 +110,8 @@ def adapter_on(policy: Policy, state: dict, config: lora.LoRAConfig):
 
 
 def expert_decider(expert: str | experts.Expert, seed: int) -> Player:
-    """The expert's decisions. Its draws belong to (seed, game, seat, stage): they depend on no other player."""
+    """The expert's decisions. Its draws belong to (seed, game, seat, stage): they depend on no other
+    player."""
     expert = experts.make_expert(expert) if isinstance(expert, str) else expert
 
     def decide(asks):
@@ -126,8 +128,9 @@ def expert_player(expert: str | experts.Expert, style: PromptStyle, seed: int) -
 
 
 def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
-    """The conversation `chat` after other, finished ones, as one conversation. Many chat templates take one system
-    message, and take it first: each later conversation has its own at the head of its first user message."""
+    """The conversation `chat` after other, finished ones, as one conversation. Many chat templates take one
+    system message, and take it first: each later conversation has its own at the head of its first user
+    message."""
     first, *rest = [*examples, chat]
     joined = list(first)
     for system, question, *more in rest:
@@ -138,8 +141,7 @@ def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
     return joined
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# players by name
+# -------------------- players by name
 
 
 def expert_examples(
@@ -177,14 +179,15 @@ def check_names(args, names: list[str], flag: str) -> None:
 
 
 def adapter_folders(name: str) -> dict[str, str]:
-    """The adapter for each kind of decision: the folder itself, or the two that `--train-on separate` leaves in it."""
+    """The adapter for each kind of decision: the folder itself, or the two that `--train-on separate` leaves
+    in it."""
     separate = {"G": str(Path(name, "graph", "adapter")), "E": str(Path(name, "effort", "adapter"))}
     return separate if any(Path(folder).is_dir() for folder in separate.values()) else {"G": name, "E": name}
 
 
 def fitting_adapter(policy: Policy, name: str) -> tuple[dict, lora.LoRAConfig]:
-    """The adapter of a folder, or a chain as one. Raises InputError for one that does not fit the policy's model. (Of a
-    chain only the first was trained on this model, so it alone is held against its base.)"""
+    """The adapter of a folder, or a chain as one. Raises InputError for one that does not fit the policy's
+    model. (Of a chain only the first was trained on this model, so it alone is held against its base.)"""
     first, *others = adapters_on_disk.chain(name)
     put_adapter(policy, first)
     lora.remove(policy.model)
@@ -197,8 +200,8 @@ def fitting_adapter(policy: Policy, name: str) -> tuple[dict, lora.LoRAConfig]:
 
 
 def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict[str, Callable[..., Player]]:
-    """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The model is
-    loaded once, and a wrong adapter is found before the first game, not after the last."""
+    """{name: a function that makes the player for one play}; it takes the `stream` of `policy_player`. The
+    model is loaded once, and a wrong adapter is found before the first game, not after the last."""
     check_names(args, names, flag)
     style, cast = dataset.style_of(args), {}
     policy = None if all(name.startswith("expert:") for name in names) else load_policy_of_rank(args)
@@ -229,8 +232,7 @@ def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict
     return cast
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# games at tables
+# -------------------- games at tables
 
 
 def play(
@@ -242,7 +244,8 @@ def play(
     label: str = "",
     repair: bool = False,
 ) -> list[Played]:
-    """The player in one seat, or in each game in the seats that the list names, and the expert in the others."""
+    """The player in one seat, or in each game in the seats that the list names, and the expert in the
+    others."""
     seats = [(seat,)] * len(instances) if isinstance(seat, int) else seat
     others = expert_decider(expert, seed)
     tables = [[player if j in own else others for j in range(g.N)] for g, own in zip(instances, seats)]
@@ -258,10 +261,10 @@ def play_tables(
     label: str = "",
     repair: bool = False,
 ) -> list[Played]:
-    """All games side by side, stage by stage; they must have the same stages and rounds. tables: of each game the
-    player in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions in all seats
-    a graph decision is compared with (as in training: its row among the expert's others); repair: of replies that are
-    not compliant, play what can be read in them."""
+    """All games side by side, stage by stage; they must have the same stages and rounds. tables: of each game
+    the player in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions
+    in all seats a graph decision is compared with (as in training: its row among the expert's others);
+    repair: of replies that are not compliant, play what can be read in them."""
     reference = expert_decider(expert, seed)
     players = list({id(p): p for table in tables for p in table}.values())
     states = [State(g) for g in instances]
@@ -303,7 +306,8 @@ def play_tables(
 def _turn(
     state: State, seat: int, reply, strict, meant, actions: np.ndarray, expert_NN: np.ndarray | None
 ) -> Turn:
-    """strict: the decision of the reply as it is; meant: after repair, where there is one; expert_NN: (N, N) or None."""
+    """strict: the decision of the reply as it is; meant: after repair, where there is one; expert_NN: (N, N)
+    or None."""
     s = row = None
     if state.kind == "G":
         s = graph_score(meant, Target(state, seat, expert_NN))

@@ -1,5 +1,6 @@
-"""A lenient reading of replies, for a baseline in evaluation that tells formatting from strategy. Nothing in training
-calls it."""
+"""A lenient reading of replies, for a baseline in evaluation that tells formatting from strategy. Nothing in
+training calls it.
+"""
 
 import re
 
@@ -11,10 +12,10 @@ from prompts import NUMBER, Decision, parse_reply, read_belief
 def repair_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
     """The compliant decision that is nearest to a reply; None where no decision can be read.
 
-    What is read is the line that follows the last `Decision:`, wherever that stands; without one, for `G` the last list
-    in brackets, for `E` all but Belief lines. `G`: the numbers in it, in their order and each to the nearer of 0 and 1, cut or padded with 0 to N entries,
-    own position 0; none of them being 0 or 1, it is no row. `E`: the first finite number, clipped to [0, cap].
-    """
+    What is read is the line that follows the last `Decision:`, wherever that stands; without one, for `G` the
+    last list in brackets, for `E` all but Belief lines. `G`: the numbers in it, in their order and each to
+    the nearer of 0 and 1, cut or padded with 0 to N entries, own position 0; none of them being 0 or 1, it is
+    no row. `E`: the first finite number, clipped to [0, cap]."""
     compliant = parse_reply(reply, kind, seat, N, cap)
     if compliant:
         return compliant

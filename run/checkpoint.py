@@ -1,11 +1,12 @@
-"""Checkpoints: everything a stopped run needs to end in the same adapter, bit for bit, as one that was never stopped.
+"""Checkpoints: everything a stopped run needs to end in the same adapter, bit for bit, as one that was never
+stopped.
 
-A checkpoint is a folder `step-000040` with two files, no pickle: tensors.safetensors (adapter, optimizer moments) and
-state.json (steps done, memory, whatever else the loop keeps). It is written under another name and renamed when it is
-complete, so a killed write is never taken for a checkpoint.
+A checkpoint is a folder `step-000040` with two files, no pickle: tensors.safetensors (adapter, optimizer
+moments) and state.json (steps done, memory, whatever else the loop keeps). It is written under another name
+and renamed when it is complete, so a killed write is never taken for a checkpoint.
 
-There are no random states to save: every random number of a run comes from a generator that is seeded by the run's
-seed, its purpose and the step (`seeded`), so the number of steps done is the whole random state.
+There are no random states to save: every random number of a run comes from a generator that is seeded by the
+run's seed, its purpose and the step (`seeded`), so the number of steps done is the whole random state.
 """
 
 import json
@@ -28,7 +29,8 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def shuffled(count: int, size: int, step: int, *seeds: int) -> list[int]:
-    """The indices of the step-th batch of `size` when `count` items are gone through in a new order every epoch."""
+    """The indices of the step-th batch of `size` when `count` items are gone through in a new order every
+    epoch."""
     indices = []
     for position in range(step * size, (step + 1) * size):
         epoch, offset = divmod(position, count)

@@ -13,8 +13,14 @@ def plot_curves(folder: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    def read(path):
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    def read(path):  # a damaged line is left out: a picture must not cost the user the end of a long run
+        rows = []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                pass
+        return rows
 
     def draw(axis, rows, key, label, colour):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -27,13 +27,12 @@ def simulate_many(
     noise: float = 0.15,
     ask=None,
 ) -> list[Record]:
-    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents. Families take
-    turns. ask: how language models are asked.
+    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents.
+    Families take turns. ask: how language models are asked.
 
-    A language model plays all games side by side. It gets the instances and the replaced decisions that an exact expert
-    gets: none of them turns on the answers, so each game is first played by an exact expert, to move on the random
-    stream, and then in earnest with a copy of the stream from before.
-    """
+    A language model plays all games side by side. It gets the instances and the replaced decisions that an
+    exact expert gets: none of them turns on the answers, so each game is first played by an exact expert, to
+    move on the random stream, and then in earnest with a copy of the stream from before."""
     rng = np.random.default_rng([seed, split == "held-out"])
     player, waits = make_expert(expert, ask), experts.is_language(expert)
     rehearsing = make_expert(exact_stand_in(expert)) if waits else None
@@ -60,7 +59,8 @@ def write_records(path: str, records: list[Record]) -> None:
 
 
 def read_records(path: str) -> list[Record]:
-    """Reads and checks a data set. Raises InputError that names the file, the line and what is wrong with it."""
+    """Reads and checks a data set. Raises InputError that names the file, the line and what is wrong with
+    it."""
     try:
         with open(path, encoding="utf-8") as f:
             lines = f.read().splitlines()
@@ -101,8 +101,8 @@ def read_records(path: str) -> list[Record]:
 
 
 def targets(records: list[Record]) -> list[tuple[Record, Target]]:
-    """Every decision with the state in which it is taken and what the experts of all agents do there, sorted by game,
-    stage and seat. Raises InputError for a data set that lacks seats or stages."""
+    """Every decision with the state in which it is taken and what the experts of all agents do there, sorted
+    by game, stage and seat. Raises InputError for a data set that lacks seats or stages."""
     stages: dict[tuple[int, int], list[Record]] = {}
     for r in records:
         stages.setdefault((r.game, r.stage), []).append(r)

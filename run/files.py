@@ -1,4 +1,6 @@
-"""Files of a run, and errors a user can mend: what every script shares. Needs neither torch nor transformers."""
+"""Files of a run, and errors a user can mend: what every script shares. Needs neither torch nor
+transformers.
+"""
 
 import argparse
 import functools
@@ -112,7 +114,8 @@ def read_json(path):
 
 
 def refuse_existing(path) -> None:
-    """To be called before any work: an output file that exists, or whose folder does not, is an InputError."""
+    """To be called before any work: an output file that exists, or whose folder does not, is an
+    InputError."""
     if Path(path).exists():
         raise InputError(f"{path} exists already and is not overwritten; name another file or remove it")
     if not Path(path).parent.is_dir():
@@ -122,11 +125,12 @@ def refuse_existing(path) -> None:
 def new_run_folder(folder: str, arguments: dict) -> Path:
     """Makes the folder of a new run and writes config.json into it. Refuses a folder that holds anything."""
     path = Path(folder)
-    # (A folder with nothing but a config.json is that of a run that failed before its first step: nothing is lost.)
+    # (A folder with nothing but a config.json is that of a run that failed before its first step: nothing is
+    # lost.)
     if path.exists() and (not path.is_dir() or any(entry.name != "config.json" for entry in path.iterdir())):
         raise InputError(
-            f"{folder} already holds something and is not overwritten; name another --out, or continue a run with "
-            f"--resume {folder}"
+            f"{folder} already holds something and is not overwritten; name another --out, or continue a run "
+            f"with --resume {folder}"
         )
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -155,8 +159,8 @@ def peak_memory_gib() -> float | None:
 
 
 class JsonLines:
-    """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no step
-    stands in the log twice. `writes` is False in all but one of several processes."""
+    """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no
+    step stands in the log twice. `writes` is False in all but one of several processes."""
 
     def __init__(self, path: Path, next_step: int = 0, writes: bool = True):
         self.file, kept = None, []
@@ -179,8 +183,8 @@ class JsonLines:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once (if it
-    comes more than a second later: launchers may send one signal twice)."""
+    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once
+    (if it comes more than a second later: launchers may send one signal twice)."""
 
     def __enter__(self):
         self.requested = False

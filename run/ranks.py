@@ -2,14 +2,14 @@
 
     torchrun --nproc-per-node=4 -- train_rft.py --m 16
 
-(The -- keeps torchrun from reading --m as an abbreviation of its own flags. It kills what has not ended 30 s after a
-Ctrl-C; give it --shutdown-timeout 300 where a step takes longer.)
+(The -- keeps torchrun from reading --m as an abbreviation of its own flags. It kills what has not ended 30 s
+after a Ctrl-C; give it --shutdown-timeout 300 where a step takes longer.)
 
-Every process has the whole model and does all that is cheap on the same data with the same random numbers. What costs
-time is split: each process samples for, and takes the gradient of, its share of a step's prompts (of SFT's
-conversations, of evaluation's games). Replies are exchanged and gradients summed, so all take the same optimizer step,
-and K processes end in the adapter of one, up to rounding (which may turn a sampled token). Rank 0 alone prints and writes. With one process all of this
-does nothing.
+Every process has the whole model and does all that is cheap on the same data with the same random numbers.
+What costs time is split: each process samples for, and takes the gradient of, its share of a step's prompts
+(of SFT's conversations, of evaluation's games). Replies are exchanged and gradients summed, so all take the
+same optimizer step, and K processes end in the adapter of one, up to rounding (which may turn a sampled
+token). Rank 0 alone prints and writes. With one process all of this does nothing.
 """
 
 import os
@@ -43,9 +43,8 @@ def first() -> bool:
 def start() -> None:
     """Joins the processes that torchrun has started, if it has.
 
-    gloo on GPUs too: only adapter gradients and small objects travel, and it raises an error where a process has died.
-    NCCL would end the whole process instead, and with it the chance to save.
-    """
+    gloo on GPUs too: only adapter gradients and small objects travel, and it raises an error where a process
+    has died. NCCL would end the whole process instead, and with it the chance to save."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
         if not first():

@@ -1,4 +1,6 @@
-"""What a step of RFT writes down: its line of metrics.jsonl, and one line of samples.jsonl for every sampled reply."""
+"""What a step of RFT writes down: its line of metrics.jsonl, and one line of samples.jsonl for every sampled
+reply.
+"""
 
 from collections.abc import Iterator
 
@@ -12,8 +14,8 @@ from run.files import Stopwatch
 def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float]) -> dict:
     """What one step's samples look like. Every key is explained in docs/settings.md.
 
-    batch: the prompts (train_rft.Prompt); groups: the rollouts of each; sums: of tompo.objective_loss over the step.
-    """
+    batch: the prompts (train_rft.Prompt); groups: the rollouts of each; sums: of tompo.objective_loss over
+    the step."""
     everything = [o for group in groups for o in group]
     graph = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "G"]
     effort = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "E"]
@@ -40,7 +42,8 @@ def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float
 
 
 def sample_lines(step: int, batch: list, groups: list[list[Rollout]]) -> Iterator[dict]:
-    """The reply, the expert's, every reward term, both advantages, and which rule a reply that is not compliant broke."""
+    """The reply, the expert's, every reward term, both advantages, and which rule a reply that is not
+    compliant broke."""
     for prompt, group in zip(batch, groups):
         r = prompt.record
         for o in group:

@@ -1,4 +1,6 @@
-"""What SFT and RFT have in common: flags, the optimizer, and all that surrounds the steps of a stage (`Loop`)."""
+"""What SFT and RFT have in common: flags, the optimizer, and all that surrounds the steps of a stage
+(`Loop`).
+"""
 
 import argparse
 import math
@@ -10,8 +12,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import experts
 import lora
 from experts import Record
+from models import adapters
 from models.load import ENGINES, load_policy
 from models.pretrained import DEFAULT_MODEL
 from policy import Policy
@@ -33,8 +37,7 @@ PAPER |= dict(lr=1e-5)  # ours, since the paper leaves the rate of RFT open
 PAPER |= dict(dtype="bfloat16", micro_batch=2)  # ours, so that the 7B model fits into one GPU of 80 GB
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# flags
+# -------------------- flags
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +49,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", choices=ENGINES, default="fast", help="plain: policy.py as it stands, slow and short")
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """What train_sft.py and train_rft.py have in common."""
+def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """What train_sft.py and train_rft.py have in common. out: the default run folder."""
     add_model_arguments(parser)
     dataset.add_data_arguments(parser)
     add = parser.add_argument_group(
@@ -67,6 +70,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "run", "Seeds, memory, saving. None of these changes the method."
     ).add_argument
+    add("--out", default=out, help="the run folder")
     add("--preset", choices=("small", "paper"), default="small", help="defaults: small, or the paper's")
     add("--data", metavar="FILE", help="expert games of tools.expert_games (else they are simulated)")
     add("--resume", metavar="RUN", help="continue this run with its own settings")
@@ -78,8 +82,8 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.Namespace:
-    """Parses the flags, with the paper's values as defaults under --preset paper; under --resume they are those of
-    the run (a flag that is newer than the run has its default)."""
+    """Parses the flags, with the paper's values as defaults under --preset paper; under --resume they are
+    those of the run (a flag that is newer than the run has its default)."""
     known, _ = parser.parse_known_args(argv)
     if known.preset == "paper":
         flags = {action.dest for action in parser._actions}
@@ -95,13 +99,16 @@ def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.N
         raise InputError(f"--seat {args.seat} must be below {agents}")
     if args.data:  # a run may be resumed from another working directory
         args.data = os.path.abspath(args.data)
+    if experts.is_language(args.expert):
+        from teachers import language  # here: exact experts do without
+
+        args.ask = language.with_record(args.ask)  # its record by an absolute path, for the same reason
     if getattr(args, "sft_adapter", None):
-        args.sft_adapter = "+".join(map(os.path.abspath, args.sft_adapter.split("+")))
+        args.sft_adapter = "+".join(map(os.path.abspath, adapters.chain(args.sft_adapter)))
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# what a stage starts from
+# -------------------- what a stage starts from
 
 
 def load_policy_of_rank(args) -> Policy:
@@ -125,8 +132,8 @@ def load_records(args) -> list[Record]:
 
 
 def in_trained_seats(args, records: list[Record]) -> list[Record]:
-    """Those of the decisions that are trained on: of the policy's seat [source: seat 0], of one drawn per game, or of
-    every seat."""
+    """Those of the decisions that are trained on: of the policy's seat [source: seat 0], of one drawn per
+    game, or of every seat."""
     if args.seat != "random":
         return [r for r in records if args.seat == "all" or r.seat == args.seat]
     agents: dict[int, int] = {}
@@ -146,8 +153,7 @@ def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# steps
+# -------------------- steps
 
 
 def micro_batches(items: list, size: int) -> list[list]:
@@ -157,9 +163,8 @@ def micro_batches(items: list, size: int) -> list[list]:
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over a tenth of the steps, but at least 3, then cosine to 0; `step` from 0.
 
-    Adam's first steps are the sign of the gradient at full length: without a warm-up the first batch of RFT alone can
-    push a policy to one answer for everything.
-    """
+    Adam's first steps are the sign of the gradient at full length: without a warm-up the first batch of RFT
+    alone can push a policy to one answer for everything."""
     warmup = max(3, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -181,8 +186,8 @@ def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
 
 
 class Loop:
-    """The steps of a training stage, and all that surrounds them: checkpoints and resume, the log, the progress bar,
-    Ctrl-C, processes that are lost.
+    """The steps of a training stage, and all that surrounds them: checkpoints and resume, the log, the
+    progress bar, Ctrl-C, processes that are lost.
 
         with Loop(...) as loop:
             for step in loop:
@@ -235,8 +240,8 @@ class Loop:
             yield self.done
 
     def optimizer_step(self) -> tuple[float, float]:
-        """Steps with the gradients of all processes, clipped, and clears them. Returns (the learning rate that was
-        used, the gradient norm before clipping)."""
+        """Steps with the gradients of all processes, clipped, and clears them. Returns (the learning rate
+        that was used, the gradient norm before clipping)."""
         lr = learning_rate(self.done, self.planned, self.peak_lr)
         norm = clip_gradient(self.optimizer, self.args.max_grad_norm)
         self.untouched = False
@@ -246,7 +251,8 @@ class Loop:
         return lr, norm
 
     def end_step(self, line: dict, live: str) -> None:
-        """Logs the line, shows the live values, and saves where it is time; on Ctrl-C in any process all stop."""
+        """Logs the line, shows the live values, and saves where it is time; on Ctrl-C in any process all
+        stop."""
         self.log.write({"step": self.done} | line)
         self.done, self.untouched = self.done + 1, True
         self.bar.set_postfix_str(live)

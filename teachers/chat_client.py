@@ -5,8 +5,8 @@ nowhere: not into the record, not into a log, and the key is taken out of whatev
 is shown or kept.
 
 The record is the cache: a JSON line per answer, on the disk before the answer is used, so a run that is
-killed loses no answer that was paid for, and the same command goes on where it stopped. What has an answer there
-is never asked again; only what is under way at a kill, or is answered after the time-out, is.
+killed loses no answer that was paid for, and the same command goes on where it stopped. What has an answer
+there is never asked again; only what is under way at a kill, or is answered after the time-out, is.
 An answer is found by (model, messages, sampling settings, draw, attempt), and not by the server it came from.
 `draw` names which sample of the model's law it is, see language.py; `attempt` counts how often the question
 was repeated because the answer could not be read.
@@ -40,8 +40,7 @@ LARGEST_BODY = 2**24
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 2.3, 1.3  # per token, by SmolLM2's tokenizer; for estimates alone
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the record
+# -------------------- the record
 
 
 def question_key(model: str, messages: list[dict], settings: dict, draw: str, attempt: int) -> str:
@@ -115,8 +114,7 @@ class AnswerFile:
             return [a for a in self.answers.values() if a["model"] == model]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# the server
+# -------------------- the server
 
 
 @dataclass
@@ -270,8 +268,7 @@ def _refusal(server: Server, error: urllib.error.HTTPError, model: str) -> Excep
     return InputError(said)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# asking
+# -------------------- asking
 
 
 class ChatClient:

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from games import EFFORT_DIGITS, State
-from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
+from games import State
+from prompts import EFFORT_DIGITS, Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from run.files import InputError, read_json
 from teachers.chat_client import ChatClient
 

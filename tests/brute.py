@@ -9,9 +9,8 @@ def all_graphs(N):
     """Every labelled graph on N nodes, (2^(N(N-1)/2), N, N)."""
     pairs = list(itertools.combinations(range(N), 2))
     graphs = np.zeros((2 ** len(pairs), N, N), int)
-    for code in range(len(graphs)):
-        for k, (i, j) in enumerate(pairs):
-            graphs[code, i, j] = graphs[code, j, i] = code >> k & 1
+    for k, (i, j) in enumerate(pairs):
+        graphs[:, i, j] = graphs[:, j, i] = np.arange(len(graphs)) >> k & 1
     return graphs
 
 
@@ -27,11 +26,9 @@ def star_graph(N):
 
 
 def bcz_payoffs(game, G, x):
-    """The equation at the top of bcz.py, term by term."""
+    """The equation at the top of world/bcz.py, term by term."""
     pi = []
     for i in range(game.N):
-        value = game.alpha[i] * x[i] - x[i] ** 2 / 2
-        for j in range(game.N):
-            value += G[i][j] * (game.delta * x[i] * x[j] - game.c)
-        pi.append(value)
+        links = [game.delta * x[i] * x[j] - game.c for j in range(game.N) if G[i][j]]
+        pi.append(game.alpha[i] * x[i] - x[i] ** 2 / 2 + sum(links))
     return np.array(pi)

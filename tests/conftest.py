@@ -1,15 +1,6 @@
-"""Let the tests import the flat modules of the repository and the helpers beside them, and share one tiny model
-and one whole run on it."""
-
-import sys
-from pathlib import Path
+"""What many tests share: one tiny model and one whole run on it."""
 
 import pytest
-
-HERE = Path(__file__).resolve().parent
-for folder in (HERE, HERE.parent):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
 
 pytest.register_assert_rewrite("whole_runs", "reference")
 
@@ -36,5 +27,32 @@ def full(model_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gentle(model_dir, tmp_path_factory):
+    """The same with a lower learning rate: what another engine, or more processes, must end in."""
+    from whole_runs import GENTLE, Run, rft_flags, run_rft
+
+    folder = tmp_path_factory.mktemp("runs") / "gentle"
+    run_rft(rft_flags(model_dir, folder, lr=GENTLE))
+    return Run(folder)
+
+
+@pytest.fixture(scope="session")
 def sft_adapter(full):
     return str(full.folder / "sft" / "adapter")
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, argv) -> the one `error:` line in which that script ends, with exit status 2."""
+
+    def run(main, argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, argv)))
+        out, err = capsys.readouterr()
+        (line,) = [line for line in err.splitlines() if "error:" in line]
+        said = [line for line in out.splitlines() if not line.startswith("continuing ")]  # --resume
+        assert stop.value.code == 2 and not said and "Traceback" not in err
+        return line
+
+    return run

@@ -1,28 +1,74 @@
-"""The plain way to score replies, for comparison: transformers' own model and attention, one pass per reply."""
+"""Engines on copies of one tiny model with the same adapter, and groups of replies for them: the groups are ragged
+on purpose, and some of their prompts begin alike."""
 
 import torch
-from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
 import lora
+from models.load import load_policy
+
+ENGINES = ("fast", "plain")
+END = 2  # <|im_end|>, which ends a turn and is the padding too
+PROMPTS = [
+    [65, 70, 100, 33, 80, 77, 78, 79],
+    [90, 41],
+    [65, 70, 100, 33, 80],
+    [5, 200, 17, 65, END, 31, 120, 77, 9, 300, 42],
+    [65, 70, 100, 33, 80],
+    [65, 70, END, 12],
+]
+REPLIES = [
+    [[90, 91, END], [77], [30, 31, 32, 33, 34, 35], [90, 91, 92]],
+    [[END], [12, 13, 14, END]],
+    [[77, 78, END], [77, 78, 79, 300, END], [77, 80]],  # as the first prompt goes on
+    [[200, 201, 202, 203, END], [200, 201, 202], [9, END], [200, 201, 202, 203, END]],
+    [[8, 7], [END, END, END]],  # the third prompt once more
+    [[60, 61, 62, 63]],
+]
 
 
-def plain_model(folder, policy=None):
-    """ids -> logits of the folder loaded afresh, with W + scaling B A of the policy's adapter as its weights (so that
-    gradients reach A and B)."""
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
-    weights = dict(model.named_parameters())
-    for name, layer in lora.lora_layers(policy.model).items() if policy else ():
-        weights[name + ".weight"] = weights[name + ".weight"] + layer.scaling * layer.B @ layer.A
-    return lambda ids: functional_call(model, weights, (torch.tensor([ids]),)).logits[0]
+def add_adapter(policy, seed=1, size=0.05, r=4, targets=lora.DEFAULT_TARGETS):
+    """An adapter as training would leave it: with B = 0 most tests could not fail."""
+    config = lora.LoRAConfig(r, 2.0 * r, targets, policy.name)
+    lora.inject(policy.model, config, torch.Generator().manual_seed(seed), policy.layer)
+    generator = torch.Generator().manual_seed(seed + 100)
+    with torch.no_grad():
+        for layer in lora.lora_layers(policy.model).values():
+            layer.B.copy_(size * torch.randn(layer.B.shape, generator=generator))
+    return config
 
 
-def plain_logps(model, prompt, reply, temperature=1.0):
-    law = (model(prompt + reply) / temperature).log_softmax(-1)
-    return torch.stack([law[len(prompt) - 1 + t, token] for t, token in enumerate(reply)])
+def engine(name, folder, dtype="float32", **adapter):
+    policy = load_policy(str(folder), dtype, engine=name)
+    add_adapter(policy, **adapter)
+    return policy
 
 
-def take_gradients(policy):
-    found = [p.grad.clone() for p in lora.lora_parameters(policy.model)]
+def score(policy, prompts=PROMPTS, replies=REPLIES, temperature=1.0, micro_batch=100, reference=False):
+    """log pi, or log pi_ref, of the replies to each prompt, in the order of the prompts."""
+    method, found = policy.reference_logps if reference else policy.token_logps, {}
+    rows = policy.pack(prompts, replies)
+    for start in range(0, len(rows), micro_batch):
+        part = rows[start : start + micro_batch]
+        for row, logps in zip(part, method(part, temperature), strict=True):
+            found |= zip(row.prompts, logps.split([sum(map(len, replies[i])) for i in row.prompts]))
+    return [found[i] for i in range(len(prompts))]
+
+
+def difference(a, b):
+    """The largest, of log-probabilities of the same replies."""
+    a, b = (x if torch.is_tensor(x) else torch.cat(list(x)) for x in (a, b))
+    return float((a.detach() - b.detach()).abs().max())
+
+
+def gradients(policy, loss):
+    """Those of every A and B; none is left behind."""
+    loss.backward()
+    found = [p.grad for p in lora.lora_parameters(policy.model)]
     policy.model.zero_grad(set_to_none=True)
     return found
+
+
+def assert_close_gradients(actual, expected, tolerance=1e-3):
+    """Tensor by tensor, relative to its norm."""
+    for a, b in zip(actual, expected, strict=True):
+        assert b.norm() > 1e-5 and (a - b).norm() <= tolerance * b.norm()

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from brute import bcz_payoffs
 
-from world.bcz import BCZ
 from games import State, form_links
+from prompts import Decision, PromptStyle, broken_rule, fallback, format_reply, messages, parse_reply
+from world.bcz import BCZ
 from world.draws import Family, held_out_grid
 from world.pgg import PGG
-from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 
 STYLES = [PromptStyle(i, b, h) for i in ("full", "local") for b in (True, False) for h in (True, False)]
 ALPHA = (1.37, 2.91, 0.83, 1.79)  # numbers that occur nowhere else in a prompt
@@ -24,12 +25,9 @@ def random_state(game, stages, rng):
     """A state after that many stages of random actions; efforts have two decimals."""
     state = State(game)
     for _ in range(stages):
-        if state.kind == "G":
-            actions = rng.integers(0, 2, (game.N, game.N))
-            np.fill_diagonal(actions, 0)
-        else:
-            actions = rng.integers(1, int(game.cap * 100), game.N) / 100
-        state = state.step(actions)
+        rows = rng.integers(0, 2, (game.N, game.N)) * (1 - np.eye(game.N, dtype=int))
+        efforts = rng.integers(1, int(game.cap * 100), game.N) / 100
+        state = state.step(rows if state.kind == "G" else efforts)
     return state
 
 
@@ -41,24 +39,17 @@ def numbers_in(text):
     return {float(v) for v in re.findall(r"\d+(?:\.\d+)?", text)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# prompts
+# --- prompts
 
 
 @pytest.mark.parametrize("style", STYLES, ids=str)
-@pytest.mark.parametrize("seat", range(4))
-def test_an_agent_reads_its_own_numbers(style, seat):
-    state = State(GAME)
-    numbers = numbers_in(text_of(messages(state, seat, [], style)))
-    assert {GAME.delta, GAME.c, GAME.cap, ALPHA[seat], 4.0, float(seat + 1)} <= numbers
-
-
-@pytest.mark.parametrize("seat", range(4))
-def test_full_information_tells_everybodys_alpha_and_local_only_ones_own(seat):
-    full = numbers_in(text_of(messages(State(GAME), seat, [], PromptStyle("full"))))
-    local = numbers_in(text_of(messages(State(GAME), seat, [], PromptStyle("local"))))
-    assert set(ALPHA) <= full
-    assert local & set(ALPHA) == {ALPHA[seat]}
+def test_an_agent_reads_its_own_numbers_and_under_full_information_everybodys_alpha(style):
+    for seat in range(4):
+        numbers = numbers_in(text_of(messages(State(GAME), seat, [], style)))
+        assert {GAME.delta, GAME.c, GAME.cap, ALPHA[seat], 4.0, float(seat + 1)} <= numbers
+        assert numbers & set(ALPHA) == (set(ALPHA) if style.information == "full" else {ALPHA[seat]})
+    with pytest.raises(ValueError):
+        messages(State(GAME), 0, [], PromptStyle("none"))
 
 
 @pytest.mark.parametrize("hints", (True, False))
@@ -69,7 +60,7 @@ def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(hints
     for seat in range(4):
         alpha = [5.55, 6.66, 7.77, 8.88]
         alpha[seat] = ALPHA[seat]
-        other = State(BCZ(tuple(alpha), GAME.delta, GAME.c, GAME.cap, rounds=2), state.history)
+        other = State(replace(GAME, alpha=tuple(alpha)), state.history)
         replies = ["Decision: 0"] * 3
         chats = [messages(s, seat, replies, style) for s in (state, other)]
         assert chats[0] == chats[1]
@@ -84,8 +75,7 @@ def test_the_belief_line_is_asked_for_iff_it_is_on(style):
     for stages in range(4):
         state = random_state(GAME, stages, np.random.default_rng(stages))
         text = text_of(messages(state, 1, ["x"] * stages, style))
-        assert ("belief" in text.lower()) == style.belief
-        assert "Decision:" in text
+        assert ("belief" in text.lower()) == style.belief and "Decision:" in text
 
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():
@@ -96,22 +86,16 @@ def test_hints_give_the_worked_numbers_and_nothing_else_does():
     assert worth <= graph[True] and not worth & graph[False]
 
     links = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])  # 1-2 and 2-4: seat 1 has 0 and 3
-    state = State(GAME).step(links)
-    best = 3.06  # 2.91 + 0.047 * (1.37 + 1.79) = 3.05852
-    effort = {h: numbers_in(messages(state, 1, ["x"], PromptStyle(hints=h))[-1]["content"]) for h in (True, False)}
+    state, best = State(GAME).step(links), 3.06  # 2.91 + 0.047 * (1.37 + 1.79) = 3.05852
+    chats = {h: messages(state, 1, ["x"], PromptStyle(hints=h)) for h in (True, False)}
+    effort = {h: numbers_in(chat[-1]["content"]) for h, chat in chats.items()}
     assert best in effort[True] and best not in effort[False]
     assert graph[False] <= graph[True] and effort[False] <= effort[True]
-
-
-def test_hints_change_nothing_under_local_information():
+    # Under local information there is nothing to hint at; a cost of 0 is no unit.
     state = random_state(GAME, 3, np.random.default_rng(1))
-    chats = [messages(state, 2, ["x"] * 3, PromptStyle("local", hints=h)) for h in (True, False)]
-    assert chats[0] == chats[1]
-
-
-def test_a_cost_of_zero_does_not_break_the_hint():
-    game = BCZ((1.0, 1.0, 1.0), 0.1, 0.0, 3.0)
-    assert len(messages(State(game), 0, [], PromptStyle())) == 2
+    local = [messages(state, 2, ["x"] * 3, PromptStyle("local", hints=h)) for h in (True, False)]
+    assert local[0] == local[1]
+    assert "earns" not in text_of(messages(State(replace(GAME, c=0.0)), 0, [], PromptStyle()))
 
 
 @pytest.mark.parametrize("information", ("full", "local"))
@@ -127,22 +111,18 @@ def test_every_graph_reads_differently_before_the_efforts(information):
 
 def test_the_second_round_tells_all_efforts_and_the_own_payoff():
     state = random_state(GAME, 2, np.random.default_rng(2))
-    proposals, efforts = state.history
+    proposals, x = state.history
+    pay = bcz_payoffs(GAME, form_links(proposals), x)
+    assert not (proposals == proposals.T).all()
     for seat in range(4):
         numbers = numbers_in(messages(state, seat, ["x", "y"], PromptStyle("local"))[-1]["content"])
-        assert set(efforts) <= numbers
-        x, G = efforts, form_links(proposals)
-        pay = ALPHA[seat] * x[seat] - x[seat] ** 2 / 2
-        pay += sum(GAME.delta * x[seat] * x[j] - GAME.c for j in range(4) if G[seat, j])
-        assert round(abs(pay), 2) in numbers
+        assert set(x) <= numbers and round(abs(pay[seat]), 2) in numbers
 
 
 @pytest.mark.parametrize("stages", ("GGE", "GEE"))
 def test_the_result_of_a_stage_is_told_before_the_next_of_the_same_kind(stages):
     """After each stage everybody sees the result: two different results, two different prompts."""
-    game = BCZ(ALPHA, 0.047, 0.213, 9.0, stages=stages)
-    first = State(game)
-    links = 1 - np.eye(4, dtype=int)
+    first, links = State(replace(GAME, stages=stages)), 1 - np.eye(4, dtype=int)
     if stages == "GGE":
         a, b, replies = first.step(links), first.step(0 * links), ["x"]
     else:
@@ -158,8 +138,7 @@ def test_prompts_of_all_sizes_over_two_rounds_grow_as_prefixes(N, style):
     """prompt of stage k+1 = prompt of stage k + the reply + one user message: play may reuse its cache, and
     fine-tuning may train all decisions of a game in one pass."""
     rng = np.random.default_rng(N)
-    game = Family("bcz", "GE", 2).make(rng.permutation(np.linspace(1, 3, N)), 0.25, 1.0)
-    end = random_state(game, 4, rng)
+    end = random_state(Family("bcz", "GE", 2).make(rng.permutation(np.linspace(1, 3, N)), 0.25, 1.0), 4, rng)
     for seat in range(N):
         replies, before = [], None
         for k in range(4):
@@ -178,185 +157,106 @@ def test_a_wrong_number_of_replies_is_refused(given):
         messages(state, 0, ["x"] * given, PromptStyle())
 
 
-def test_unknown_information_is_refused():
-    with pytest.raises(ValueError):
-        messages(State(GAME), 0, [], PromptStyle("none"))
+# --- reading replies. `read` holds throughout that a reply breaks no rule exactly where a decision is read.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# replies that are compliant
+def read(reply, kind, seat=0, N=4, cap=3.0):
+    decision = parse_reply(reply, kind, seat, N, cap)
+    assert (broken_rule(reply, kind, seat, N, cap) is None) == (decision is not None)
+    return decision
 
 
-@pytest.mark.parametrize(
-    "reply, row",
-    [
-        ("Decision: [0, 1, 0, 1]", [0, 1, 0, 1]),
-        ("Decision:[0,1,0,1]", [0, 1, 0, 1]),
-        ("  Decision:   [ 0 ,1 ,  0,1 ]  ", [0, 1, 0, 1]),
-        ("Decision: [0, 1, 0, 1]\n", [0, 1, 0, 1]),
-        ("Belief: [0, 1, 1, 1]\r\nDecision: [0, 0, 0, 0]\r\n", [0, 0, 0, 0]),
-        ("thinking ...\nDecision: [0, 1, 1, 1]\nno, wait\nDecision: [0, 0, 1, 0]\nthank you", [0, 0, 1, 0]),
-        ("Decision: nonsense\nDecision: [0, 1, 0, 0]", [0, 1, 0, 0]),
-        ("Decision: [0, 1, 0, 1]\nThe decision: [1, 1, 1, 1]", [0, 1, 0, 1]),
-    ],
-)
-def test_compliant_graph_replies(reply, row):
-    decision = parse_reply(reply, "G", 0, 4, 3.0)
-    assert decision.kind == "G" and decision.action.tolist() == row
-    assert decision.action.dtype.kind == "i"
+ROWS = [
+    ("Decision: [0, 1, 0, 1]", [0, 1, 0, 1]),
+    ("Decision:[0,1,0,1]", [0, 1, 0, 1]),
+    ("  Decision:   [ 0 ,1 ,  0,1 ]  ", [0, 1, 0, 1]),
+    ("Decision: [0, 1, 0, 1]\n", [0, 1, 0, 1]),
+    ("Belief: [0, 1, 1, 1]\r\nDecision: [0, 0, 0, 0]\r\n", [0, 0, 0, 0]),
+    ("thinking ...\nDecision: [0, 1, 1, 1]\nno, wait\nDecision: [0, 0, 1, 0]\nthank you", [0, 0, 1, 0]),
+    ("Decision: nonsense\nDecision: [0, 1, 0, 0]", [0, 1, 0, 0]),
+    ("Decision: [0, 1, 0, 1]\nThe decision: [1, 1, 1, 1]", [0, 1, 0, 1]),
+]
+EFFORTS = [
+    *(("Decision: 1.54", 1.54), ("Decision:1.54", 1.54), ("\tDecision:  1.54\t", 1.54), ("Decision: 0", 0.0)),
+    *(("Decision: 3", 3.0), ("Decision: 3.00", 3.0), ("Decision: 2.9999999", 2.9999999)),  # the cap itself
+    *(("Decision: 15e-1", 1.5), ("Decision: 1e-999", 0.0), ("Decision: 2\nDecision: 1", 1.0)),
+    *(("Decision: 99\nDecision: 1", 1.0), ("Belief: junk\nDecision: 1", 1.0)),
+]
 
 
-@pytest.mark.parametrize(
-    "reply, effort",
-    [
-        ("Decision: 1.54", 1.54),
-        ("Decision:1.54", 1.54),
-        ("\tDecision:  1.54\t", 1.54),
-        ("Decision: 0", 0.0),
-        ("Decision: 3", 3.0),  # the cap itself
-        ("Decision: 3.00", 3.0),
-        ("Decision: 2.9999999", 2.9999999),
-        ("Decision: 15e-1", 1.5),
-        ("Decision: 1e-999", 0.0),
-        ("Decision: 2\nDecision: 1", 1.0),
-        ("Decision: 99\nDecision: 1", 1.0),
-        ("Belief: junk\nDecision: 1", 1.0),
-    ],
-)
-def test_compliant_effort_replies(reply, effort):
-    decision = parse_reply(reply, "E", 0, 4, 3.0)
-    assert decision.kind == "E" and decision.action == effort and isinstance(decision.action, float)
+@pytest.mark.parametrize("reply, action", ROWS + EFFORTS)
+def test_compliant_replies(reply, action):
+    decision = read(reply, "G" if isinstance(action, list) else "E")
+    if decision.kind == "G":
+        assert decision.action.tolist() == action and decision.action.dtype.kind == "i"
+    else:
+        assert decision.action == action and isinstance(decision.action, float)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# replies that are not
-
-
-NEVER = [
-    "",
-    "\n\n",
-    "I choose everybody.",
-    "Decision:",
-    "Decision: ",
-    "Decision: none",
-    "Belief: [0, 1, 0, 1]",
-    "decision: [0, 1, 0, 1]\ndecision: 1",
-    "My Decision: 1",
-    "Decision 1",
-    "Decision: nan",
-    "Decision: [nan, 0, 0, 0]",
-    "Decision: inf",
-    "Decision: -inf",
-    "Decision: Infinity",
-    "Decision: 1e999",
-    "Decision: [0, 1e999, 0, 0]",
-    "Decision: " + "9" * 5000,
-    "Decision: [0, " + "9" * 5000 + ", 0, 0]",
-    "Decision: __import__('os').system('true')",
-    "Decision: [0, __import__('os'), 0, 0]",
-    "Decision: [0] * 4",
-    "Decision: [0, 1, 0, 1] + []",
-    "Decision: 1 + 1",
-    "Decision: True",
-    "Decision: [False, True, False, True]",
-    "Decision: (0, 1, 0, 1)",
-    "Decision: [[0, 1, 0, 1]]",
-    "Decision: \u0661",  # ARABIC-INDIC DIGIT ONE: int() and float() would read it
-    "Decision: \uff11",  # FULLWIDTH DIGIT ONE
-    "Decision: \u00b2",  # SUPERSCRIPT TWO
-    "Decision: [0, \u0661, 0, \uff11]",
-    "Decision: 1_0",
-    "Decision: 0x1",
-    "Decision: 1,5",
-    "Decision: 1.2.3",
-    "Decision: .",
-    "Decision: e1",
-    "Decision: 1e",
-    "Decision: \x001",
+NEVER = ["", "\n\n", "I choose everybody.", "Decision:", "Decision: ", "Decision: none", "Belief: [0, 1, 0, 1]"]
+NEVER += ["decision: [0, 1, 0, 1]\ndecision: 1", "My Decision: 1", "Decision 1"]
+NEVER += [
+    f"Decision: {text}"
+    for text in ["nan", "[nan, 0, 0, 0]", "inf", "-inf", "Infinity", "1e999", "[0, 1e999, 0, 0]"]
+    + ["9" * 5000, "[0, " + "9" * 5000 + ", 0, 0]"]
+    + ["__import__('os').system('true')", "[0, __import__('os'), 0, 0]", "[0] * 4", "[0, 1, 0, 1] + []", "1 + 1"]
+    + ["True", "[False, True, False, True]", "(0, 1, 0, 1)", "[[0, 1, 0, 1]]"]
+    # Arabic-Indic and fullwidth digits, which int() and float() would read, and a superscript
+    + ["\u0661", "\uff11", "\u00b2", "[0, \u0661, 0, \uff11]"]
+    + ["1_0", "0x1", "1,5", "1.2.3", ".", "e1", "1e", "\x001"]
 ]
 
 
 @pytest.mark.parametrize("kind", "GE")
-@pytest.mark.parametrize("reply", NEVER)
+@pytest.mark.parametrize("reply", NEVER, ids=lambda reply: ascii(reply[:30]))
 def test_never_compliant(reply, kind):
-    assert parse_reply(reply, kind, 0, 4, 30.0) is None
+    assert read(reply, kind, cap=30.0) is None
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "[0, 1, 0]",
-        "[0, 1, 0, 1, 0]",
-        "[]",
-        "[1, 1, 0, 1]",  # own position
-        "[0, 2, 0, 1]",
-        "[0, -1, 0, 1]",
-        "[0, 0.5, 0, 1]",
-        "[0, 0.999999, 0, 1]",
-        "[0, 1e-9, 0, 1]",
-        "[0, 1, 0, 1],",
-        "[0, 1, 0, 1].",
-        "[0, 1, 0, 1] because they pay",
-        "row [0, 1, 0, 1]",
-        "[0, 1, 0, 1",
-        "0, 1, 0, 1]",
-        "0, 1, 0, 1",
-        "0 1 0 1",
-        "[0 1 0 1]",
-        "[0, , 0, 1]",
-        "[0, 1, 0, 1,]",
-        "[,0, 1, 0, 1]",
-        "[0; 1; 0; 1]",
-        "1",
-        "0101",
-    ],
-)
-def test_rows_that_are_refused(line):
-    assert parse_reply(f"Decision: {line}", "G", 0, 4, 3.0) is None
-    # and a bad last line is not mended by a good one before it
-    assert parse_reply(f"Decision: [0, 1, 1, 0]\nDecision: {line}", "G", 0, 4, 3.0) is None
+BAD_ROWS = ["[0, 1, 0]", "[0, 1, 0, 1, 0]", "[]", "[1, 1, 0, 1]", "[0, 2, 0, 1]", "[0, -1, 0, 1]", "[0, 0.5, 0, 1]"]
+BAD_ROWS += ["[0, 0.999999, 0, 1]", "[0, 1e-9, 0, 1]", "[0, 1, 0, 1],", "[0, 1, 0, 1].", "row [0, 1, 0, 1]"]
+BAD_ROWS += ["[0, 1, 0, 1] because they pay", "[0, 1, 0, 1", "0, 1, 0, 1]", "0, 1, 0, 1", "0 1 0 1", "[0 1 0 1]"]
+BAD_ROWS += ["[0, , 0, 1]", "[0, 1, 0, 1,]", "[,0, 1, 0, 1]", "[0; 1; 0; 1]", "1", "0101"]
+BAD_EFFORTS = ["-0.01", "-1", "3.0000001", "3.01", "4", "1e9", "1.5 is my effort", "1.5.", "1.5,", "about 1.5"]
+BAD_EFFORTS += ["[1.5]", "[1.5, 1, 1, 1]", "1.5 1.5", "1.5 / 2", "$1.5", "--1", "+-1"]
+
+
+@pytest.mark.parametrize("kind, line", [("G", line) for line in BAD_ROWS] + [("E", line) for line in BAD_EFFORTS])
+def test_lines_that_are_refused(kind, line):
+    good = {"G": "[0, 1, 1, 0]", "E": "1"}[kind]
+    assert read(f"Decision: {line}", kind) is None
+    # and a bad last line is mended neither by a good one before it nor by a good belief
+    assert read(f"Belief: [0, 1, 0, 1]\nDecision: {good}\nDecision: {line}", kind) is None
 
 
 @pytest.mark.parametrize("seat", range(4))
 def test_the_own_position_is_that_of_the_seat(seat):
-    for code in range(16):
-        row = [code >> k & 1 for k in range(4)]
-        decision = parse_reply(f"Decision: {row}", "G", seat, 4, 3.0)
-        assert (decision is None) == (row[seat] == 1)
+    for row in itertools.product((0, 1), repeat=4):
+        assert (read(f"Decision: {list(row)}", "G", seat) is None) == (row[seat] == 1)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "-0.01",
-        "-1",
-        "3.0000001",
-        "3.01",
-        "4",
-        "1e9",
-        "1.5 is my effort",
-        "1.5.",
-        "1.5,",
-        "about 1.5",
-        "[1.5]",
-        "[1.5, 1, 1, 1]",
-        "1.5 1.5",
-        "1.5 / 2",
-        "$1.5",
-        "--1",
-        "+-1",
-    ],
-)
-def test_efforts_that_are_refused(line):
-    assert parse_reply(f"Decision: {line}", "E", 0, 4, 3.0) is None
-    assert parse_reply(f"Decision: 1\nDecision: {line}", "E", 0, 4, 3.0) is None
+RULES = [  # the first rule that is broken
+    ("G", "I choose everybody.", "no Decision line"),
+    ("E", "Decision:", "no Decision line"),
+    ("G", "Decision: 1", "not one list of numbers"),
+    ("G", "Decision: [0, 2, 0]", "an entry that is not 0 or 1"),
+    ("G", "Decision: [1, 0, 1]", "wrong length"),
+    ("G", "Decision: [1, 0, 1, 0]", "own position not 0"),
+    ("E", "Decision: [0, 1, 0, 1]", "not one number"),
+    ("E", "Decision: 3.01", "number outside [0, cap]"),
+]
+
+
+@pytest.mark.parametrize("kind, reply, rule", RULES)
+def test_the_rule_that_a_reply_breaks(kind, reply, rule):
+    assert broken_rule(reply, kind, 0, 4, 3.0) == rule and read(reply, kind) is None
 
 
 def test_a_reply_is_never_evaluated(tmp_path):
     target = tmp_path / "touched"
     code = f"open({str(target)!r}, 'w')"
     for kind in "GE":
-        assert parse_reply(f"Belief: {code}\nDecision: {code}", kind, 0, 4, 3.0) is None
+        assert read(f"Belief: {code}\nDecision: {code}", kind) is None
     assert not target.exists()
 
 
@@ -382,62 +282,43 @@ def test_long_replies_take_linear_time(name):
     """A million characters: quadratic time would be hours."""
     start = time.perf_counter()
     for kind in "GE":
-        assert parse_reply(LONG[name], kind, 0, 4, 3.0) is None
+        assert read(LONG[name], kind) is None
     assert time.perf_counter() - start < 5
+    assert read("hm " * M + "\nDecision: 1.5", "E").action == 1.5
 
 
-def test_a_long_reply_with_a_good_last_line_is_compliant():
-    assert parse_reply("hm " * M + "\nDecision: 1.5", "E", 0, 4, 3.0).action == 1.5
+# --- beliefs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# beliefs
+BELIEFS = [  # what is written, the kind of decision, what is read
+    ("[0, 1, 0, 1]", "G", [0, 1, 0, 1]),
+    ("[1, 1, 0, 1]", "G", [0, 1, 0, 1]),  # one's own position says nothing
+    *((bad, "G", None) for bad in ("[0, 1, 0]", "[0, 2, 0, 1]", "[0, 0.5, 0, 1]", "[0, 1, 0, 1] I think")),
+    *((bad, "G", None) for bad in ("they will", "")),
+    ("[0, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
+    ("[9, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
+    *((bad, "E", None) for bad in ("[0, 1.2, 0.8]", "[0, nan, 0.8, 2]", "[0, 1e999, 0.8, 2]", "1.2")),
+    ("[0, 1, 0, 0]\nBelief: [0, 0, 1, 1]", "G", [0, 0, 1, 1]),  # the last line here too
+    ("[0, 1, 0, 0]\nBelief: ?", "G", None),
+]
 
 
-@pytest.mark.parametrize(
-    "belief, kind, read",
-    [
-        ("[0, 1, 0, 1]", "G", [0, 1, 0, 1]),
-        ("[1, 1, 0, 1]", "G", [0, 1, 0, 1]),  # one's own position says nothing
-        ("[0, 1, 0]", "G", None),
-        ("[0, 2, 0, 1]", "G", None),
-        ("[0, 0.5, 0, 1]", "G", None),
-        ("[0, 1, 0, 1] I think", "G", None),
-        ("they will", "G", None),
-        ("", "G", None),
-        ("[0, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
-        ("[9, 1.2, 0.8, 2]", "E", [0, 1.2, 0.8, 2]),
-        ("[0, 1.2, 0.8]", "E", None),
-        ("[0, nan, 0.8, 2]", "E", None),
-        ("[0, 1e999, 0.8, 2]", "E", None),
-        ("1.2", "E", None),
-        ("[0, 1, 0, 0]\nBelief: [0, 0, 1, 1]", "G", [0, 0, 1, 1]),  # the last line here too
-        ("[0, 1, 0, 0]\nBelief: ?", "G", None),
-    ],
-)
-def test_the_belief_does_not_decide_compliance(belief, kind, read):
-    reply = f"Belief: {belief}\nDecision: " + {"G": "[0, 0, 1, 0]", "E": "1.25"}[kind]
-    decision = parse_reply(reply, kind, 0, 4, 3.0)
-    assert np.array_equal(decision.action, [0, 0, 1, 0] if kind == "G" else 1.25)
-    assert decision.belief is None if read is None else decision.belief.tolist() == read
+@pytest.mark.parametrize("belief, kind, expected", BELIEFS)
+def test_the_belief_does_not_decide_compliance(belief, kind, expected):
+    decision = {"G": "[0, 0, 1, 0]", "E": "1.25"}[kind]
+    for reply in (f"Belief: {belief}\nDecision: {decision}", f"Decision: {decision}\nBelief: {belief}"):
+        found = read(reply, kind)
+        assert np.array_equal(found.action, [0, 0, 1, 0] if kind == "G" else 1.25)
+        assert found.belief is None if expected is None else found.belief.tolist() == expected
+    assert read(f"Decision: {decision}", kind).belief is None
 
 
-def test_a_belief_may_follow_the_decision_or_be_missing():
-    assert parse_reply("Decision: 1\nBelief: [0, 1, 2]", "E", 0, 3, 3.0).belief.tolist() == [0, 1, 2]
-    assert parse_reply("Decision: 1", "E", 0, 3, 3.0).belief is None
-
-
-def test_a_good_belief_does_not_mend_a_bad_decision():
-    assert parse_reply("Belief: [0, 1, 0, 1]\nDecision: [0, 1]", "G", 0, 4, 3.0) is None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# writing replies
+# --- writing replies
 
 
 @pytest.mark.parametrize("belief", (True, False))
 def test_what_is_written_is_read_back(belief):
-    rng, style, read = np.random.default_rng(4), PromptStyle(belief=belief), 0
+    rng, style, compared = np.random.default_rng(4), PromptStyle(belief=belief), 0
     for _ in range(500):
         N = int(rng.integers(2, 13))
         seat, cap = int(rng.integers(N)), float(rng.integers(1, 30))
@@ -447,27 +328,24 @@ def test_what_is_written_is_read_back(belief):
         x = int(rng.integers(0, int(cap * 100) + 1)) / 100
         for kind, action, b in (("G", row, expected), ("E", x, efforts)):
             text = format_reply(Decision(kind, action, b), style)
-            back = parse_reply(text, kind, seat, N, cap)
+            back = read(text, kind, seat, N, cap)
             assert text.count("\n") == belief and np.array_equal(back.action, action)
             assert np.array_equal(back.belief, b) if belief else back.belief is None
-            read += 1
-    assert read == 1000
+            compared += 1
+    assert compared == 1000
 
 
 @pytest.mark.parametrize("N", (3, 8))
-def test_the_fallback_is_no_links_and_no_effort(N):
-    row = fallback("G", N)
+def test_the_fallback_is_no_links_and_no_effort_and_the_rules_allow_it(N):
+    row, effort = fallback("G", N), fallback("E", N)
     assert row.action.shape == (N,) and not row.action.any() and row.belief is None
-    effort = fallback("E", N)
     assert effort.action == 0 and effort.belief is None
-    # both are actions that the rules allow
     game = Family().make(np.ones(N), 0.2, 1.0)
-    state = State(game).step(np.array([fallback("G", N).action] * N)).step(np.array([effort.action] * N))
+    state = State(game).step(np.array([row.action] * N)).step(np.array([effort.action] * N))
     assert state.done and game.payoffs(state.links, state.efforts).tolist() == [0] * N
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# other games and stages
+# --- other games and stages
 
 
 def test_what_a_player_of_the_public_goods_game_reads():
@@ -476,18 +354,19 @@ def test_what_a_player_of_the_public_goods_game_reads():
     1.35 / sqrt(2) to each. Agent 4 comes last among equals."""
     game = PGG((10.0, 10.0, 10.0, 10.0), 1.35, 0.5, 4.27)
     pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
-    system, asked, reply, then = messages(State(game).step(pairs), 3, ["Decision: [0, 0, 1, 0]"], PromptStyle())
-    assert "r k^b / k of what it gets" in system["content"] and "alpha" not in system["content"]
-    assert system["content"].endswith("You are agent 4 of 4. r 1.35, b 0.5, c 4.27, effort x 0 to 10.")
-    assert asked["content"] == (
-        "Round 1 links. Your e 10 of [10, 10, 10, 10]. If you and all in riches up to an agent give all in one group, its "
-        "link earns each [0.85, 1.00, 2.13, 0] c. Whom do you choose?"
+    state = State(game).step(pairs)
+    system, asked, _, then = [m["content"] for m in messages(state, 3, ["x"], PromptStyle())]
+    assert "r k^b / k of what it gets" in system and "alpha" not in system
+    assert system.endswith("You are agent 4 of 4. r 1.35, b 0.5, c 4.27, effort x 0 to 10.")
+    assert asked == (
+        "Round 1 links. Your e 10 of [10, 10, 10, 10]. If you and all in riches up to an agent give all in one group, "
+        "its link earns each [0.85, 1.00, 2.13, 0] c. Whom do you choose?"
     )
-    assert then["content"] == (
-        "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, 1.91 to all. "
-        "Your effort?"
+    assert then == (
+        "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, 1.91 to "
+        "all. Your effort?"
     )
-    plain = [m["content"] for m in messages(State(game).step(pairs), 3, ["x"], PromptStyle("local", hints=False))]
+    plain = [m["content"] for m in messages(state, 3, ["x"], PromptStyle("local", hints=False))]
     assert plain[1] == "Round 1 links. Your e 10. Whom do you choose?"
     assert plain[3] == "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. Your effort?"
 
@@ -513,17 +392,15 @@ def test_the_hint_about_links_is_near_the_solution_and_is_not_the_solution(game)
         row_N = np.array([v >= 1 for v in json.loads(re.search(r"earns (?:each )?(\[.*\]) c", text)[1])])
         right.append((row_N == expert_N)[1:].mean())
         rows.append((row_N == expert_N).all())
-    assert 0.85 < np.mean(right) < 0.95
-    assert 0.6 < np.mean(rows) < 0.85
+    assert 0.85 < np.mean(right) < 0.95 and 0.6 < np.mean(rows) < 0.85
 
 
-def test_a_payoff_is_told_when_a_round_begins_and_not_again():
-    """GEE, GGE, and a round that begins with efforts, on nobody's links."""
-    for stages in ("GE", "GEE", "GGE", "EG", "EGE"):
-        state = State(BCZ(ALPHA, 0.047, 0.213, 9.0, stages, 2))
-        while not state.done:
-            text = messages(state, 1, ["x"] * len(state.history), PromptStyle())[-1]["content"]
-            begins = len(state.history) == len(stages)
-            assert ("Your payoff was" in text) == begins
-            assert ("Links: none" in text) == (state.kind == "E" and state.last("G") is None)
-            state = state.step(1 - np.eye(4, dtype=int) if state.kind == "G" else np.array([1.0, 2, 3, 4]))
+@pytest.mark.parametrize("stages", ("GE", "GEE", "GGE", "EG", "EGE"))
+def test_a_payoff_is_told_when_a_round_begins_and_not_again(stages):
+    """Also where a round begins with efforts, on nobody's links."""
+    state = State(replace(GAME, stages=stages))
+    while not state.done:
+        text = messages(state, 1, ["x"] * len(state.history), PromptStyle())[-1]["content"]
+        assert ("Your payoff was" in text) == (len(state.history) == len(stages))
+        assert ("Links: none" in text) == (state.kind == "E" and state.last("G") is None)
+        state = state.step(1 - np.eye(4, dtype=int) if state.kind == "G" else np.array([1.0, 2, 3, 4]))

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-level tokenizer and SmolLM2's chat template: the tests' model, made in a second."""
+"""A tiny random Llama with a byte-level tokenizer and SmolLM2's chat template: the tests' model."""
 
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 # SmolLM2-135M-Instruct's own template, letter for letter: ChatML with a default system message.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # ids 0, 1, 2, as in SmolLM2
@@ -22,10 +23,10 @@ MERGE_TEXTS = [
 
 
 def make_tiny_tokenizer(extra_texts=()):
-    """Return a byte-level BPE tokenizer that encodes any text; extra_texts add merges (words that get short codes).
+    """Return a byte-level BPE tokenizer that encodes any text; the words of extra_texts get short codes.
 
-    All 256 bytes are in the vocabulary, ids are below 400, and pad is eos is <|im_end|>: a trap on purpose, since a
-    mask made from token values would then hide the end of the turn.
+    All 256 bytes are in the vocabulary, ids are below 400, and pad is eos is <|im_end|>: a trap on purpose,
+    since a mask made from token values would then hide the end of the turn.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -38,7 +39,11 @@ def make_tiny_tokenizer(extra_texts=()):
     )
     bpe.train_from_iterator([*MERGE_TEXTS, *extra_texts], trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, unk_token=SPECIAL[0], bos_token=SPECIAL[1], eos_token=SPECIAL[2], pad_token=SPECIAL[2]
+        tokenizer_object=bpe,
+        unk_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[2],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -47,8 +52,8 @@ def make_tiny_tokenizer(extra_texts=()):
 def make_tiny_model(folder, extra_texts=(), seed=0):
     """Save a random Llama (about 100 thousand parameters) and its tokenizer in folder and return the folder.
 
-    The same arguments give the same files. The initial weights are larger than usual so that the logits are far from
-    uniform: greedy decoding, entropies and log-ratios then have something to show.
+    The same arguments give the same files. The initial weights are larger than usual so that the logits are
+    far from uniform: greedy decoding, entropies and log-ratios then have something to show.
     """
     folder = Path(folder)
     tokenizer = make_tiny_tokenizer(extra_texts)

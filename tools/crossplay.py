@@ -1,16 +1,16 @@
 """Cross-play: every player against every other on the held-out games.
 
-    python crossplay.py --player base runs/tompo/sft/adapter runs/tompo/adapter expert:second-best expert:always-link
+    python -m tools.crossplay --player base runs/tompo/adapter expert:second-best expert:always-link
 
-Entry (i, j): player i sits in one seat, player j in all others. Two tables: U3, how well the whole table does, and U2 of
-the decisions in i's seat, how well i answers what j plays; means over games with 95 % t intervals. The diagonal is
-self-play. Down a column the opponents are the same, so a column compares players; a row shows how one player's results
-depend on whom it meets. A policy trained among experts has met nobody else: off the expert's column it is out of its
-training. Read U2 beside U3: where nobody in the other seats links with the one, all its links are equally good, and U2
-is 1.
+Entry (i, j): player i sits in one seat, player j in all others. Two tables: U3, how well the whole table
+does, and U2 of the decisions in i's seat, how well i answers what j plays; means over games with 95 % t
+intervals. The diagonal is self-play. Down a column the opponents are the same, so a column compares players;
+a row shows how one player's results depend on whom it meets. A policy trained among experts has met nobody
+else: off the expert's column it is out of its training. Read U2 beside U3: where nobody in the other seats
+links with the one, all its links are equally good, and U2 is 1.
 
-Players are named as in eval.py; adapters share one base model in memory. All entries play the same games with the same
-seats and random numbers, so they are paired by game.
+Players are named as in eval.py; adapters share one base model in memory. All entries play the same games with
+the same seats and random numbers, so they are paired by game.
 """
 
 import argparse
@@ -77,14 +77,8 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
         axis.set_yticks(range(len(names)), short)
         for i, row in enumerate(means):
             for j, mean in enumerate(row):
-                axis.text(
-                    j,
-                    i,
-                    f"{mean:.2f}",
-                    ha="center",
-                    va="center",
-                    color="black" if 2 * mean > low + 1 else "white",
-                )
+                colour = "black" if 2 * mean > low + 1 else "white"
+                axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color=colour)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -95,16 +89,13 @@ def main(argv=None) -> None:
     add_model_arguments(parser)
     dataset.add_style_arguments(parser)
     add_eval_arguments(parser, seat_flag=None)
-    parser.add_argument(
-        "--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME"
-    )
-    parser.add_argument("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
+    add = parser.add_argument
+    add("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
+    add("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
     seat = dict(type=seat_choice("rotate"), default=0, metavar="SEAT|rotate")
-    parser.add_argument("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
-    parser.add_argument(
-        "--json", metavar="FILE", help="write means, intervals and per-game values to a new file"
-    )
-    parser.add_argument("--png", metavar="FILE", help="draw the two tables as heat maps in a new file")
+    add("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
+    add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
+    add("--png", metavar="FILE", help="draw the two tables as heat maps in a new file")
     ranks.start()
     args = parser.parse_args(argv)
     for path in filter(None, (args.json, args.png)):
@@ -126,15 +117,12 @@ def main(argv=None) -> None:
     if not ranks.first():
         return
     if args.json:
+        played = [g.to_json() for g in instances]
         pairs = [
-            {"one": a, "rest": b}
-            | {m: tables[m][a, b] | {"games": [row[m] for row in games[a, b]]} for m in SHOWN}
-            for a, b in games
+            {"one": a, "rest": b} | {m: tables[m][a, b] | {"games": [row[m] for row in rows]} for m in SHOWN}
+            for (a, b), rows in games.items()
         ]
-        write_json(
-            args.json,
-            {"arguments": vars(args), "instances": [g.to_json() for g in instances], "pairs": pairs},
-        )
+        write_json(args.json, {"arguments": vars(args), "instances": played, "pairs": pairs})
         print(f"\nwritten: {args.json}")
     if args.png:
         plot(args.png, names, tables)

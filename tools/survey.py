@@ -1,20 +1,22 @@
-"""What each game rewards: every exact expert in all seats of the held-out games, U2 and U3. No model is needed.
+"""What each game rewards: U2 and U3 of every exact expert in all seats of held-out games. No model is needed.
 
-    python survey.py                                                 # {BCZ, PGG} x {GE, GEE, GGE} x types x N in 4, 6, 8
-    python survey.py --game pgg --stages GE --agents 5 --json pgg.json
+    python -m tools.survey                 # every game x {GE, GEE, GGE} x types x N in 4, 6, 8
+    python -m tools.survey --game pgg --stages GE --agents 5 --json pgg.json
 
-A cell is U2 / U3 (see metrics.py): U2, mean over all decisions of all seats, is how good they are for the one who takes
-them, given what the others do; U3 is welfare against the first best. `planner` has U3 = 1 by definition; where its U2 is
-low, the first best is no equilibrium and somebody gains by leaving it.
+A cell is U2 / U3 (see play/metrics.py): U2, mean over all decisions of all seats, is how good they are for
+the one who takes them, given what the others do; U3 is welfare against the first best. `planner` has U3 = 1
+by definition; where its U2 is low, the first best is no equilibrium and somebody gains by leaving it.
 """
 
 import argparse
+from itertools import product
 
 import numpy as np
 from tqdm import tqdm
 
 import experts
-from games import GAMES, Game, State
+import world  # noqa: F401  (it registers the games)
+from games import GAMES, MAX_AGENTS, Game, State, check_stages
 from play.metrics import strategic_efficiency, welfare_bounds
 from run.files import number, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from world.draws import TYPE_PATTERNS, Family, held_out_grid
@@ -39,41 +41,36 @@ def self_play(game: Game, expert: experts.Expert, seed: list[int]) -> tuple[floa
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description="U2 and U3 of every exact expert in every game, in all seats."
-    )
-    parser.add_argument("--game", nargs="+", choices=GAMES, default=list(GAMES), help="games")
-    parser.add_argument("--stages", nargs="+", default=["GE", "GEE", "GGE"], help="stages of a round")
-    parser.add_argument(
-        "--agents", nargs="+", type=number(int, 3, 12), default=[4, 6, 8], help="numbers of agents N"
-    )
-    parser.add_argument("--rounds", type=positive_int, default=1, help="rounds T of a game")
-    parser.add_argument("--expert", nargs="+", default=list(experts.NAMES), help="experts (see experts.py)")
-    parser.add_argument("--seed", type=seed_int, default=0, help="of experts that draw")
-    parser.add_argument("--json", metavar="FILE", help="write U2 and U3 of every single game to a new file")
+    parser = argparse.ArgumentParser(description="U2 and U3 of exact experts in all seats, in every game.")
+    add, agents = parser.add_argument, number(int, 3, MAX_AGENTS)
+    add("--game", nargs="+", choices=GAMES, default=list(GAMES), help="games")
+    add("--stages", nargs="+", default=["GE", "GEE", "GGE"], help="stages of a round")
+    add("--agents", nargs="+", type=agents, default=[4, 6, 8], help="numbers of agents N")
+    add("--rounds", type=positive_int, default=1, help="rounds T of a game")
+    add("--expert", nargs="+", default=list(experts.NAMES), help="exact experts (see experts.py)")
+    add("--seed", type=seed_int, default=0, help="of experts that draw")
+    add("--json", metavar="FILE", help="write U2 and U3 of every single game to a new file")
     args = parser.parse_args(argv)
     if args.json:
         refuse_existing(args.json)
+    for stages in args.stages:
+        check_stages(stages)
     players = {name: experts.make_expert(name) for name in args.expert}
     widths = [max(14, len(name) + 2) for name in players]
-    print(
-        f"{'game':10}{'types':15}{'N':>2}{'games':>7}"
-        + "".join(f"{name:>{w}}" for name, w in zip(players, widths))
-    )
+    first = max(10, *(len(Family(g, s).label) + 2 for g in args.game for s in args.stages))
+    names = "".join(f"{name:>{w}}" for name, w in zip(players, widths))
+    print(f"{'game':{first}}{'types':15}{'N':>2}{'games':>7}{names}")
     cells = []
-    for game, stages, (types, patterns), N in (
-        (g, s, t, n) for g in args.game for s in args.stages for t in TYPES.items() for n in args.agents
-    ):
+    for game, stages, (types, patterns), N in product(args.game, args.stages, TYPES.items(), args.agents):
         family = Family(game, stages, args.rounds, patterns)
         grid = held_out_grid(N, family)
-        line = f"{family.label:10}{types:15}{N:>2}{len(grid):>7}"
+        line = f"{family.label:{first}}{types:15}{N:>2}{len(grid):>7}"
         for (name, expert), width in zip(players.items(), widths):
             runs = [self_play(g, expert, [args.seed, i]) for i, g in enumerate(tqdm(grid, name, leave=False))]
             u2, u3 = np.mean(runs, 0)
             line += f"{f'{u2:.2f} / {u3:.2f}':>{width}}"
-            cells.append(
-                {"game": game, "stages": stages, "types": types, "N": N, "expert": name, "U2_U3": runs}
-            )
+            cell = {"game": game, "stages": stages, "types": types, "N": N, "expert": name}
+            cells.append(cell | {"U2_U3": runs})
         print(line, flush=True)
     if args.json:
         write_json(args.json, {"arguments": vars(args), "cells": cells})

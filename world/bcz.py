@@ -3,33 +3,25 @@
 payoff        pi_i = alpha_i x_i - x_i^2/2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
 best response x_i  = alpha_i + delta (G x)_i
 Nash          x    = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
-planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1   (maximises welfare, sum_i pi_i)
+planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1   (maximises sum_i pi_i)
 """
 
 import json
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
-from games import (
-    Game,
-    GameError,
-    Observation,
-    complete_graph,
-    empty_graph,
-    register,
-    tell_numbers,
-    tell_short,
-)
+from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from prompts import tell_numbers, tell_short
 
 
 @register
 @dataclass(frozen=True)
 class BCZ(Game):
-    """alpha: standalone marginal return of each agent's effort (N,); delta: complementarity; c: cost of a link, paid at
-    both ends; cap: the largest allowed effort; stages, rounds: see Game."""
+    """alpha: standalone marginal return of each agent's effort (N,); delta: complementarity; c: cost of a
+    link, paid at both ends; cap: the largest allowed effort; stages, rounds: see Game."""
 
     name = "bcz"
     alpha: tuple[float, ...]
@@ -76,8 +68,9 @@ class BCZ(Game):
         return solve_efforts(self.alpha, 2 * self.delta, links_NN, self.cap)
 
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """Links cost the same everywhere, so some optimum is a threshold graph whose degree order follows alpha:
-        2^(N-1) candidates instead of 2^(N(N-1)/2). (Holds while the cap does not bind, which `effort_cap` sees to.)"""
+        """Links cost the same everywhere, so some optimum is a threshold graph whose degree order follows
+        alpha: 2^(N-1) candidates instead of 2^(N(N-1)/2). (Holds while the cap does not bind, which
+        `effort_cap` sees to.)"""
         links, W = _efficient_graph(self, efforts)
         return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
 
@@ -130,11 +123,12 @@ class BCZ(Game):
 
 
 def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | None = None) -> np.ndarray:
-    """The fixed point of x = alpha + coupling G x, or with a cap m of x = min(m, alpha + coupling G x); shape (N,).
+    """The fixed point of x = alpha + coupling G x, or with a cap m of x = min(m, alpha + coupling G x); shape
+    (N,).
 
-    Without a cap it exists (with x >= 0) iff I - coupling G is positive definite. That is what is tested: `inv` of an
-    indefinite matrix would return negative efforts and absurd welfare without complaint. With a cap there is exactly
-    one fixed point for any coupling >= 0. Raises GameError where there is no solution.
+    Without a cap it exists (with x >= 0) iff I - coupling G is positive definite. That is what is tested:
+    `inv` of an indefinite matrix would return negative efforts and absurd welfare without complaint. With a
+    cap there is exactly one fixed point for any coupling >= 0. Raises GameError where there is no solution.
     """
     alpha_N = np.asarray(alpha_N, float)
     system_NN = np.eye(len(alpha_N)) - coupling * links_NN
@@ -149,9 +143,10 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
         if cap is None:
             raise GameError(
                 f"efforts have no finite solution: coupling * rho(G) = "
-                f"{coupling * np.linalg.eigvalsh(links_NN).max():.3f} must be below 1; lower delta or give an effort cap"
+                f"{coupling * np.linalg.eigvalsh(links_NN).max():.3f} must be below 1; lower delta"
             ) from None
-    # From below the iteration rises monotonically to the fixed point, so nobody who reaches the cap leaves it again.
+    # From below the iteration rises monotonically to the fixed point, so nobody who reaches the cap leaves it
+    # again.
     x = np.minimum(cap, alpha_N)
     while True:
         previous, x = x, np.minimum(cap, alpha_N + coupling * links_NN @ x)
@@ -165,16 +160,16 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the efficient graph
+# -------------------- the efficient graph
 
 
-@lru_cache(maxsize=None)
+@cache
 def threshold_graphs(N: int) -> np.ndarray:
-    """All threshold (nested split) graphs on N nodes, (2^(N-1), N, N), nodes ordered by degree from high to low.
+    """All threshold (nested split) graphs on N nodes, (2^(N-1), N, N), nodes ordered by degree from high to
+    low.
 
-    A creation sequence adds nodes one by one, each either isolated or linked to all nodes before it (dominating).
-    """
+    A creation sequence adds nodes one by one, each either isolated or linked to all nodes before it
+    (dominating)."""
     graphs = []
     for code in range(2 ** (N - 1)):
         dominating = [False] + [bool(code >> k & 1) for k in range(N - 1)]
@@ -182,8 +177,8 @@ def threshold_graphs(N: int) -> np.ndarray:
         for node in range(1, N):
             if dominating[node]:
                 built_NN[node, :node] = built_NN[:node, node] = 1
-        # Last-added dominating node first, ..., the first node, ..., last-added isolated node last. The order in which
-        # they entered looks right and is not: the highest alpha would miss the most links.
+        # Last-added dominating node first, ..., the first node, ..., last-added isolated node last. The order
+        # in which they entered looks right and is not: the highest alpha would miss the most links.
         order = [n for n in reversed(range(N)) if dominating[n]] + [n for n in range(N) if not dominating[n]]
         graphs.append(built_NN[np.ix_(order, order)])
     graphs = np.stack(graphs)
@@ -205,8 +200,8 @@ def _efficient_graph(game: BCZ, efforts: str) -> tuple[bytes, float]:
 
 
 def effort_cap(alpha_N, delta: float) -> float:
-    """[choice] The smallest integer at least 1.5 times the largest planner effort (on the complete graph, where
-    efforts are largest), so that the cap binds at no solution of any graph."""
+    """[choice] The smallest integer at least 1.5 times the largest planner effort (on the complete graph,
+    where efforts are largest), so that the cap binds at no solution of any graph."""
     alpha_N = np.asarray(alpha_N, float)
     largest = solve_efforts(alpha_N, 2 * delta, complete_graph(len(alpha_N))).max()
     return float(math.ceil(1.5 * largest - 1e-9))  # 1.5 * 2.0000000000000004 is meant to be 3

@@ -1,9 +1,9 @@
 """Which instances are played: families of games, random draws, the held-out grid, and the flags that say so.
 
-[choice] An instance is made of two free numbers, drawn from ranges that its game names, and of the agents' types; it is
-rounded to the digits the players read, and solved as rounded. Types (BCZ's alpha, PGG's endowments) are homogeneous,
-linear, half high and half low, or one hub above the rest, in random seat order. Homogeneous alone is nearly a yes/no
-question; the others have interior optima.
+[choice] An instance is made of two free numbers, drawn from ranges that its game names, and of the agents'
+types; it is rounded to the digits the players read, and solved as rounded. Types (BCZ's alpha, PGG's
+endowments) are homogeneous, linear, half high and half low, or one hub above the rest, in random seat order.
+Homogeneous alone is nearly a yes/no question; the others have interior optima.
 """
 
 import argparse
@@ -24,9 +24,8 @@ TYPE_PATTERNS = ("homogeneous", "linear", "half", "hub")
 class Family:
     """A game with its stages and rounds, and what of its instances is not drawn but fixed.
 
-    patterns: those of the types that are drawn; types: the numbers themselves (one for all agents, or N, by seat);
-    fixed: parameters by name, of those that the game calls fixable.
-    """
+    patterns: those of the types that are drawn; types: the numbers themselves (one for all agents, or N, by
+    seat); fixed: parameters by name, of those that the game calls fixable."""
 
     game: str = "bcz"
     stages: str = "GE"
@@ -71,8 +70,8 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
 
 
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:
-    """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both, in any seat order or
-    with any stages (but one that is given whole is what it is). Raises GameError."""
+    """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both, in any seat
+    order or with any stages (but one that is given whole is what it is). Raises GameError."""
     for _ in range(10_000):
         if family.types:
             types_N = family.given_types(N)
@@ -89,8 +88,8 @@ def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Fa
 
 @lru_cache
 def held_out_grid(N: int, family: Family = Family()) -> tuple[Game, ...]:
-    """The fixed evaluation grid: patterns of types x the game's grid of the two free numbers, in a fixed random seat
-    order; 60 games in BCZ and PGG, fewer where parameters are given."""
+    """The fixed evaluation grid: patterns of types x the game's grid of the two free numbers, in a fixed
+    random seat order; 60 games in BCZ and PGG, fewer where parameters are given."""
     rng = np.random.default_rng(0)
     us, vs = family.rules.grid
     games: dict[str, Game] = {}  # instances that differ in nothing but seats are one game
@@ -109,13 +108,13 @@ def _grid_keys(N: int, game: str) -> frozenset[str]:
 
 
 def split_of(game: Game) -> str:
-    """`held-out` or `train`: a tenth of all instances, by a hash of the instance, and the whole grid are held out."""
+    """`held-out` or `train`: a tenth of all instances, by a hash of the instance, and the whole grid are held
+    out."""
     held_out = game.key in _grid_keys(game.N, game.name) or zlib.crc32(game.key.encode()) % 10 == 0
     return "held-out" if held_out else "train"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# command line
+# -------------------- command line
 
 
 def add_game_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,24 +1,27 @@
 """PGG, the public goods game on the groups of a network: rules and exact solutions.
 
-[source]: groups are cliques. [choice], the rest: groups are the maximal cliques with at least 2 members of the formed
-graph; an agent with endowment e_i splits its contribution x_i in [0, e_i] evenly over its k_i groups (in no group it is
-lost); a group multiplies what it gets by r |C|^b and shares it evenly:
+[source]: groups are cliques. [choice], the rest: groups are the maximal cliques with at least 2 members of
+the formed graph; an agent with endowment e_i splits its contribution x_i in [0, e_i] evenly over its k_i
+groups (in no group it is lost); a group multiplies what it gets by r |C|^b and shares it evenly:
 
     pi_i = e_i - x_i + sum_{C containing i} (r |C|^b / |C|) sum_{j in C} x_j / k_j - c deg_i
 
-Payoffs are linear in contributions, pi = e - x + M x - c deg with M_ij = sum_{C containing i and j} r |C|^(b-1) / k_j, so
+Payoffs are linear in contributions, pi = e - x + M x - c deg with M_ij = sum_{C containing i and j} r
+|C|^(b-1) / k_j, so
     Nash      x_i = e_i where the private return M_ii is above 1, else 0: a dominant strategy
     planner   x_j = e_j where the social return sum_i M_ij is above 1, else 0
-b = 0 is the textbook game. With the defaults, r = 1.25 and b = 0.5, contributing pays everybody together, and nobody alone.
+b = 0 is the textbook game. With the defaults, r = 1.25 and b = 0.5, contributing pays everybody together, and
+nobody alone.
 """
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, tell_numbers
+from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from prompts import tell_numbers
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
 
@@ -26,8 +29,8 @@ MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphis
 @register
 @dataclass(frozen=True)
 class PGG(Game):
-    """endowment: e (N,); r: multiplication factor; b: exponent of the group size; c: cost of a link, paid at both ends;
-    stages, rounds: see Game."""
+    """endowment: e (N,); r: multiplication factor; b: exponent of the group size; c: cost of a link, paid at
+    both ends; stages, rounds: see Game."""
 
     name = "pgg"
     scored_at = "planner"  # at Nash efforts mostly nobody contributes: every link would only cost
@@ -97,8 +100,9 @@ class PGG(Game):
     # words
 
     payoff_rule = (
-        "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your groups; a "
-        "group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups pay - c (links)."
+        "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your "
+        "groups; a group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups pay "
+        "- c (links)."
     )
     type_name = "e"
 
@@ -130,7 +134,8 @@ class PGG(Game):
         text = f", your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
         if hints and own:
             M = returns(seen.links, seen.parameters["r"], seen.parameters["b"])
-            text += f". A unit you give returns {M[seen.seat, seen.seat]:.2f} to you, {M[:, seen.seat].sum():.2f} to all"
+            own_return, social = M[seen.seat, seen.seat], M[:, seen.seat].sum()
+            text += f". A unit you give returns {own_return:.2f} to you, {social:.2f} to all"
         return text
 
     # draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed
@@ -147,8 +152,7 @@ class PGG(Game):
         return cls(tuple(e_N.tolist()), r, fixed.get("b", 0.5), c, stages, rounds)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# groups
+# -------------------- groups
 
 
 def groups(links_NN: np.ndarray) -> list[list[int]]:
@@ -187,12 +191,12 @@ def _returns(links: bytes, N: int, r: float, b: float) -> np.ndarray:
     return M
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the efficient graph
+# -------------------- the efficient graph
 
 
 def partitions(N: int) -> list[np.ndarray]:
-    """Disjoint cliques of neighbours in the order 0 .. N-1, one graph for each of the 2^(N-1) compositions of N."""
+    """Disjoint cliques of neighbours in the order 0 .. N-1, one graph for each of the 2^(N-1) compositions of
+    N."""
     graphs = []
     for code in range(2 ** (N - 1)):
         block = np.cumsum([0] + [code >> k & 1 for k in range(N - 1)])
@@ -200,14 +204,13 @@ def partitions(N: int) -> list[np.ndarray]:
     return graphs
 
 
-@lru_cache(maxsize=None)
+@cache
 def isomorphism_classes(N: int) -> tuple[np.ndarray, ...]:
     """One graph (N, N) of every isomorphism class: 1, 2, 4, 11, 34, 156, 1044, 12346 for N = 1 .. 8.
 
-    Every graph on N nodes is one on N - 1 nodes and a new node. What is isomorphic is recognised by the colours that
-    pairs of nodes get from the colours of their triangles (two-dimensional Weisfeiler-Leman refinement). It tells all
-    graphs of this size apart: the first that it cannot have 16 nodes.
-    """
+    Every graph on N nodes is one on N - 1 nodes and a new node. What is isomorphic is recognised by the
+    colours that pairs of nodes get from the colours of their triangles (two-dimensional Weisfeiler-Leman
+    refinement). It tells all graphs of this size apart: the first that it cannot have 16 nodes."""
     if N == 1:
         return (np.zeros((1, 1), int),)
     rows_RN = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1  # whom the new node may know
@@ -236,8 +239,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _efficient_graph(game: PGG, efforts: str) -> tuple[bytes, float]:
-    """Welfare is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a graph's best
-    assignment of agents to its nodes gives the highest endowment the highest w."""
+    """Welfare is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a
+    graph's best assignment of agents to its nodes gives the highest endowment the highest w."""
     N, e = game.N, game.caps
     if efforts == "nash" and game.r * max(2.0 ** (game.b - 1), float(N) ** (game.b - 1)) <= 1:
         graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
@@ -249,8 +252,8 @@ def _efficient_graph(game: PGG, efforts: str) -> tuple[bytes, float]:
         graphs = isomorphism_classes(N)
     else:
         raise GameError(
-            f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents (for more, a size "
-            f"exponent of at least 0.5, and a factor with which nobody contributes alone)"
+            f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents "
+            f"(for more, a size exponent of at least 0.5, and a factor with which nobody contributes alone)"
         )
     by_endowment = np.argsort(-e, kind="stable")  # equal endowments keep their seat order
     best_links, best_welfare = None, -np.inf

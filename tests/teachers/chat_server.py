@@ -1,4 +1,4 @@
-"""A server of the chat-completions protocol on the loopback, in threads of the test: it answers as told, and counts."""
+"""A chat-completions server on the loopback, in threads of the test: it answers as told, and counts."""
 
 import json
 import re
@@ -22,10 +22,12 @@ def good_reply(body: dict) -> str:
 
 
 class ChatServer:
-    """script(body, n) -> None for a good answer, or what to do instead, where n is how often this very question has
-    come, from 1: ("status", code, headers, body), ("body", bytes), ("half",), ("close",), ("slow", seconds), ("text", str).
+    """script(body, n) -> None for a good answer, or what to do instead, where n is how often this very
+    question has come, from 1: ("status", code, headers, body), ("body", bytes), ("half",), ("close",),
+    ("slow", seconds), ("text", str).
 
-    questions: the bodies that came; answered: how often each was answered in full; hold_after: no more answers after so many.
+    questions: the bodies that came; answered: how often each was answered in full; hold_after: no more
+    answers after so many.
     """
 
     def __init__(self, script=lambda body, n: None, delay=lambda: 0.0, hold_after=10**9, usage=(100, 20)):
@@ -45,7 +47,8 @@ class ChatServer:
                 pass
 
         class Server(ThreadingHTTPServer):
-            request_queue_size, daemon_threads = 128, True  # with the usual 5, connections fail when many come at once
+            request_queue_size = 128  # with the usual 5, connections fail when many come at once
+            daemon_threads = True
 
         self.http = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"

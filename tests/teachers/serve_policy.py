@@ -1,10 +1,11 @@
-"""A small chat-completions server that runs a real model, to try `--expert openai:...` without any other software:
+"""A small chat-completions server that runs a real model, to try openai:... without any other software:
 
-    python tests/serve_policy.py --model smollm2-135m-instruct --adapter runs/tompo/adapter --port 8000
-    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 python experts.py --expert openai:any --games 126
+    python tests/teachers/serve_policy.py --model smollm2-135m-instruct --adapter runs/tompo/adapter
+    OPENAI_BASE_URL=http://127.0.0.1:8000/v1 python -m tools.expert_games --expert openai:any --games 126
 
-It answers the questions that are waiting together, in one batch. Every answer is also a line of --log: the question and
-its tokens, so that what was asked can be counted on this side too. Not for the open network: it asks for no key.
+It answers the questions that are waiting together, in one batch. Every answer is also a line of --log: the
+question and its tokens, so that what was asked can be counted on this side too. Not for the open network:
+it asks for no key.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from policy import load_policy, put_adapter  # noqa: E402
+from models.load import load_policy, put_adapter  # noqa: E402
 
 
 class Waiting:
@@ -48,15 +49,21 @@ def handler(waiting: queue.Queue) -> type:
     return Handler
 
 
+def temperature_of(question: Waiting) -> float:
+    return question.body.get("temperature", 1.0)
+
+
 def answer(policy, questions: list[Waiting], generator: torch.Generator) -> None:
     """All of one temperature."""
     prompts = [policy.encode_prompt(q.body["messages"]) for q in questions]
     limit = min(256, max(q.body.get("max_tokens", 64) for q in questions))
-    groups = policy.sample(prompts, 1, limit, questions[0].body.get("temperature", 1.0), generator)
+    groups = policy.sample(prompts, 1, limit, temperature_of(questions[0]), generator)
     for q, prompt, (reply,) in zip(questions, prompts, groups):
         usage = {"prompt_tokens": len(prompt), "completion_tokens": len(reply.reply_ids)}
-        choice = {"message": {"role": "assistant", "content": reply.text}, "finish_reason": "stop" if reply.ended else "length"}
-        q.answer = {"object": "chat.completion", "model": q.body["model"], "choices": [choice], "usage": usage}
+        choice = {"message": {"role": "assistant", "content": reply.text}}
+        choice["finish_reason"] = "stop" if reply.ended else "length"
+        q.answer = {"object": "chat.completion", "model": q.body["model"]}
+        q.answer |= {"choices": [choice], "usage": usage}
 
 
 def main() -> None:
@@ -83,9 +90,8 @@ def main() -> None:
                 questions.append(waiting.get(timeout=0.02))
         except queue.Empty:
             pass
-        for temperature in {q.body.get("temperature", 1.0) for q in questions}:
-            same = [q for q in questions if q.body.get("temperature", 1.0) == temperature]
-            answer(policy, same, generator)
+        for temperature in set(map(temperature_of, questions)):
+            answer(policy, [q for q in questions if temperature_of(q) == temperature], generator)
         for q in questions:
             if args.log:
                 key = hashlib.sha256(json.dumps(q.body, sort_keys=True).encode()).hexdigest()

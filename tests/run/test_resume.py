@@ -1,0 +1,136 @@
+"""Runs that are stopped and resumed end bit for bit as one that was never stopped; checkpoints."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from whole_runs import (
+    Run,
+    assert_same_run,
+    ended,
+    interrupted,
+    lines_of,
+    rft_flags,
+    run_rft,
+    start,
+    wait_for_lines,
+)
+
+import train_rft
+from run import checkpoint
+
+
+@pytest.fixture(scope="module")
+def stopped(model_dir, tmp_path_factory):
+    """A run that was stopped by Ctrl-C in its third step of RFT, which is not one that saves."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        said = interrupted(patch, rft_flags(model_dir, folder), folder / "metrics.jsonl", 3)
+    assert f"--resume {folder}" in said and not (folder / "adapter").exists()
+    assert checkpoint.latest_checkpoint(folder / "checkpoints").name == "step-000003"
+    return Run(folder, said=said)
+
+
+@pytest.fixture
+def copied(stopped, tmp_path):
+    shutil.copytree(stopped.folder, tmp_path / "run")
+    return Run(tmp_path / "run")
+
+
+def resume(run, *argv):
+    run_rft(["--resume", str(run.folder), *argv])
+    return run
+
+
+def test_every_setting_is_that_of_the_run_whatever_else_is_given(full, copied):
+    config = (copied.folder / "config.json").read_bytes()
+    assert_same_run(
+        resume(copied, *"--seed 99 --m 2 --lr 1 --steps 1 --algo grpo --engine plain".split()), full
+    )
+    assert (copied.folder / "config.json").read_bytes() == config
+    assert (copied.folder / "timing.json").exists()
+
+
+def test_a_run_goes_on_without_the_flags_that_are_newer_than_it(full, copied):
+    """They have their defaults, whatever is given."""
+    config = json.loads((copied.folder / "config.json").read_text())
+    for name in ("engine", "reward"):
+        del config[name]
+    (copied.folder / "config.json").write_text(json.dumps(config))
+    assert_same_run(resume(copied, "--engine", "plain", "--reward", "local=9"), full)
+
+
+def test_that_a_policy_loss_of_0_is_right_is_said_once(full, stopped, copied, capsys):
+    resume(copied)
+    for said, times in ((full.said, 1), (stopped.said, 1), (capsys.readouterr().out, 0)):
+        assert said.count("policy loss is 0 at step 0") == times
+
+
+def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch):
+    run = Run(tmp_path / "run")
+    log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
+    said = interrupted(monkeypatch, rft_flags(model_dir, run.folder), log, 4)
+    assert "stopping after this step" not in said and f"--resume {run.folder}" in said
+    assert checkpoint.latest_checkpoint(run.folder / "sft" / "checkpoints").name == "step-000003"
+    assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "sft" / "adapter").exists()
+    assert_same_run(resume(run), full)
+
+
+def test_a_run_that_was_killed_ends_the_same(full, model_dir, tmp_path):
+    folder = tmp_path / "run"
+    processes = start(rft_flags(model_dir, folder), tmp_path / "output")
+    wait_for_lines(folder / "metrics.jsonl", 3)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    assert ended(processes) == [-signal.SIGKILL]
+    assert len(lines_of(folder / "metrics.jsonl")) < 6, "the run was over before the signal came"
+    # what a kill within a write would leave: none of it may be taken for whole
+    for number in (4, 99):
+        half = folder / "checkpoints" / f"step-{number:06d}.tmp"
+        half.mkdir(exist_ok=True)
+        (half / "tensors.safetensors").write_bytes(b"half")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(folder / name, "a") as f:
+            f.write('{"step": 5, "rew')
+    assert_same_run(resume(Run(folder)), full)
+
+
+def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
+    shutil.copytree(full.folder, tmp_path / "copy")
+    assert_same_run(resume(Run(tmp_path / "copy")), full)
+
+
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
+    for name in ("step-000002", "step-000004.tmp"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000002"
+    (tmp_path / "step-000002").rmdir()
+    assert checkpoint.latest_checkpoint(tmp_path) is None
+    assert checkpoint.latest_checkpoint(tmp_path / "missing") is None
+
+
+def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
+    parameters = [torch.nn.Parameter(torch.randn(3, 2)), torch.nn.Parameter(torch.randn(4))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    for step in (1, 2, 3, 10):
+        sum((p**2).sum() for p in parameters).backward()
+        optimizer.step()
+        adapter = {f"p{i}": p for i, p in enumerate(parameters)}
+        checkpoint.save_checkpoint(tmp_path, step, adapter, optimizer, {"memory": {"a": 1 / 3}}, keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000010"]
+    fresh = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in parameters], lr=0.1)
+    step, adapter, extra = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), fresh)
+    assert step == 10 and extra == {"memory": {"a": 1 / 3}}
+    assert all(torch.equal(adapter[f"p{i}"], p) for i, p in enumerate(parameters))
+    old, new = optimizer.state_dict()["state"], fresh.state_dict()["state"]
+    assert old.keys() == new.keys() == {0, 1}
+    for i in old:
+        assert old[i].keys() == new[i].keys() and all(torch.equal(old[i][k], new[i][k]) for k in old[i])
+
+
+def test_a_damaged_checkpoint_is_refused(copied, refused):
+    tensors = checkpoint.latest_checkpoint(copied.folder / "checkpoints") / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    assert "step-000003" in refused(train_rft.main, ["--resume", copied.folder])

@@ -1,0 +1,248 @@
+"""The flags that name games, the instances that are drawn, the held-out grid, and that no instance is in both."""
+
+import argparse
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from brute import all_graphs
+from whole_runs import ROOT, ended, start
+
+from games import GameError
+from run.files import InputError
+from world.bcz import BCZ, effort_cap
+from world.draws import (
+    TYPE_PATTERNS,
+    Family,
+    add_game_arguments,
+    draw_game,
+    families,
+    held_out_grid,
+    named_numbers,
+    split_of,
+    types_of,
+)
+from world.pgg import PGG
+
+
+def parsed(*argv):
+    parser = argparse.ArgumentParser()
+    add_game_arguments(parser)
+    return families(parser.parse_args(argv))
+
+
+def instances_of(drawn):
+    """In any seat order, with any stages."""
+    return {(tuple(sorted(g.types)), tuple(g.parameters.items())) for g in drawn}
+
+
+# --- flags
+
+
+def test_every_game_with_every_string_of_stages():
+    assert parsed() == (Family(),) and Family().label == "BCZ-GE"
+    found = parsed("--game", "pgg", "bcz", "--stages", "GE", "GGE", "GE", "--rounds", "2")
+    labels = [(f.label, f.rounds) for f in found]
+    assert labels == [("PGG-GE", 2), ("PGG-GGE", 2), ("BCZ-GE", 2), ("BCZ-GGE", 2)]
+
+
+REFUSED = [
+    ("--fix r=1.2", "bcz cannot fix it"),
+    ("--game pgg --fix delta=0.1", "pgg cannot fix it"),
+    ("--game pgg bcz --fix delta=0.1 gamma=1", "--fix gamma: pgg and bcz cannot fix it"),
+    *((f"--fix {bad}", "NAME=VALUE") for bad in ("delta", "delta=", "delta=x", "delta=-1", "delta=nan", "=1")),
+    *((f"--types {bad}", "--types takes") for bad in ("ring", "1 hub", "-1", "0", "nan", "inf")),
+]
+
+
+@pytest.mark.parametrize("argv, words", REFUSED)
+def test_flags_that_make_no_game_are_refused_in_one_line(argv, words):
+    argv = argv.replace("--types -1", "--types=-1").split()  # else argparse takes it for a flag
+    with pytest.raises(InputError, match=words) as error:
+        parsed(*argv)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stages", ["", "G", "E", "GXE", "ge"])
+def test_bad_stages_are_refused(stages):
+    with pytest.raises(GameError, match="G .links. and E"):
+        parsed("--stages", stages)
+
+
+def test_named_numbers():
+    assert named_numbers(["a=1", "b=0.5", "a=2"], "--fix") == {"a": 2.0, "b": 0.5} and named_numbers(None, "--fix") == {}
+    with pytest.raises(InputError, match="--reward a=-1: write NAME=VALUE"):
+        named_numbers(["b=1", "a=-1"], "--reward")
+
+
+def test_patterns_of_types_can_be_chosen():
+    (family,) = parsed("--types", "hub", "linear")
+    assert family.patterns == ("linear", "hub")
+    allowed = {tuple(sorted(types_of(pattern, 5))) for pattern in family.patterns}
+    rng, grid = np.random.default_rng(0), held_out_grid(5, family)
+    assert {tuple(sorted(draw_game(rng, 5, family=family).alpha)) for _ in range(40)} == allowed
+    assert {tuple(sorted(g.alpha)) for g in grid} == allowed and len(grid) == 30
+    assert set(grid) < set(held_out_grid(5))  # the same games as in the whole grid, in the same seats
+
+
+def test_fixed_parameters_are_those_of_every_instance():
+    (family,) = parsed("--fix", "delta=0.07", "c=0.2", "--types", "2")
+    game = draw_game(np.random.default_rng(0), 4, family=family)
+    assert game == BCZ((2.0,) * 4, 0.07, 0.2, effort_cap([2.0] * 4, 0.07))
+    assert family.single and held_out_grid(4, family) == (game,)
+    (family,) = parsed("--game", "pgg", "--fix", "r=1.3", "b=0.6", "--types", "10", "5", "8")
+    drawn = [draw_game(np.random.default_rng(seed), 3, family=family) for seed in range(30)]
+    assert all((g.endowment, g.r, g.b) == ((10.0, 5.0, 8.0), 1.3, 0.6) for g in drawn)
+    assert len({g.c for g in drawn}) > 10 and {split_of(g) for g in drawn} == {"train"}
+    assert {g.c for g in held_out_grid(3, family)} == {0.77, 2.3, 3.83, 5.37, 6.9}
+    with pytest.raises(GameError, match="3 types are given for 4 agents"):
+        draw_game(np.random.default_rng(0), 4, family=family)
+    # Each of several games takes what it can fix.
+    bcz, pgg = parsed("--game", "bcz", "pgg", "--fix", "c=0.3", "b=0.7")
+    assert (bcz.fixed, pgg.fixed) == ((("c", 0.3),), (("b", 0.7), ("c", 0.3)))
+
+
+def test_parameters_that_leave_nothing_to_draw_in_a_split_are_refused():
+    """One pattern of alpha, delta and c given: a single instance, which is in one of the splits."""
+    family = Family(patterns=("hub",), fixed=(("delta", 0.08), ("c", 0.25)))
+    game = family.make(types_of("hub", 4), 0.2, 1.0)
+    missing = "held-out" if split_of(game) == "train" else "train"
+    with pytest.raises(GameError, match=f"no {missing} instance"):
+        draw_game(np.random.default_rng(0), 4, missing, family)
+
+
+# --- instances
+
+
+def test_types_of_a_pattern():
+    expected = {"homogeneous": [1, 1, 1, 1], "linear": [1, 1.67, 2.33, 3], "half": [3, 3, 1, 1], "hub": [3, 1, 1, 1]}
+    assert {pattern: types_of(pattern, 4).tolist() for pattern in TYPE_PATTERNS} == expected
+    assert types_of("half", 5).tolist() == [3, 3, 3, 1, 1]
+    assert types_of("linear", 3, "pgg").tolist() == [5, 10, 15]
+    assert types_of("homogeneous", 3, "pgg").tolist() == [10, 10, 10]
+
+
+def test_instances_are_rounded_to_what_players_read():
+    # delta = 0.25/3 = 0.08333 -> 0.083; mean alpha 2; c = 1.25 * 0.083 * 4 = 0.415.
+    game = Family("bcz", "GEE", 2).make([1.0, 3.0, 1.0, 3.0], 0.25, 1.25)
+    assert game == BCZ((1.0, 3.0, 1.0, 3.0), 0.083, 0.415, game.cap, "GEE", 2)
+    rng = np.random.default_rng(60)
+    for _ in range(50):
+        N, p, g = int(rng.integers(4, 9)), rng.uniform(0.15, 0.33), rng.uniform(0.6, 2.2)
+        alpha = types_of(TYPE_PATTERNS[rng.integers(4)], N)
+        game = Family().make(alpha, p, g)
+        assert all(float(f"{value:.3f}") == value for value in (game.delta, game.c))
+        assert abs(game.delta * (N - 1) - p) <= 0.0005 * (N - 1) + 1e-12
+        assert abs(game.c - g * game.delta * alpha.mean() ** 2) <= 0.0005 + 1e-12
+
+
+@pytest.mark.parametrize("N", range(4, 9))
+@pytest.mark.parametrize("pattern", TYPE_PATTERNS)
+def test_effort_cap_is_the_smallest_such_integer(pattern, N):
+    """In exact fractions: on the complete graph x_i = (alpha_i + 2 delta S)/(1 + 2 delta), S = sum alpha/(1 - 2p)."""
+    alpha = types_of(pattern, N)
+    exact = [Fraction(str(round(float(a), 2))) for a in alpha]
+    for thousandths in range(1, math.ceil(360 / (N - 1))):
+        delta = Fraction(thousandths, 1000)
+        total = sum(exact) / (1 - 2 * delta * (N - 1))
+        largest = (max(exact) + 2 * delta * total) / (1 + 2 * delta)
+        assert effort_cap(alpha, float(delta)) == math.ceil(Fraction(3, 2) * largest), float(delta)
+
+
+def test_effort_cap_binds_nowhere_and_does_not_depend_on_the_seats():
+    rng, graphs = np.random.default_rng(61), all_graphs(4)
+    for game in held_out_grid(4)[::4]:
+        assert {effort_cap(rng.permutation(game.alpha), game.delta) for _ in range(5)} == {game.cap}
+        for factor, solve in ((1, game.nash_efforts), (2, game.planner_efforts)):
+            x = np.linalg.inv(np.eye(4) - factor * game.delta * graphs) @ np.array(game.alpha)
+            assert x.max() < game.cap
+            np.testing.assert_allclose([solve(G) for G in graphs], x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("N", [4, 8])
+def test_draws_keep_their_ranges(N):
+    rng = np.random.default_rng(64)
+    drawn = [draw_game(rng, N, family=Family("bcz", "GEE", 3)) for _ in range(400)]
+    p = np.array([g.delta * (N - 1) for g in drawn])
+    unit = np.array([g.delta * np.mean(g.alpha) ** 2 for g in drawn])
+    g, slack_p, slack_g = np.array([game.c for game in drawn]) / unit, 0.0005 * (N - 1), 0.0005 / unit
+    assert 0.15 - slack_p <= p.min() < 0.16 and 0.32 < p.max() <= 0.33 + slack_p
+    assert (g >= 0.6 - slack_g).all() and g.min() < 0.65 and (g <= 2.2 + slack_g).all() and g.max() > 2.15
+    patterns = [tuple(sorted(g.alpha)) for g in drawn]
+    for pattern in TYPE_PATTERNS:
+        assert 60 <= patterns.count(tuple(sorted(types_of(pattern, N)))) <= 140
+    assert {(g.stages, g.rounds) for g in drawn} == {("GEE", 3)}
+    hubs = [draw_game(rng, N, family=Family(patterns=("hub",))) for _ in range(60)]
+    assert {g.alpha.index(3.0) for g in hubs} == set(range(N))  # every seat gets to be the hub
+
+
+def test_public_goods_instances():
+    rng, family = np.random.default_rng(1), Family("pgg")
+    drawn = [draw_game(rng, 6, ("train", "held-out")[k % 2], family) for k in range(200)]
+    assert all(isinstance(g, PGG) and g.b == 0.5 and 1.1 <= g.r <= 1.4 for g in drawn)
+    ratios = [g.c / np.mean(g.endowment) for g in drawn]
+    assert 0.09 < min(ratios) < 0.2 and 0.8 < max(ratios) < 0.91
+    patterns = {tuple(sorted(types_of(pattern, 6, "pgg"))) for pattern in TYPE_PATTERNS}
+    assert {tuple(sorted(g.endowment)) for g in drawn} == patterns
+    assert not instances_of(drawn[::2]) & instances_of(drawn[1::2])
+    assert {split_of(g) for g in drawn[::2]} == {"train"}
+
+
+# --- the held-out grid and the split
+
+
+@pytest.mark.parametrize("N", range(4, 9))
+def test_held_out_grid(N):
+    family = Family("bcz", "GGE", 2)
+    grid = held_out_grid(N, family)
+    assert len(grid) == len({g.key for g in grid}) == 60
+    assert {(g.N, g.stages, g.rounds) for g in grid} == {(N, "GGE", 2)}
+    delta = [round(p / (N - 1), 3) for p in (0.2, 0.25, 0.3)]
+    expected = {(tuple(sorted(types_of(pattern, N))), d) for pattern in TYPE_PATTERNS for d in delta}
+    seen = [(tuple(sorted(g.alpha)), g.delta) for g in grid]
+    assert set(seen) == expected and all(seen.count(cell) == 5 for cell in expected)
+    ratios = sorted({round(g.c / (g.delta * np.mean(g.alpha) ** 2) * 20) / 20 for g in grid})
+    assert ratios == [0.75, 1.0, 1.25, 1.5, 2.0]
+    assert sum(list(g.alpha) != sorted(g.alpha) for g in grid) > 30  # the seat order is random
+    held_out_grid.cache_clear()
+    again = held_out_grid(N, family)
+    assert again == grid and again is not grid
+    # Stages and rounds are settings of play: the same 60 instances in the same seats.
+    assert tuple(replace(g, stages="GGE", rounds=2) for g in held_out_grid(N)) == grid
+
+
+def test_splits_never_share_an_instance():
+    rng = np.random.default_rng(62)
+    train = [draw_game(rng, 4, "train") for _ in range(1500)]
+    held_out = [draw_game(rng, 4, "held-out") for _ in range(150)]
+    grid = held_out_grid(4)
+    assert len(instances_of(train)) < 1490  # draws do repeat instances, so an overlap could show
+    assert not instances_of(train) & (instances_of(held_out) | instances_of(grid))
+    for game in (*train[:100], *held_out[:100]):
+        alpha = tuple(game.alpha[s] for s in rng.permutation(game.N))
+        moved = BCZ(alpha, game.delta, game.c, game.cap + 1, "GEE", 3)
+        assert moved.key == game.key and split_of(moved) == split_of(game)
+    assert {split_of(g) for g in train} == {"train"} and {split_of(g) for g in (*held_out, *grid)} == {"held-out"}
+
+
+def test_a_tenth_of_all_instances_is_held_out():
+    rng, types = np.random.default_rng(63), types_of("linear", 6)
+    drawn = [Family().make(types, rng.uniform(0.15, 0.33), rng.uniform(0.6, 2.2)) for _ in range(2000)]
+    unique = {g.key: g for g in drawn}.values()
+    share = np.mean([split_of(g) == "held-out" for g in unique])
+    assert len(unique) > 1000 and 0.07 < share < 0.13  # 3 standard errors of a tenth are 0.028 at 1000
+
+
+def test_the_split_is_the_same_in_every_process():
+    """Python's own hash of a string changes from process to process; the split must not."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from world import draws; import numpy as np; rng = np.random.default_rng(5)\n"
+        "drawn = [draws.Family().make(draws.types_of('half', 5), p, 1.1) for p in rng.uniform(.15, .33, 80)]\n"
+        "print([draws.split_of(game) for game in drawn])"
+    )
+    answers = {ended(start(["-c", code], PYTHONHASHSEED=seed)) for seed in ("1", "2")}
+    ((status, answer),) = answers
+    assert status == 0 and "'train'" in answer and "'held-out'" in answer

@@ -1,0 +1,206 @@
+"""The public goods game: its exact solutions against brute force over all labelled graphs, and values by hand."""
+
+import itertools
+from dataclasses import replace
+
+import networkx
+import numpy as np
+import pytest
+from brute import all_graphs, random_graph
+
+from games import GameError, State, complete_graph, empty_graph
+from world import pgg
+from world.draws import Family, draw_game, held_out_grid
+from world.pgg import PGG, groups, isomorphism_classes, partitions
+
+TRIANGLE_AND_TAIL = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # 1-2-3 and 3-4
+
+
+def cliques_of(links_NN):
+    return [C for C in networkx.find_cliques(networkx.from_numpy_array(links_NN)) if len(C) > 1]
+
+
+def loop_payoffs(game, links_NN, x):
+    """The equation at the top of world/pgg.py, member by member."""
+    cliques = cliques_of(links_NN)
+    k = [sum(i in C for C in cliques) for i in range(game.N)]
+    pi = [game.endowment[i] - x[i] - game.c * sum(links_NN[i]) for i in range(game.N)]
+    for C in cliques:
+        pot = sum(x[j] / k[j] for j in C) * game.r * len(C) ** game.b
+        for i in C:
+            pi[i] += pot / len(C)
+    return np.array(pi)
+
+
+def random_pgg(rng, N):
+    e = rng.uniform(2, 20, N).round(1) if rng.random() < 0.7 else np.full(N, 10.0)
+    b = float(rng.choice([0, 0.2, 0.4, 0.5, 0.7, 1, 1.3]))
+    return PGG(tuple(e.tolist()), round(rng.uniform(0.7, 2.5), 2), b, round(rng.uniform(0, 9), 1))
+
+
+# --- rules
+
+
+def test_groups_are_the_maximal_cliques():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        links_NN = random_graph(rng, int(rng.integers(2, 10)), rng.uniform(0.1, 0.95))
+        assert groups(links_NN) == sorted(sorted(C) for C in cliques_of(links_NN))
+    assert groups(TRIANGLE_AND_TAIL) == [[0, 1, 2], [2, 3]] and groups(empty_graph(3)) == []
+
+
+def test_payoffs_by_hand():
+    """r 1.2, b 1: a group of k pays each member 1.2 times what it gets. Agent 3 gives 4 to each of its groups, agent 4
+    nothing, agents 1 and 2 give 5 and 10 to the triangle, which gets 19 and pays 22.8 to each; the pair pays 4.8."""
+    game = PGG((10.0, 10.0, 10.0, 10.0), 1.2, 1.0, 1.0)
+    pi = game.payoffs(TRIANGLE_AND_TAIL, np.array([5.0, 10.0, 8.0, 0.0]))
+    np.testing.assert_allclose(pi, [5 + 22.8 - 2, 0 + 22.8 - 2, 2 + 22.8 + 4.8 - 3, 10 + 4.8 - 1])
+    # What is given in no group is lost.
+    game, pair = PGG((10.0, 4.0, 4.0), 1.25, 0.5, 0.5), np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0]])
+    assert game.payoffs(pair, np.array([10.0, 0, 0])).tolist() == [0.0, 3.5, 3.5]
+
+
+def test_payoffs_are_those_of_the_equation_and_link_gains_their_change():
+    """All other links and all efforts as they are, whether the link is there or not; the two ends need not gain alike."""
+    rng, compared, unlike = np.random.default_rng(8), 0, 0
+    for _ in range(100):
+        N = int(rng.integers(2, 8))
+        game, links_NN = random_pgg(rng, N), random_graph(rng, N, 0.6)
+        x = rng.uniform(0, game.caps)
+        np.testing.assert_allclose(game.payoffs(links_NN, x), loop_payoffs(game, links_NN, x), atol=1e-9)
+        if N > 4:
+            continue
+        kept, gains_NN = links_NN.copy(), game.link_gains(links_NN, x)
+        for i, j in itertools.combinations(range(N), 2):
+            with_it, without = links_NN.copy(), links_NN.copy()
+            with_it[i, j] = with_it[j, i] = 1
+            without[i, j] = without[j, i] = 0
+            change = loop_payoffs(game, with_it, x) - loop_payoffs(game, without, x)
+            np.testing.assert_allclose([gains_NN[i, j], gains_NN[j, i]], change[[i, j]], atol=1e-9)
+            compared, unlike = compared + 1, unlike + (abs(change[i] - change[j]) > 0.1)
+        assert (links_NN == kept).all() and not gains_NN.diagonal().any()
+    assert compared > 100 and unlike > 50
+
+
+def test_nash_and_planner_efforts_are_the_best_corners():
+    """Payoffs are linear in each contribution, so the best is at 0 or at the endowment, whatever the others give."""
+    rng, contributed = np.random.default_rng(2), set()
+    for _ in range(60):
+        game = random_pgg(rng, 4)
+        for links_NN in (TRIANGLE_AND_TAIL, complete_graph(4)):
+            nash, planner = game.nash_efforts(links_NN), game.planner_efforts(links_NN)
+            corners = itertools.product(*([0.0, e] for e in game.endowment))
+            best = max(game.welfare(links_NN, np.array(x)) for x in corners)
+            assert game.welfare(links_NN, planner) == pytest.approx(best, abs=1e-9)
+            others = rng.uniform(0, game.caps)
+            for i in range(4):
+                choices = [np.where(np.arange(4) == i, v, others) for v in (0, nash[i], game.caps[i])]
+                pays = [game.payoffs(links_NN, x)[i] for x in choices]
+                assert pays[1] >= max(pays) - 1e-9
+            contributed |= {("nash", bool(nash.any())), ("planner", bool(planner.any()))}
+    assert len(contributed) == 4
+
+
+def test_efforts_are_bounded_by_the_own_endowment():
+    state = State(PGG((10.0, 5.0), 1.25, 0.5, 1.0)).step(complete_graph(2))
+    assert state.step([10.0, 5.0]).done
+    with pytest.raises(ValueError, match="cap of the seat"):
+        state.step([5.0, 6.0])
+
+
+# --- the efficient graph
+
+
+@pytest.mark.parametrize("efforts", ["nash", "planner"])
+def test_the_efficient_graph_is_the_best_of_all_labelled_graphs(efforts):
+    rng, linked = np.random.default_rng(4), 0
+    for k in range(40):
+        game = random_pgg(rng, 2 + k % 4)
+        G, W = game.efficient_graph(efforts)
+        best = max(game.welfare(g, game.efforts(efforts, g)) for g in all_graphs(game.N))
+        assert W == pytest.approx(best, abs=1e-9)
+        assert game.welfare(G, game.efforts(efforts, G)) == pytest.approx(W, abs=1e-9)
+        assert (G == G.T).all() and not G.diagonal().any()
+        linked += G.any()
+    assert linked >= 5
+
+
+def test_partitions_are_enough_from_exponent_one_half(monkeypatch):
+    rng, sizes = np.random.default_rng(5), set()
+    for _ in range(60):
+        game = replace(random_pgg(rng, 6), b=float(rng.choice([0.5, 0.55, 0.7, 1.0])))
+        pgg._efficient_graph.cache_clear()
+        G, W = game.efficient_graph("planner")
+        with monkeypatch.context() as patched:
+            patched.setattr(pgg, "partitions", isomorphism_classes)
+            pgg._efficient_graph.cache_clear()
+            assert game.efficient_graph("planner")[1] == pytest.approx(W, abs=1e-9)
+        pgg._efficient_graph.cache_clear()
+        sizes.add(tuple(sorted(map(len, groups(G)))))
+    assert len(sizes) >= 4  # several kinds of optima were compared
+
+
+def test_efficient_graphs_by_hand():
+    """The fixture of six agents is two groups of three; the two rich are neighbours in the order of endowments, and for
+    them alone a link is worth its cost; b = 0: size does not matter, so everybody is in the cheapest group."""
+    G, W = PGG((10.0,) * 6, 1.25, 0.5, 3.0).efficient_graph("planner")
+    assert groups(G) == [[0, 1, 2], [3, 4, 5]] and W == pytest.approx(6 * (10 * 1.25 * 3**0.5 - 2 * 3))
+    G, _ = PGG((5.0, 15.0, 5.0, 15.0), 1.3, 0.5, 5.0).efficient_graph("planner")
+    assert groups(G) == [[1, 3]]
+    G, _ = PGG((10.0,) * 6, 1.5, 0.0, 1.0).efficient_graph("planner")
+    assert (G.sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("N, count", list(enumerate([1, 2, 4, 11, 34, 156, 1044, 12346], 1)))
+def test_isomorphism_classes_are_as_many_as_there_are(N, count):
+    """OEIS A000088. As many as there are, and every one another: equal degrees are told apart by networkx below."""
+    classes = isomorphism_classes(N)
+    assert len(classes) == count
+    if N <= 5:
+        graphs = [networkx.from_numpy_array(G) for G in classes]
+        assert not any(networkx.is_isomorphic(a, b) for a, b in itertools.combinations(graphs, 2))
+
+
+def test_too_many_agents_for_the_enumeration_is_said():
+    with pytest.raises(GameError, match="at most 8 agents") as error:
+        PGG((10.0,) * 9, 1.25, 0.2, 1.0).efficient_graph("planner")
+    assert "\n" not in str(error.value)
+    assert len(partitions(9)) == 256 and PGG((10.0,) * 9, 1.25, 0.5, 1.0).efficient_graph("planner")[1] > 90
+
+
+def test_nash_graph_by_hand():
+    """Nobody contributes at Nash, so a link is a loss; with r = 1.6 a pair pays 1.13 for each unit: each earns
+    10 * 1.6 * sqrt(2) = 22.6, and nothing if the link goes and efforts stay, so it may cost up to that."""
+    game = PGG((10.0, 10.0), 1.25, 0.5, 1.0)
+    assert not game.nash_graph().any()
+    for c, linked in ((1.0, True), (22.0, True), (23.0, False)):
+        assert replace(game, r=1.6, c=c).nash_graph().any() == linked
+
+
+# --- instances
+
+
+@pytest.mark.parametrize("change", [{"endowment": (10.0, 0.0)}, {"r": 0.0}, {"b": -0.1}, {"c": -1.0}, {"r": np.nan}])
+def test_bad_games_are_refused(change):
+    good = dict(endowment=(10.0, 5.0), r=1.25, b=0.5, c=1.0)
+    PGG(**good)
+    with pytest.raises(GameError) as error:
+        PGG(**good | change)
+    assert "\n" not in str(error.value)
+
+
+def test_default_instances_are_dilemmas_in_every_group():
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        game = draw_game(rng, 6, family=Family("pgg"))
+        links_NN = game.efficient_graph("planner")[0]
+        assert not game.nash_efforts(links_NN).any()
+        linked = links_NN.any(1)
+        assert (game.planner_efforts(links_NN)[linked] == game.caps[linked]).all()
+
+
+def test_the_grid_has_sixty_games_and_several_kinds_of_optima():
+    grid = held_out_grid(6, Family("pgg"))
+    assert len(grid) == 60 == len({g.key for g in grid})
+    optima = [tuple(sorted(map(len, groups(g.efficient_graph("planner")[0])))) for g in grid]
+    assert len(set(optima)) >= 5 and max(optima.count(o) for o in optima) <= 30
