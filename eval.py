@@ -1,9 +1,9 @@
 """Evaluation: held-out games with the policy in one seat and experts in the others, or any players anywhere.
 
-    python eval.py --policy base runs/rft/sft/adapter runs/rft/adapter --json results.json
-    python eval.py --policy runs/rft/adapter --seat all           # self-play; random: one seat drawn per game
-    python eval.py --policy runs/rft/adapter --by-seat            # the same games once for every seat
-    python eval.py --table runs/rft/adapter base expert:nash expert:nash             # a player for each seat
+    python eval.py --policy base runs/tompo/sft/adapter runs/tompo/adapter --json results.json
+    python eval.py --policy runs/tompo/adapter --seat all           # self-play; random: one seat drawn per game
+    python eval.py --policy runs/tompo/adapter --by-seat            # the same games once for every seat
+    python eval.py --table runs/tompo/adapter base expert:nash expert:nash             # a player for each seat
     python eval.py --policy base --few-shot 3 --repair            # what prompting and lenient reading do
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
@@ -13,10 +13,10 @@ instances (the fixed held-out grid), in the same seat, against the same draws of
 compared game by game.
 
 --repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant,
-what can be read in them is played (prompts.repair_reply). U1 is the strict one there too. The strict row
+what can be read in them is played (play/repair.py). U1 is the strict one there too. The strict row
 minus this one is what formatting costs; what is left between repaired rows is strategy.
 
-The metrics: see metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
+The metrics: see play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
 """
 
 import argparse
@@ -28,8 +28,6 @@ from play.players import make_cast, play_tables
 from run import dataset, ranks
 from run.files import InputError, positive_int, refuse_existing, reports_errors, seed_int, write_json
 from run.training import add_model_arguments
-
-# -------------------- what can be asked for
 
 
 def evaluate_names(args) -> dict[str, dict]:
@@ -115,11 +113,8 @@ def main(argv=None) -> None:
         print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
     else:
         results = evaluate_names(args)
-        print(
-            {"all": "self-play: the policy in all seats", "random": "a random seat of each game"}.get(
-                args.seat, ""
-            )
-        )
+        if args.seat in ("all", "random"):
+            print("self-play: the policy in all seats" if args.seat == "all" else "a random seat of each game")
         print(report(results, args.rounds))
         if args.repair:
             read = ", ".join(f"{n} {s['repaired']}" for n, s in results.items() if n.endswith(" repaired"))

@@ -94,16 +94,20 @@ def _exact(name: str, state: State, seat: int, rng: np.random.Generator, past=()
     return Decision("E", float(efforts_N[seat]), belief_N)
 
 
-def _random(state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+def random_decision(game: Game, kind: str, seat: int, rng: np.random.Generator) -> Decision:
     """Coins and uniform efforts; so are its beliefs."""
-    N, caps = state.game.N, state.game.caps
-    if state.kind == "G":
+    N, caps = game.N, game.caps
+    if kind == "G":
         row_N, belief_N = rng.integers(0, 2, (2, N))
         row_N[seat] = belief_N[seat] = 0
         return Decision("G", row_N, belief_N)
     belief_N = np.round(rng.uniform(0, caps), EFFORT_DIGITS)
     belief_N[seat] = 0
     return Decision("E", float(min(caps[seat], round(rng.uniform(0, caps[seat]), EFFORT_DIGITS))), belief_N)
+
+
+def _random(state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+    return random_decision(state.game, state.kind, seat, rng)
 
 
 def _noisy(

@@ -10,6 +10,7 @@ diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted f
 
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache, wraps
 from typing import ClassVar
 
 import numpy as np
@@ -46,6 +47,19 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 # -------------------- rules
 
 
+def solved_once(efficient_graph):
+    """Decorator of a game's efficient_graph: every instance is solved once, and each caller gets a copy."""
+    solve = lru_cache(maxsize=4096)(efficient_graph)
+
+    @wraps(efficient_graph)
+    def cached(game: "Game", efforts: str = "nash") -> tuple[np.ndarray, float]:
+        links_NN, W = solve(game, efforts)
+        return links_NN.copy(), W
+
+    cached.cache_clear = solve.cache_clear
+    return cached
+
+
 class Game:
     """One instance of a game: a frozen, hashable dataclass (so that solutions can be cached per instance).
 
@@ -80,8 +94,8 @@ class Game:
         raise NotImplementedError
 
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """(links_NN, welfare) of the graph with the highest welfare at `nash` or at `planner` efforts.
-        Exact."""
+        """(links_NN, welfare) of the best graph at `nash` or at `planner` efforts. Exact, and
+        `@solved_once`."""
         raise NotImplementedError
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:

@@ -30,15 +30,14 @@ PREFIX = "base_model.model."  # PEFT names a tensor by the path of its module in
 
 @dataclass
 class LoRAConfig:
+    """targets: names or path endings of layers, or a string, a regex for the whole path. base_model and
+    base_fingerprint: what the adapter was trained on, for those who load it (models/adapters.py)."""
+
     r: int
     alpha: float
-    targets: tuple[str, ...] | str = (
-        DEFAULT_TARGETS  # names or path endings; a string is a regex for the whole path
-    )
-    base_model: str = ""  # name or path of the base, written as base_model_name_or_path
-    base_fingerprint: str | None = (
-        None  # of the base weights it was trained on; models/adapters.py fills it in
-    )
+    targets: tuple[str, ...] | str = DEFAULT_TARGETS
+    base_model: str = ""
+    base_fingerprint: str | None = None
 
     def __post_init__(self):
         if type(self.r) is not int or self.r < 1:
@@ -66,8 +65,7 @@ class LoRALinear(nn.Module):
         self.base, self.scaling, self.disabled, self.frozen = base, scaling, False, False
         self.in_features, self.out_features = base.in_features, base.out_features
         device = next(base.parameters()).device
-        # A is drawn on the generator's device and then moved, so that a seed gives the same A on every
-        # device.
+        # A is drawn on the generator's device and then moved, so that a seed gives the same A on every device
         A = torch.empty(r, self.in_features, device=generator.device, dtype=torch.float32)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
         self.A = nn.Parameter(A.to(device))
@@ -123,7 +121,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def inject(
     model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer: type = LoRALinear
-) -> list[LoRALinear]:
+) -> None:
     """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a
     `layer`.
 
@@ -150,7 +148,6 @@ def inject(
     for name in linears:  # the model's order, so that a seed fixes every A whatever the order of the targets
         if name in chosen:
             _set_module(model, name, layer(linears[name], config.r, config.scaling, generator))
-    return list(lora_layers(model).values())
 
 
 @contextmanager

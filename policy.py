@@ -155,8 +155,7 @@ class Policy:
         return [Row([i], ids, replies[i]) for i, ids in enumerate(prompts)]
 
     def token_logps(self, rows: list[Row], temperature: float = 1.0) -> list[Tensor]:
-        """log pi of the targets of each row, [R] of (T,), with gradients: one padded batch, one forward
-        pass."""
+        """log pi of the targets of each row, [R] of (T,), with gradients: one padded batch, one pass."""
         sequences = [(row.ids, reply) for row in rows for reply in row.replies]
         longest = max(len(prompt) + len(reply) for prompt, reply in sequences)
         self.check_length(longest, 0)

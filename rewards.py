@@ -127,9 +127,9 @@ def graph_score(decision: Decision | None, target: Target, score: str = "hamming
     if score == "welfare":
         efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
         W = game.welfare(links_NN, efforts_N)
-        return (
-            max(0.0, W) / best if best > 0 else float(W >= best)
-        )  # where nobody can do better than 0, 1 for that
+        if best <= 0:  # no graph pays: 1 for one that loses nothing
+            return float(W >= best)
+        return max(0.0, W) / best
     hamming = (links_NN != form_links(target.actions)).sum()
     return float(1 - hamming / (game.N * (game.N - 1)))
 

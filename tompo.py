@@ -10,7 +10,8 @@ Pure functions in the paper's symbols. Dimensions: M rollouts of a prompt (a gro
     J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta k3 ) ]
     rho = pi_theta / pi_old,  k3 = exp(l_ref - l) - (l_ref - l) - 1,  l = log pi_theta, l_ref = log pi_ref
 
-A variant is one function and one line in the table below it: ADVANTAGES, LOSSES, AGGREGATIONS.
+A variant is one function and one line in the table below it: ADVANTAGES, AGGREGATIONS, LOSSES, RATIOS,
+KL_ESTIMATORS. Each table's first entry is the default, and the equation above.
 """
 
 import torch
@@ -21,17 +22,23 @@ ALGORITHMS = ("tompo", "grpo")
 # -------------------- advantages
 
 
+def centred(rewards_M: Tensor) -> Tensor:
+    """r - mean within one group, (M,): Dr. GRPO (arXiv 2503.20783). Equal rewards, or a group of one, get
+    exactly 0: else the mean's rounding, 1e-8, would be blown up by a division."""
+    return torch.zeros_like(rewards_M) if (rewards_M == rewards_M[0]).all() else rewards_M - rewards_M.mean()
+
+
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within one group, (M,). A group of one, or of equal rewards, gets exactly
-    0."""
-    if (
-        rewards_M == rewards_M[0]
-    ).all():  # r - mean of equal floats can be 1e-8, which the division would blow up
-        return torch.zeros_like(rewards_M)
-    return (rewards_M - rewards_M.mean()) / (rewards_M.std(unbiased=False) + eps)
+    """(r - mean) / (std + eps) within one group, (M,): GRPO."""
+    return centred(rewards_M) / (rewards_M.std(unbiased=False) + eps)
 
 
-ADVANTAGES = {"std": group_normalise}  # rewards of a group (M,) -> advantages (M,)
+def leave_one_out(rewards_M: Tensor) -> Tensor:
+    """r minus the mean of the others in the group, (M,): RLOO (arXiv 2402.14740)."""
+    return centred(rewards_M) * (len(rewards_M) / max(1, len(rewards_M) - 1))
+
+
+ADVANTAGES = {"std": group_normalise, "mean": centred, "loo": leave_one_out}  # (M,) -> (M,)
 
 
 def dual_level_advantages(
@@ -56,15 +63,14 @@ def dual_level_advantages(
 
 # The weight of every token of each rollout, from the lengths of all rollouts of an optimizer step and the
 # longest reply allowed. The denominator is that of the whole step, so gradients do not depend on how a step
-# is cut into passes.
+# is cut.
 AGGREGATIONS = {
-    "sequence": lambda lengths, limit: [
-        1 / (len(lengths) * n) for n in lengths
-    ],  # the mean over tokens, as in J
-    "token": lambda lengths, limit: [1 / sum(lengths)] * len(lengths),  # the mean over all tokens of the step
-    "constant": lambda lengths, limit: (
-        [1 / (len(lengths) * limit)] * len(lengths)
-    ),  # Dr. GRPO: a fixed denominator
+    # the mean over rollouts of the mean over tokens, as in J
+    "sequence": lambda lengths, limit: [1 / (len(lengths) * n) for n in lengths],
+    # the mean over all tokens of the step
+    "token": lambda lengths, limit: [1 / sum(lengths)] * len(lengths),
+    # a denominator that no reply changes: Dr. GRPO
+    "constant": lambda lengths, limit: [1 / (len(lengths) * limit)] * len(lengths),
 }
 
 
@@ -73,15 +79,36 @@ def clipped(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, hi
     return torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
 
 
-LOSSES = {
-    "clip": clipped
-}  # (rho, log pi, A: each (T,), lower and upper end of the clip range) -> what J sums, (T,)
+def cispo(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
+    """CISPO (arXiv 2506.13585): the clipped ratio weighs log pi and has no gradient of its own, (T,)."""
+    return ratio_T.clamp(low, high).detach() * advantage_T * logp_T
+
+
+LOSSES = {"clip": clipped, "cispo": cispo}  # (rho, log pi, A, ends of the clip range) -> what J sums, (T,)
+
+
+def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
+    """GSPO (arXiv 2507.18071): every token of a reply has the mean of the reply's log ratios, (T,)."""
+    return torch.cat([part.mean().expand(len(part)) for part in log_ratio_T.split(lengths)])
+
+
+RATIOS = {
+    "token": lambda log_ratio_T, lengths: log_ratio_T,
+    "sequence": sequence_mean,
+}  # log rho, reply lengths
 
 
 def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(pi, pi_ref) per token: unbiased under pi, never negative, 0 iff equal."""
     d = ref_logp_T - logp_T
     return d.exp() - d - 1
+
+
+KL_ESTIMATORS = {  # of KL(pi, pi_ref) per token: http://joschu.net/blog/kl-approx.html
+    "k1": lambda logp_T, ref_logp_T: logp_T - ref_logp_T,
+    "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2,
+    "k3": k3,
+}
 
 
 def objective_loss(
@@ -94,6 +121,9 @@ def objective_loss(
     clip_eps: tuple[float, float] = (0.2, 0.2),
     beta: float = 0.0,
     loss: str = "clip",
+    ratio: str = "token",
+    kl: str = "k3",
+    lengths: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """-J of the given tokens, and sums over them for the log (`diagnostics`).
 
@@ -101,10 +131,10 @@ def objective_loss(
     a step it is the loss of the step. clip_eps: how far rho may go below and above 1. ref_logp_T may be None
     if beta is 0."""
     low, high = 1 - clip_eps[0], 1 + clip_eps[1]
-    ratio_T = (logp_T - old_logp_T).exp()  # rho
+    ratio_T = RATIOS[ratio](logp_T - old_logp_T, lengths).exp()  # rho
     objective_T = LOSSES[loss](ratio_T, logp_T, advantage_T, low, high)
     if beta:
-        objective_T = objective_T - beta * k3(logp_T, ref_logp_T)
+        objective_T = objective_T - beta * KL_ESTIMATORS[kl](logp_T, ref_logp_T)
     with torch.no_grad():
         sums = {
             "tokens": logp_T.numel(),

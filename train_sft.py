@@ -76,7 +76,10 @@ def sft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
     """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER
     if there is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
     config = training.new_adapter(policy, args, purpose=1)
-    data = conversations(policy, training.in_trained_seats(args, records), args.train_on)
+    trained = training.in_trained_seats(args, records)
+    rates, style = dict(zip("GE", args.label_noise)), dataset.style_of(args)
+    weak = dataset.with_label_noise(trained, rates, args.seed, style)
+    data = conversations(policy, weak, args.train_on)
     held_out = dataset.simulate_args(args, HELD_OUT_GAMES, args.seed, "held-out")
     test = conversations(policy, training.in_trained_seats(args, held_out), "both")
     with training.Loop(args, policy, folder, "SFT", args.sft_steps, args.sft_lr, stop) as loop:

@@ -1,10 +1,12 @@
-"""A third game, written from outside: weakest-link coordination on a network. your-own-game.md walks through this file.
+"""A third game, written from outside: weakest-link coordination on a network. your-own-game.md walks through
+this file.
 
 Agents choose links, then efforts. Every link pays its two ends by the weaker of their two efforts:
 
     payoff   pi_i = alpha_i sum_j g_ij min(x_i, x_j) - x_i^2/2 - c sum_j g_ij,   0 <= x_i <= cap
 
-So nobody gains by giving more than its partners, and many effort profiles are equilibria: who is trusted decides.
+So nobody gains by giving more than its partners, and many effort profiles are equilibria: who is trusted
+decides.
 
     python -m docs.coordination --game coordination --expert planner --out runs/coordination
 """
@@ -12,27 +14,27 @@ So nobody gains by giving more than its partners, and many effort profiles are e
 import itertools
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, empty_graph, register
+from games import Game, GameError, Observation, empty_graph, register, solved_once
 from prompts import tell_numbers, tell_short
 
 MAX_LABELLED = 5  # agents up to which all labelled graphs are enumerated: 1024 at 5
 
 
 def best_reply(alpha: float, others) -> float:
-    """To the efforts of those one is linked to. Payoff is concave in the own effort x, with slope alpha k - x where k
-    of the others give more than x. So it rises up to the greatest x that some k of the others reach and alpha k does."""
+    """To the efforts of those one is linked to. Payoff is concave in the own effort x, with slope alpha k - x
+    where k of the others give more than x. So it rises up to the greatest x that some k of the others reach
+    and alpha k does."""
     return max((min(alpha * k, y) for k, y in enumerate(sorted(others, reverse=True), 1)), default=0.0)
 
 
 @register
 @dataclass(frozen=True)
 class Coordination(Game):
-    """alpha: what the weaker effort of a link is worth to each agent (N,); c: cost of a link, paid at both ends; cap:
-    the largest allowed effort; stages, rounds: see Game."""
+    """alpha: what the weaker effort of a link is worth to each agent (N,); c: cost of a link, paid at both
+    ends; cap: the largest allowed effort; stages, rounds: see Game."""
 
     # rules
 
@@ -75,8 +77,9 @@ class Coordination(Game):
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         """The greatest equilibrium. It exists since best replies rise with the others' efforts (the game is
-        supermodular): from the cap, which is above every equilibrium, repeated best replies only fall, stay above every
-        equilibrium, and so end in one of them, after finitely many steps because each is the cap or an alpha_i k."""
+        supermodular): from the cap, which is above every equilibrium, repeated best replies only fall, stay
+        above every equilibrium, and so end in one of them, after finitely many steps because each is 0,
+        the cap or an alpha_i k."""
         x = self.caps
         while True:
             previous, x = x, self.best_response(links_NN, x)
@@ -84,15 +87,15 @@ class Coordination(Game):
                 return x
 
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        """Exact. Let S_t be the set of those who give more than t. Then welfare, the links' cost apart, is the integral
-        over t from 0 to the cap of
+        """Exact. Let S_t be the set of those who give more than t. Then welfare, the links' cost apart, is
+        the integral over t from 0 to the cap of
 
             sum of alpha_i + alpha_j over the links inside S_t  -  t |S_t|.
 
-        This is supermodular in S_t, so the best sets for each t alone are nested: they belong to efforts, which are
-        optimal. The highest effort is the density (sum per member) of the densest set, which gives it; the next one is
-        that of the densest addition to this set, and so on. The cap ends the integral, and so cuts efforts off.
-        """
+        This is supermodular in S_t, so the best sets for each t alone are nested: they belong to efforts,
+        which are optimal. The highest effort is the density (sum per member) of the densest set, which gives
+        it; the next one is that of the densest addition to this set, and so on. The cap ends the integral,
+        and so cuts efforts off."""
         sets_SN = np.array(list(itertools.product((0, 1), repeat=self.N)))
         size_S = sets_SN.sum(1)
         value_S = (sets_SN @ (links_NN * np.add.outer(self.alpha, self.alpha)) * sets_SN).sum(1) / 2
@@ -105,10 +108,21 @@ class Coordination(Game):
             now = added
         return np.minimum(x, self.cap)
 
+    @solved_once
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
         """Raises GameError for more than 5 agents."""
-        links, W = _efficient_graph(self, efforts)
-        return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
+        if self.N > MAX_LABELLED:
+            raise GameError(f"the efficient graph of this game is known for at most {MAX_LABELLED} agents")
+        pairs = list(itertools.combinations(range(self.N), 2))
+        best_links, best_welfare = None, -np.inf
+        for chosen in itertools.product((0, 1), repeat=len(pairs)):
+            links_NN = empty_graph(self.N)
+            for (i, j), linked in zip(pairs, chosen):
+                links_NN[i, j] = links_NN[j, i] = linked
+            W = self.welfare(links_NN, self.efforts(efforts, links_NN))
+            if W > best_welfare + 1e-9:
+                best_links, best_welfare = links_NN, W
+        return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """alpha_i min(x_i, x_j) - c, whatever the other links."""
@@ -121,7 +135,8 @@ class Coordination(Game):
 
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
-        """What each link would earn its two ends on average, if all gave half of mean alpha (N-1), in units of c."""
+        """What each link would earn its two ends on average, if all gave half of mean alpha (N-1), in units
+        of c."""
         c, mean = seen.parameters["c"], sum(seen.types) / seen.N
         if not c:
             return ""
@@ -132,18 +147,20 @@ class Coordination(Game):
 
     @classmethod
     def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """How many links, to which alphas, and the best reply if each neighbour gives alpha times its own links."""
+        """How many links, to which alphas, and the best reply if each neighbour gives alpha times its own
+        links."""
         linked = np.flatnonzero(seen.links[seen.seat])
         text = f", {len(linked)} links"
         if seen.types is not None and len(linked):
             text += f" to alphas {tell_short(seen.types[j] for j in linked)}"
             if hints:
                 efforts = [min(seen.cap, seen.types[j] * seen.links[j].sum()) for j in linked]
-                text += f". Best reply if each gives alpha times its links: {best_reply(seen.own_type, efforts):.2f}"
+                best = best_reply(seen.own_type, efforts)
+                text += f". Best reply if each gives alpha times its links: {best:.2f}"
         return text
 
-    # draws: u is cap / (mean(alpha) (N-1)), v is c / (mean(alpha)^2 (N-1) / 2). Of homogeneous agents whom the cap does
-    # not bind, all should link up to v = 1, and nobody above.
+    # draws: u is cap / (mean(alpha) (N-1)), v is c / (mean(alpha)^2 (N-1) / 2). Of homogeneous agents whom
+    # the cap does not bind, all should link up to v = 1, and nobody above.
 
     fixable = ("cap", "c")
     ranges = ((0.5, 1.3), (0.2, 1.2))
@@ -157,22 +174,6 @@ class Coordination(Game):
         cap = fixed.get("cap", round(float(u * mean * others), 1))
         c = fixed.get("c", round(float(v * mean**2 * others / 2), 2))
         return cls(tuple(alpha_N.tolist()), c, cap, stages, rounds)
-
-
-@lru_cache(maxsize=4096)
-def _efficient_graph(game: Coordination, efforts: str) -> tuple[bytes, float]:
-    if game.N > MAX_LABELLED:
-        raise GameError(f"the efficient graph of this game is known for at most {MAX_LABELLED} agents")
-    pairs = list(itertools.combinations(range(game.N), 2))
-    best_links, best_welfare = None, -np.inf
-    for chosen in itertools.product((0, 1), repeat=len(pairs)):
-        links_NN = empty_graph(game.N)
-        for (i, j), linked in zip(pairs, chosen):
-            links_NN[i, j] = links_NN[j, i] = linked
-        W = game.welfare(links_NN, game.efforts(efforts, links_NN))
-        if W > best_welfare + 1e-9:
-            best_links, best_welfare = links_NN, W
-    return best_links.tobytes(), best_welfare
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class FastPolicy(Policy):
         20 by up to 0.06, which is more than all that rounding does to the hidden states."""
         head = self._head()
         if type(head) is not torch.nn.Linear:  # an adapter
-            return head(hidden)
+            return head(hidden).contiguous()
         version = head.weight.data_ptr(), head.weight._version
         if self._float_head_of != version:
             with torch.inference_mode(False):

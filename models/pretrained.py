@@ -10,7 +10,7 @@ Three kinds of value are understood, and tried in this order:
 
 Whatever goes wrong is a `ModelError` whose message is one line. To fetch a model ahead of time:
 
-    python -m models.pretrained [--model NAME] [--cache FOLDER]
+    python -m models.pretrained [--model NAME]
 """
 
 import argparse
@@ -137,7 +137,7 @@ def _make(source, folder):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"preparing {source.name} needs the package {package}: install it and try again")
     if folder.exists() and not (folder / "complete.json").exists():
-        raise ModelError(f"{folder} was not made by this program: move it away, or choose another --cache")
+        raise ModelError(f"{folder} was not made by this program: move it away, or choose another TOMPO_CACHE")
     work = folder.with_name(f"{source.name}.partial")
     shutil.rmtree(work, ignore_errors=True)  # a killed process left it: this one holds the lock
     converted = work / "model"
@@ -243,9 +243,8 @@ def _say(line):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fetch a model ahead of time, and convert the default one.")
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default name, folder or Hugging Face hub id")
-    parser.add_argument("--cache", help="folder for the default model (else $TOMPO_CACHE or ~/.cache/tompo)")
     args = parser.parse_args(argv)
-    model, _ = load(args.model, args.cache)
+    model, _ = load(args.model)
     print(f"{model.name_or_path}: {model.num_parameters():,} parameters")
 
 

@@ -281,7 +281,8 @@ def _difference_lines(differences: dict[str, dict[str, dict]]) -> str:
         line = f"\n  - {name}: ".ljust(max(map(len, differences)) + 7)
         for metric, d in of_metric.items():
             interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
-            line += f"{metric} {d['mean']:+.3f}{interval}".ljust(30)
+            value = "-" if d["mean"] is None else f"{d['mean']:+.3f}{interval}"
+            line += f"{metric} {value}".ljust(30)
         text += line.rstrip()
     return text
 

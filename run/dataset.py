@@ -3,14 +3,14 @@
 import argparse
 import copy
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
 import experts
 from experts import Expert, Record, make_expert, simulate
 from games import State, game_from_json
-from prompts import PromptStyle, parse_reply
+from prompts import PromptStyle, format_reply, parse_reply
 from rewards import Target
 from run.files import InputError, parse_range, positive_int, seat_choice, share, write_atomic
 from world.draws import Family, add_game_arguments, draw_game, families
@@ -98,6 +98,26 @@ def read_records(path: str) -> list[Record]:
             f"the data set {path} is empty; write one with: python -m tools.expert_games --out FILE"
         )
     return records
+
+
+def with_label_noise(
+    records: list[Record], rates: dict[str, float], seed: int, style: PromptStyle, clean_belief: bool = False
+) -> list[Record]:
+    """Weak demonstrations: a share of the labels, by kind of decision, becomes a random compliant reply.
+
+    What was played, and so every prompt, stays as it is. RFT's rewards do not read these labels. Which labels are
+    replaced belongs to (seed, game, stage, seat) alone.
+    """
+    found = []
+    for r in records:
+        rng = np.random.default_rng([seed, 10, r.game, r.stage, r.seat])
+        if rng.random() < rates.get(r.kind, 0.0):
+            drawn = experts.random_decision(game_from_json(r.instance), r.kind, r.seat, rng)
+            if clean_belief:
+                drawn = replace(drawn, belief=experts.label_decision(r).belief)
+            r = replace(r, label=format_reply(drawn, style))
+        found.append(r)
+    return found
 
 
 def targets(records: list[Record]) -> list[tuple[Record, Target]]:

@@ -28,6 +28,7 @@ from run.files import (
     positive_int,
     resumed_arguments,
     seed_int,
+    share,
 )
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
@@ -64,6 +65,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     )
     add, choices = group.add_argument, ("effort", "graph", "both", "separate")
     add("--train-on", choices=choices, default="both", help="decisions; separate: an adapter for each kind")
+    told = "share of the labels that are random, of graph [and of effort] decisions: weak demonstrations"
+    add("--label-noise", nargs="+", type=share, default=[0.0], metavar="RATE", help=told)
     add("--sft-steps", type=positive_int, default=50, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
     add("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")

@@ -1,4 +1,4 @@
-"""What the tests of games compare with: graphs, and payoffs written from the formulas and not from the games' files."""
+"""What tests of games compare with: graphs, and payoffs written from the formula, not the game's file."""
 
 import itertools
 

@@ -1,5 +1,5 @@
-"""Engines on copies of one tiny model with the same adapter, and groups of replies for them: the groups are ragged
-on purpose, and some of their prompts begin alike."""
+"""Engines on copies of one tiny model with the same adapter, and groups of replies for them: of all lengths,
+and some to prompts that begin alike."""
 
 import torch
 
@@ -68,7 +68,7 @@ def gradients(policy, loss):
     return found
 
 
-def assert_close_gradients(actual, expected, tolerance=1e-3):
+def assert_close(actual, expected, tolerance=1e-3):
     """Tensor by tensor, relative to its norm."""
     for a, b in zip(actual, expected, strict=True):
         assert b.norm() > 1e-5 and (a - b).norm() <= tolerance * b.norm()

@@ -1,193 +1,140 @@
-"""Gradients of SFT and RFT against plain passes, for every micro-batch."""
+"""Gradients of SFT and RFT, as each engine adds them up pass by pass, against the objective written out reply
+by reply on the plain engine."""
 
 import argparse
-from pathlib import Path
 
 import pytest
 import torch
+from reference import ENGINES, add_adapter, assert_close, engine, gradients, score
+from whole_runs import lines_of, sft_flags
 
-from run import checkpoint
-import experts
 import lora
 import train_rft
 import train_sft
-from world.draws import Family
-from policy import Rollout, load_policy
+from policy import Rollout
 from prompts import PromptStyle
-from reference import plain_logps, plain_model, take_gradients
-from whole_runs import lines_of, sft_flags
-
-
-def policy_with_adapter(model_dir, seed=1, size=0.05):
-    policy = load_policy(model_dir)
-    lora.inject(policy.model, lora.LoRAConfig(4, 8.0, lora.DEFAULT_TARGETS, policy.name), checkpoint.seeded(seed))
-    with torch.no_grad():
-        for k, layer in enumerate(lora.lora_layers(policy.model).values()):
-            layer.B.copy_(size * torch.randn(layer.B.shape, generator=checkpoint.seeded(seed, k)))
-    return policy
-
-
-def assert_close_gradients(actual, expected, tolerance=1e-4):
-    largest = max(float(g.abs().max()) for g in expected)
-    assert largest > 1e-5
-    for a, b in zip(actual, expected, strict=True):
-        assert (a - b).abs().max() <= tolerance * largest
-
+from run import checkpoint, dataset, training
+from world.draws import Family
 
 # --- SFT
 
 
-def sft_gradient(monkeypatch, model_dir, out, **changes):
-    """The gradient of SFT's first step, before clipping, and the loss that was logged for it."""
-    found = []
+@pytest.mark.parametrize("train_on", ["both", "effort", "graph"])
+def test_sft_gradient_is_that_of_the_mean_over_reply_tokens(monkeypatch, model_dir, tmp_path, train_on):
+    """Of the first step, before clipping, whose batch is all six conversations; and the loss in the log."""
+    found, losses = [], []
 
-    def spy(optimizer, lr, max_grad_norm):
+    def spy(optimizer, max_norm):
         found.append([p.grad.clone() for p in optimizer.param_groups[0]["params"]])
         optimizer.zero_grad(set_to_none=True)
         return 0.0
 
-    monkeypatch.setattr(train_sft, "optimizer_step", spy)
-    changes = dict(games=2, sft_batch=6, noise=0.5, max_steps=1) | changes  # a batch is all six conversations
-    train_sft.main(sft_flags(model_dir, out, **changes))
-    return found[0], lines_of(Path(out) / "metrics.jsonl")[1]["loss"]
+    monkeypatch.setattr(training, "new_adapter", lambda policy, args, purpose: add_adapter(policy))
+    monkeypatch.setattr(training, "clip_gradient", spy)
+    monkeypatch.setattr(train_sft, "HELD_OUT_GAMES", 1)
+    settings = dict(games=2, sft_batch=6, noise=0.5, max_steps=1, rounds=2, train_on=train_on)
+    for name, size in (("plain", 2), ("fast", 1), ("fast", 4), ("fast", 6)):
+        out = tmp_path / f"{name}{size}"
+        train_sft.main(sft_flags(model_dir, out, engine=name, micro_batch=size, **settings))
+        losses.append(lines_of(out / "metrics.jsonl")[1]["loss"])
 
-
-@pytest.mark.parametrize("train_on", ["both", "effort", "graph"])
-def test_sft_gradient_for_every_micro_batch_and_by_plain_passes(monkeypatch, model_dir, tmp_path, train_on):
-    real = train_sft.new_adapter
-
-    def with_values(policy, args, purpose):  # B = 0 would leave no gradient in A
-        config = real(policy, args, purpose)
-        with torch.no_grad():
-            for k, layer in enumerate(lora.lora_layers(policy.model).values()):
-                layer.B.copy_(0.05 * torch.randn(layer.B.shape, generator=checkpoint.seeded(7, k)))
-        kept.append(policy)
-        return config
-
-    kept = []
-    monkeypatch.setattr(train_sft, "new_adapter", with_values)
-    runs = [
-        sft_gradient(monkeypatch, model_dir, tmp_path / str(size), micro_batch=size, train_on=train_on, rounds=2)
-        for size in (1, 2, 6)
-    ]
-    policy = kept[0]
-    style = PromptStyle("full", *(experts_default(name) for name in ("belief", "hints")))
-    records = experts.simulate_many(2, "second-best", 3, style, (3, 3), families=(Family("bcz", "GE", 2),), noise=0.5)
-    kinds = {"both": "GE", "effort": "E", "graph": "G"}[train_on]
-    scored = [r for r in records if r.kind in kinds]
-    assert sum(r.label != r.reply for r in scored) >= 2  # branches
-    lengths = {len(policy.encode_reply(r.label)) for r in scored}
-    assert len(lengths) > 1 or train_on != "both"  # ragged
-    model = plain_model(model_dir, policy)
-    pairs = [(policy.encode_prompt(r.prompt), policy.encode_reply(r.label)) for r in scored]
-    loss = -torch.cat([plain_logps(model, *pair) for pair in pairs]).mean()
-    policy.model.zero_grad(set_to_none=True)
-    loss.backward()
-    expected = take_gradients(policy)
-    for gradient, logged in runs:
-        assert_close_gradients(gradient, expected)
-        assert logged == pytest.approx(loss.item(), rel=1e-4)
-
-
-def experts_default(name):
-    parser = argparse.ArgumentParser()
-    experts.add_style_arguments(parser)
-    return getattr(parser.parse_args([]), name)
+    games = dict(families=(Family("bcz", "GE", 2),), noise=0.5)
+    records = dataset.simulate_many(2, "second-best", 3, PromptStyle(), (3, 3), **games)
+    scored = [r for r in records if r.kind in {"both": "GE", "effort": "E", "graph": "G"}[train_on]]
+    assert sum(r.label != r.reply for r in scored) >= 2  # what was played at random is not learned
+    plain = engine("plain", model_dir)
+    replies = [[plain.encode_reply(r.label)] for r in scored]
+    assert train_on != "both" or len({len(reply) for (reply,) in replies}) > 1  # ragged
+    loss = -torch.cat(score(plain, [plain.encode_prompt(r.prompt) for r in scored], replies)).mean()
+    expected = gradients(plain, loss)
+    assert len(found) == 4 and losses == pytest.approx([loss.item()] * 4, rel=1e-4)
+    for gradient in found:
+        assert_close(gradient, expected)
 
 
 # --- RFT
 
 
-REPLIES = [
+GROUPS = [
     ([5, 60, 70], [[80, 81, 2], [90], [100, 101, 102, 103, 104]], (1.2, -0.4, -0.8)),
     ([9, 9, 200, 1, 30, 31, 77], [[120, 2], [121, 122, 123], [124]], (0.5, 0.7, -1.2)),
     ([40], [[50, 51, 52, 53, 54, 55], [2], [56, 57, 58, 2]], (-0.3, 1.1, -0.8)),
     ([41, 42], [[50, 2], [51, 2], [52, 2]], (0.0, 0.0, 0.0)),
     ([43, 44, 45, 46], [[60], [61, 62, 63, 64, 65, 66, 67, 2], [68, 2]], (2.0, -1.0, -1.0)),
 ]
+LIMIT = 9
 
 
-def hand_made_groups(model_dir, policy, temperature, spread):
-    """Ragged groups whose old log-probabilities are off by up to `spread`, so that some tokens are clipped."""
-    generator, groups = checkpoint.seeded(5), []
-    with torch.no_grad():
-        model = plain_model(model_dir, policy)
-        for prompt, replies, advantages in REPLIES:
-            group = []
-            for reply, advantage in zip(replies, advantages):
-                old = plain_logps(model, prompt, reply, temperature)
-                old = old + spread * (2 * torch.rand(len(reply), generator=generator) - 1)
-                group.append(Rollout(prompt, reply, old.tolist(), "", reply[-1] == 2, {}, advantage))
-            groups.append(group)
-    return groups
+def rollouts(policy, temperature, spread):
+    """Old log-probabilities that are off by up to `spread`, so that some ratios are clipped."""
+    found = []
+    for k, (prompt, replies, advantages) in enumerate(GROUPS):
+        (logps,) = score(policy, [prompt], [replies], temperature)
+        off = spread * (2 * torch.rand(len(logps), generator=checkpoint.seeded(5, k)) - 1)
+        old = (logps.detach() + off).split([len(reply) for reply in replies])
+        group = [Rollout(prompt, reply, o.tolist(), "", True) for reply, o in zip(replies, old)]
+        for o, advantage in zip(group, advantages):
+            o.advantage = advantage
+        found.append(group)
+    return found
 
 
-def objective_by_plain_passes(model_dir, policy, groups, args):
-    """J written out rollout by rollout: per token, min(rho A, clip(rho) A) - beta k3. Returns -J, the tokens that were
-    clipped at the lower and at the upper end, and all."""
-    model, reference = plain_model(model_dir, policy), plain_model(model_dir)
-    rollouts = [o for group in groups for o in group]
-    tokens, total, below, above = sum(len(o.reply_ids) for o in rollouts), 0.0, 0, 0
-    low, high = 1 - args.clip_eps, 1 + (args.clip_eps_high or args.clip_eps)
-    for o in rollouts:
-        logp = plain_logps(model, o.prompt_ids, o.reply_ids, args.temperature)
-        with torch.no_grad():
-            ref = plain_logps(reference, o.prompt_ids, o.reply_ids, args.temperature)
-        for t in range(len(o.reply_ids)):
-            rho = (logp[t] - o.sampled_logps[t]).exp()
-            A = o.advantage
+def minus_J(policy, groups, args):
+    """The loss, token by token; and how many tokens are clipped above, below, and are at all."""
+    low, high = 1 - args.clip_eps[0], 1 + args.clip_eps[-1]
+    each = [o for group in groups for o in group]
+    tokens, total, above, below = sum(len(o.reply_ids) for o in each), 0.0, 0, 0
+    for o in each:
+        (logps,) = score(policy, [o.prompt_ids], [[o.reply_ids]], args.temperature)
+        (reference,) = score(policy, [o.prompt_ids], [[o.reply_ids]], args.temperature, reference=True)
+        weight = dict(sequence=1 / len(each) / len(logps), token=1 / tokens, constant=1 / len(each) / LIMIT)
+        for logp, ref, old in zip(logps, reference, o.sampled_logps):
+            rho, A, d = (logp - old).exp(), o.advantage, ref - logp
             over, under = A > 0 and rho > high, A < 0 and rho < low
             above, below = above + over, below + under
             term = high * A if over else low * A if under else rho * A
-            term = term - args.beta * ((ref[t] - logp[t]).exp() - (ref[t] - logp[t]) - 1)
-            weight = {
-                "sequence": 1 / (len(rollouts) * len(o.reply_ids)),
-                "token": 1 / tokens,
-                "constant": 1 / (len(rollouts) * args.max_new_tokens),
-            }[args.aggregation]
-            total = total + weight * term
-    return -total, below, above, tokens
+            total = total + weight[args.aggregation] * (term - args.beta * (d.exp() - d - 1))
+    return -total, above, below, tokens
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "temperature", "beta", "clip_eps", "high"),
-    [("sequence", 1.0, 0.1, 0.2, None), ("token", 0.7, 0.1, 0.2, None), ("constant", 1.0, 0.0, 0.2, None)]
-    + [("sequence", 1.0, 0.1, 0.1, 0.4)],
+    ("aggregation", "temperature", "beta", "clip_eps"),
+    [
+        ("sequence", 1.0, 0.1, [0.2]),
+        ("token", 0.7, 0.1, [0.2]),
+        ("constant", 1.0, 0.0, [0.2]),
+        ("sequence", 1.0, 0.1, [0.1, 0.4]),
+    ],
 )
-def test_update_adds_the_same_gradient_for_every_micro_batch(model_dir, aggregation, temperature, beta, clip_eps, high):
-    policy = policy_with_adapter(model_dir)
-    groups = hand_made_groups(model_dir, policy, temperature, 0.5)
-    args = argparse.Namespace(
-        max_new_tokens=9, aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=clip_eps, clip_eps_high=high,
-        micro_batch=1,
-    )  # fmt: skip
+@pytest.mark.parametrize("name", ENGINES)
+def test_rft_gradient_is_that_of_J(model_dir, name, aggregation, temperature, beta, clip_eps):
+    """For every cut of a step into passes, and for groups that are shared among processes."""
+    flags = dict(aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=clip_eps)
+    args, policy, plain = argparse.Namespace(**flags), engine(name, model_dir), engine("plain", model_dir)
+    groups = rollouts(plain, temperature, 0.5)
     before = [(list(o.prompt_ids), list(o.reply_ids), list(o.sampled_logps)) for g in groups for o in g]
-    expected_loss, below, above, tokens = objective_by_plain_passes(model_dir, policy, groups, args)
-    expected_loss.backward()
-    expected = take_gradients(policy)
-    assert below > 1 < above and 5 < below + above < tokens - 5
-    for size in (1, 2, 5):
-        args.micro_batch = size
-        loss, sums = train_rft.update(args, policy, groups, range(len(groups)), args.beta)
-        assert loss == pytest.approx(expected_loss.item(), abs=1e-5)
-        assert_close_gradients(take_gradients(policy), expected)
-        assert (sums.clipped, sums.tokens) == (below + above, tokens)
-        assert (sums.kl > 0) == (beta > 0)
+    expected_loss, above, below, tokens = minus_J(plain, groups, args)
+    expected = gradients(plain, expected_loss)
+    assert above > 1 < below and 5 < above + below < tokens - 5
+    every = range(len(groups))
+    for size, parts in ((1, [every]), (2, [every]), (5, [every]), (2, [[3, 0], [1, 4, 2]])):
+        args.micro_batch, loss, clipped = size, 0.0, 0
+        for mine in parts:  # several processes have a share of the groups each
+            part, sums = train_rft.gradient(args, policy, groups, mine, LIMIT)
+            loss, clipped = loss + part, clipped + sums["clipped"]
+        assert loss == pytest.approx(expected_loss.item(), abs=1e-5) and clipped == above + below
+        assert (sums["kl"] or 0) > 0 if beta else sums["kl"] is None
+        assert_close([p.grad for p in lora.lora_parameters(policy.model)], expected)
+        policy.model.zero_grad(set_to_none=True)
     assert before == [(o.prompt_ids, o.reply_ids, o.sampled_logps) for g in groups for o in g]
 
 
-def test_first_update_has_loss_zero_and_the_gradient_of_reinforce(model_dir):
-    policy = policy_with_adapter(model_dir)
-    groups = hand_made_groups(model_dir, policy, 1.0, 0.0)
-    args = argparse.Namespace(
-        max_new_tokens=9, aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=0.2, clip_eps_high=None, micro_batch=2
-    )
-    loss, sums = train_rft.update(args, policy, groups, range(len(groups)), args.beta)
-    actual = take_gradients(policy)
-    assert abs(loss) < 1e-5 and sums.max_ratio_error < 1e-4 and sums.clipped == 0
-    model = plain_model(model_dir, policy)
-    reinforce = sum(
-        o.advantage * plain_logps(model, o.prompt_ids, o.reply_ids).mean() for group in groups for o in group
-    )
-    (-reinforce / 15).backward()
-    assert_close_gradients(actual, take_gradients(policy))
+def test_the_first_gradient_of_rft_is_that_of_reinforce(model_dir):
+    policy, plain = engine("fast", model_dir), engine("plain", model_dir)
+    groups = rollouts(plain, 1.0, 0.0)
+    flags = dict(aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=[0.2], micro_batch=2)
+    loss, sums = train_rft.gradient(argparse.Namespace(**flags), policy, groups, range(len(groups)), LIMIT)
+    assert abs(loss) < 1e-5 and sums["max_ratio_error"] < 1e-4 and sums["clipped"] == 0
+    means = [o.advantage * score(plain, [o.prompt_ids], [[o.reply_ids]])[0].mean() for g in groups for o in g]
+    expected = gradients(plain, -sum(means) / len(means))
+    assert_close([p.grad for p in lora.lora_parameters(policy.model)], expected)

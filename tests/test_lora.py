@@ -68,7 +68,8 @@ def test_A_is_kaiming_uniform_from_its_own_generator():
     assert A.abs().max() <= bound and abs(A.std().item() - bound / 3**0.5) < 0.02 * bound
     model, state = tiny(), torch.get_rng_state()
     in_order = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    layers = lora.inject(model, CONFIG, torch.Generator().manual_seed(0))
+    lora.inject(model, CONFIG, torch.Generator().manual_seed(0))
+    layers = list(lora.lora_layers(model).values())
     assert torch.equal(state, torch.get_rng_state())  # the global random state is left alone
     generator = torch.Generator().manual_seed(0)
     expected = [LoRALinear(linear, 4, 2.0, generator).A for linear in in_order]
@@ -94,7 +95,8 @@ def test_bf16_base_keeps_fp32_master_weights():
 def test_step_0_is_the_base_model_exactly():
     model = tiny()
     before = logits(model)
-    layers = lora.inject(model, CONFIG, torch.Generator().manual_seed(0))
+    lora.inject(model, CONFIG, torch.Generator().manual_seed(0))
+    layers = list(lora.lora_layers(model).values())
     assert len(layers) == 14 and [id(x) for x in layers] == [id(x) for x in lora.lora_layers(model).values()]
     assert torch.equal(logits(model), before)
     assert differ(logits(randomize(model)), before)

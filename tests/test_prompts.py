@@ -80,12 +80,16 @@ def test_the_belief_line_is_asked_for_iff_it_is_on(style):
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():
     """Seat 1: a link to j earns delta x_1 x_j / c units of c, x the best replies to alphas if all link."""
-    # x = (1.62991, 3.09753, 1.11529, 2.03017), e.g. 1.37 + 0.047 * (2.91 + 0.83 + 1.79); 0.047 * 3.09753 / 0.213 = 0.68349
-    worth = {1.11, 0.76, 1.39}  # 0.68349 times 1.62991, 1.11529, 2.03017
-    graph = {h: numbers_in(text_of(messages(State(GAME), 1, [], PromptStyle(hints=h)))) for h in (True, False)}
+    # x = (1.62991, 3.09753, 1.11529, 2.03017), such as 1.37 + 0.047 * (2.91 + 0.83 + 1.79)
+    worth = {1.11, 0.76, 1.39}  # 0.047 * 3.09753 / 0.213 = 0.68349 times 1.62991, 1.11529, 2.03017
+    graph = {
+        h: numbers_in(text_of(messages(State(GAME), 1, [], PromptStyle(hints=h)))) for h in (True, False)
+    }
     assert worth <= graph[True] and not worth & graph[False]
 
-    links = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])  # 1-2 and 2-4: seat 1 has 0 and 3
+    links = np.array(
+        [[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]]
+    )  # 1-2 and 2-4: seat 1 has 0 and 3
     state, best = State(GAME).step(links), 3.06  # 2.91 + 0.047 * (1.37 + 1.79) = 3.05852
     chats = {h: messages(state, 1, ["x"], PromptStyle(hints=h)) for h in (True, False)}
     effort = {h: numbers_in(chat[-1]["content"]) for h, chat in chats.items()}
@@ -150,11 +154,11 @@ def test_prompts_of_all_sizes_over_two_rounds_grow_as_prefixes(N, style):
             replies = replies + [f"Decision: reply {k} of seat {seat}"]
 
 
-@pytest.mark.parametrize("given", (0, 1, 3))
-def test_a_wrong_number_of_replies_is_refused(given):
+def test_a_wrong_number_of_replies_is_refused():
     state = random_state(GAME, 2, np.random.default_rng(3))
-    with pytest.raises(ValueError, match="2 stages"):
-        messages(state, 0, ["x"] * given, PromptStyle())
+    for given in (0, 1, 3):
+        with pytest.raises(ValueError, match="2 stages"):
+            messages(state, 0, ["x"] * given, PromptStyle())
 
 
 # --- reading replies. `read` holds throughout that a reply breaks no rule exactly where a decision is read.
@@ -166,26 +170,23 @@ def read(reply, kind, seat=0, N=4, cap=3.0):
     return decision
 
 
-ROWS = [
-    ("Decision: [0, 1, 0, 1]", [0, 1, 0, 1]),
-    ("Decision:[0,1,0,1]", [0, 1, 0, 1]),
-    ("  Decision:   [ 0 ,1 ,  0,1 ]  ", [0, 1, 0, 1]),
-    ("Decision: [0, 1, 0, 1]\n", [0, 1, 0, 1]),
-    ("Belief: [0, 1, 1, 1]\r\nDecision: [0, 0, 0, 0]\r\n", [0, 0, 0, 0]),
-    ("thinking ...\nDecision: [0, 1, 1, 1]\nno, wait\nDecision: [0, 0, 1, 0]\nthank you", [0, 0, 1, 0]),
-    ("Decision: nonsense\nDecision: [0, 1, 0, 0]", [0, 1, 0, 0]),
-    ("Decision: [0, 1, 0, 1]\nThe decision: [1, 1, 1, 1]", [0, 1, 0, 1]),
-]
-EFFORTS = [
-    *(("Decision: 1.54", 1.54), ("Decision:1.54", 1.54), ("\tDecision:  1.54\t", 1.54), ("Decision: 0", 0.0)),
-    *(("Decision: 3", 3.0), ("Decision: 3.00", 3.0), ("Decision: 2.9999999", 2.9999999)),  # the cap itself
-    *(("Decision: 15e-1", 1.5), ("Decision: 1e-999", 0.0), ("Decision: 2\nDecision: 1", 1.0)),
-    *(("Decision: 99\nDecision: 1", 1.0), ("Belief: junk\nDecision: 1", 1.0)),
-]
+COMPLIANT = {
+    "Decision: [0, 1, 0, 1]": [0, 1, 0, 1],
+    "Decision:[0,1,0,1]": [0, 1, 0, 1],
+    "  Decision:   [ 0 ,1 ,  0,1 ]  \n": [0, 1, 0, 1],
+    "Belief: [0, 1, 1, 1]\r\nDecision: [0, 0, 0, 0]\r\n": [0, 0, 0, 0],
+    "hm\nDecision: [0, 1, 1, 1]\nno, wait\nDecision: [0, 0, 1, 0]\nthank you": [0, 0, 1, 0],
+    "Decision: nonsense\nDecision: [0, 1, 0, 0]": [0, 1, 0, 0],
+    "Decision: [0, 1, 0, 1]\nThe decision: [1, 1, 1, 1]": [0, 1, 0, 1],
+    **{f"Decision: {x}": float(x) for x in ("1.54", "0", "3", "3.00", "2.9999999", "15e-1", "1e-999")},
+    **{"Decision:1.54": 1.54, "\tDecision:  1.54\t": 1.54, "Belief: junk\nDecision: 1": 1.0},
+    **{"Decision: 2\nDecision: 1": 1.0, "Decision: 99\nDecision: 1": 1.0},
+}
 
 
-@pytest.mark.parametrize("reply, action", ROWS + EFFORTS)
-def test_compliant_replies(reply, action):
+@pytest.mark.parametrize("reply", COMPLIANT)
+def test_compliant_replies(reply):
+    action = COMPLIANT[reply]
     decision = read(reply, "G" if isinstance(action, list) else "E")
     if decision.kind == "G":
         assert decision.action.tolist() == action and decision.action.dtype.kind == "i"
@@ -193,17 +194,18 @@ def test_compliant_replies(reply, action):
         assert decision.action == action and isinstance(decision.action, float)
 
 
-NEVER = ["", "\n\n", "I choose everybody.", "Decision:", "Decision: ", "Decision: none", "Belief: [0, 1, 0, 1]"]
-NEVER += ["decision: [0, 1, 0, 1]\ndecision: 1", "My Decision: 1", "Decision 1"]
-NEVER += [
+NEVER = ["", "\n\n", "I choose everybody.", "Belief: [0, 1, 0, 1]", "My Decision: 1", "Decision 1"]
+NEVER += ["decision: [0, 1, 0, 1]\ndecision: 1", "Decision:", "Decision: ", "Decision: \x001"]
+NEVER += [f"Decision: {text}" for text in ("9" * 5000, f"[0, {'9' * 5000}, 0, 0]")]
+NEVER += [  # also Arabic-Indic and fullwidth digits, which int() and float() would read, and a superscript
     f"Decision: {text}"
-    for text in ["nan", "[nan, 0, 0, 0]", "inf", "-inf", "Infinity", "1e999", "[0, 1e999, 0, 0]"]
-    + ["9" * 5000, "[0, " + "9" * 5000 + ", 0, 0]"]
-    + ["__import__('os').system('true')", "[0, __import__('os'), 0, 0]", "[0] * 4", "[0, 1, 0, 1] + []", "1 + 1"]
-    + ["True", "[False, True, False, True]", "(0, 1, 0, 1)", "[[0, 1, 0, 1]]"]
-    # Arabic-Indic and fullwidth digits, which int() and float() would read, and a superscript
-    + ["\u0661", "\uff11", "\u00b2", "[0, \u0661, 0, \uff11]"]
-    + ["1_0", "0x1", "1,5", "1.2.3", ".", "e1", "1e", "\x001"]
+    for text in (
+        "none | nan | [nan, 0, 0, 0] | inf | -inf | Infinity | 1e999 | [0, 1e999, 0, 0] | "
+        "[0, 1, 0, 1] + [] | "
+        "__import__('os').system('true') | [0, __import__('os'), 0, 0] | [0] * 4 | 1 + 1 | True | 1_0 | "
+        "[False, True, False, True] | (0, 1, 0, 1) | [[0, 1, 0, 1]] | 1,5 | 1.2.3 | . | e1 | 1e | 0x1 | "
+        "\u0661 | \uff11 | \u00b2 | [0, \u0661, 0, \uff11]"
+    ).split(" | ")
 ]
 
 
@@ -213,76 +215,75 @@ def test_never_compliant(reply, kind):
     assert read(reply, kind, cap=30.0) is None
 
 
-BAD_ROWS = ["[0, 1, 0]", "[0, 1, 0, 1, 0]", "[]", "[1, 1, 0, 1]", "[0, 2, 0, 1]", "[0, -1, 0, 1]", "[0, 0.5, 0, 1]"]
-BAD_ROWS += ["[0, 0.999999, 0, 1]", "[0, 1e-9, 0, 1]", "[0, 1, 0, 1],", "[0, 1, 0, 1].", "row [0, 1, 0, 1]"]
-BAD_ROWS += ["[0, 1, 0, 1] because they pay", "[0, 1, 0, 1", "0, 1, 0, 1]", "0, 1, 0, 1", "0 1 0 1", "[0 1 0 1]"]
-BAD_ROWS += ["[0, , 0, 1]", "[0, 1, 0, 1,]", "[,0, 1, 0, 1]", "[0; 1; 0; 1]", "1", "0101"]
-BAD_EFFORTS = ["-0.01", "-1", "3.0000001", "3.01", "4", "1e9", "1.5 is my effort", "1.5.", "1.5,", "about 1.5"]
-BAD_EFFORTS += ["[1.5]", "[1.5, 1, 1, 1]", "1.5 1.5", "1.5 / 2", "$1.5", "--1", "+-1"]
+BAD_ROWS = (
+    "[0, 1, 0] | [0, 1, 0, 1, 0] | [] | [1, 1, 0, 1] | [0, 2, 0, 1] | [0, -1, 0, 1] | [0, 0.5, 0, 1] | 1 | "
+    "[0, 0.999999, 0, 1] | [0, 1e-9, 0, 1] | [0, 1, 0, 1], | [0, 1, 0, 1]. | row [0, 1, 0, 1] | 0101 | "
+    "[0, 1, 0, 1] since they pay | [0, 1, 0, 1 | 0, 1, 0, 1] | 0, 1, 0, 1 | 0 1 0 1 | [0 1 0 1] | "
+    "[0, , 0, 1] | [0, 1, 0, 1,] | [,0, 1, 0, 1] | [0; 1; 0; 1]"
+).split(" | ")
+BAD_EFFORTS = (
+    "-0.01 | -1 | 3.0000001 | 3.01 | 4 | 1e9 | 1.5 is my effort | 1.5. | 1.5, | about 1.5 | [1.5] | "
+    "--1 | +-1 | [1.5, 1, 1, 1] | 1.5 1.5 | 1.5 / 2 | $1.5"
+).split(" | ")
 
 
-@pytest.mark.parametrize("kind, line", [("G", line) for line in BAD_ROWS] + [("E", line) for line in BAD_EFFORTS])
-def test_lines_that_are_refused(kind, line):
-    good = {"G": "[0, 1, 1, 0]", "E": "1"}[kind]
+@pytest.mark.parametrize("line", BAD_ROWS + BAD_EFFORTS)
+def test_lines_that_are_refused(line):
+    kind, good = ("G", "[0, 1, 1, 0]") if line in BAD_ROWS else ("E", "1")
     assert read(f"Decision: {line}", kind) is None
     # and a bad last line is mended neither by a good one before it nor by a good belief
     assert read(f"Belief: [0, 1, 0, 1]\nDecision: {good}\nDecision: {line}", kind) is None
 
 
-@pytest.mark.parametrize("seat", range(4))
-def test_the_own_position_is_that_of_the_seat(seat):
-    for row in itertools.product((0, 1), repeat=4):
+def test_the_own_position_is_that_of_the_seat():
+    for seat, row in itertools.product(range(4), itertools.product((0, 1), repeat=4)):
         assert (read(f"Decision: {list(row)}", "G", seat) is None) == (row[seat] == 1)
 
 
-RULES = [  # the first rule that is broken
-    ("G", "I choose everybody.", "no Decision line"),
-    ("E", "Decision:", "no Decision line"),
-    ("G", "Decision: 1", "not one list of numbers"),
-    ("G", "Decision: [0, 2, 0]", "an entry that is not 0 or 1"),
-    ("G", "Decision: [1, 0, 1]", "wrong length"),
-    ("G", "Decision: [1, 0, 1, 0]", "own position not 0"),
-    ("E", "Decision: [0, 1, 0, 1]", "not one number"),
-    ("E", "Decision: 3.01", "number outside [0, cap]"),
-]
-
-
-@pytest.mark.parametrize("kind, reply, rule", RULES)
-def test_the_rule_that_a_reply_breaks(kind, reply, rule):
-    assert broken_rule(reply, kind, 0, 4, 3.0) == rule and read(reply, kind) is None
+def test_the_first_rule_that_a_reply_breaks():
+    rows = {
+        "": "no Decision line",
+        "Decision: 1": "not one list of numbers",
+        "Decision: [1, 0]": "wrong length",
+    }
+    rows |= {
+        "Decision: [0, 2]": "an entry that is not 0 or 1",
+        "Decision: [1, 0, 1, 0]": "own position not 0",
+    }
+    efforts = {"Decision:": "no Decision line", "Decision: [0, 1, 0, 1]": "not one number"}
+    efforts |= {"Decision: 3.01": "number outside [0, cap]"}
+    for kind, rules in (("G", rows), ("E", efforts)):
+        assert {reply: broken_rule(reply, kind, 0, 4, 3.0) for reply in rules} == rules
 
 
 def test_a_reply_is_never_evaluated(tmp_path):
     target = tmp_path / "touched"
     code = f"open({str(target)!r}, 'w')"
-    for kind in "GE":
-        assert read(f"Belief: {code}\nDecision: {code}", kind) is None
-    assert not target.exists()
+    assert (
+        all(read(f"Belief: {code}\nDecision: {code}", kind) is None for kind in "GE") and not target.exists()
+    )
 
 
 M = 10**6
-LONG = {
-    "prose": "word " * (M // 5),
-    "digits": "Decision: " + "1" * M,
-    "decimals": "Decision: 0." + "1" * M + "x",
-    "open list": "Decision: [0" + ", 1" * (M // 3),
-    "spaces": "Decision: [0" + " " * M + "x",
-    "spaced list": "Decision: [" + "0   ,   " * (M // 8),
-    "long entry": "Decision: [" + "1" * M,
-    "exponent": "Decision: 1e" + "9" * M + "x",
-    "many lines": "Decision: [0, 1, 0, 1]\n" * (M // 23) + "Decision: x",
-    "empty lines": "\n" * M,
-    "belief": "Belief: [" + "1, " * (M // 3) + "\nDecision: x",
-    "indent": " " * M + "x",
-}
+LONG = ["word " * (M // 5), "Decision: " + "1" * M, "Decision: 0." + "1" * M + "x", "\n" * M, " " * M + "x"]
+LONG += [
+    "Decision: [0" + ", 1" * (M // 3),
+    "Decision: [0" + " " * M + "x",
+    "Decision: [" + "0   ,   " * (M // 8),
+]
+LONG += [
+    "Decision: [" + "1" * M,
+    "Decision: 1e" + "9" * M + "x",
+    "Belief: [" + "1, " * (M // 3) + "\nDecision: x",
+]
+LONG += ["Decision: [0, 1, 0, 1]\n" * (M // 23) + "Decision: x"]
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_long_replies_take_linear_time(name):
+@pytest.mark.parametrize("i", range(len(LONG)))
+def test_long_replies_take_linear_time(i):
     """A million characters: quadratic time would be hours."""
     start = time.perf_counter()
-    for kind in "GE":
-        assert read(LONG[name], kind) is None
+    assert all(read(LONG[i], kind) is None for kind in "GE")
     assert time.perf_counter() - start < 5
     assert read("hm " * M + "\nDecision: 1.5", "E").action == 1.5
 
@@ -349,9 +350,9 @@ def test_the_fallback_is_no_links_and_no_effort_and_the_rules_allow_it(N):
 
 
 def test_what_a_player_of_the_public_goods_game_reads():
-    """r 1.35, b 0.5, c 4.27, e 10: a group of k brings each 10 (1.35 sqrt(k) - 1): 9.09 for 2, 13.38 for 3, 17 for 4, and
-    the last member's share in units of c is 9.09 / c, (13.38 - 9.09) / c, (17 - 13.38) / c; a unit in a pair returns
-    1.35 / sqrt(2) to each. Agent 4 comes last among equals."""
+    """r 1.35, b 0.5, c 4.27, e 10: a group of k brings each 10 (1.35 sqrt(k) - 1): 9.09 for 2, 13.38 for 3,
+    17 for 4, and the last member's share is 9.09 / c, (13.38 - 9.09) / c, (17 - 13.38) / c; a unit in a pair
+    returns 1.35 / sqrt(2) to each. Agent 4 comes last among equals."""
     game = PGG((10.0, 10.0, 10.0, 10.0), 1.35, 0.5, 4.27)
     pairs = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
     state = State(game).step(pairs)
@@ -359,12 +360,12 @@ def test_what_a_player_of_the_public_goods_game_reads():
     assert "r k^b / k of what it gets" in system and "alpha" not in system
     assert system.endswith("You are agent 4 of 4. r 1.35, b 0.5, c 4.27, effort x 0 to 10.")
     assert asked == (
-        "Round 1 links. Your e 10 of [10, 10, 10, 10]. If you and all in riches up to an agent give all in one group, "
-        "its link earns each [0.85, 1.00, 2.13, 0] c. Whom do you choose?"
+        "Round 1 links. Your e 10 of [10, 10, 10, 10]. If you and all in riches up to an agent give all in "
+        "one group, its link earns each [0.85, 1.00, 2.13, 0] c. Whom do you choose?"
     )
     assert then == (
-        "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, 1.91 to "
-        "all. Your effort?"
+        "Round 1 efforts. Links: 1-2, 3-4. Your e 10, your groups: 3-4. A unit you give returns 0.95 to you, "
+        "1.91 to all. Your effort?"
     )
     plain = [m["content"] for m in messages(state, 3, ["x"], PromptStyle("local", hints=False))]
     assert plain[1] == "Round 1 links. Your e 10. Whom do you choose?"
@@ -372,7 +373,8 @@ def test_what_a_player_of_the_public_goods_game_reads():
 
 
 def test_what_a_link_earns_in_the_public_goods_game():
-    """Agent 1 is the poorest: up to agent 2 (15), all three are in the group, and agent 2 is taken out of it again."""
+    """Agent 1 is the poorest: up to agent 2 (15), all three are in the group, and agent 2 is taken out
+    again."""
     game = PGG((5.0, 15.0, 8.0), 1.3, 0.5, 2.0)
     chat = messages(State(game), 0, [], PromptStyle())
     pair = 13 * (1.3 * 2**0.5 - 1) / 2 / 2
@@ -384,7 +386,8 @@ def test_what_a_link_earns_in_the_public_goods_game():
 
 @pytest.mark.parametrize("game", ["bcz", "pgg"])
 def test_the_hint_about_links_is_near_the_solution_and_is_not_the_solution(game):
-    """The docstring of PromptStyle: "link where it earns at least its cost" is wrong about one in ten links."""
+    """The docstring of PromptStyle: "link where it earns at least its cost" is wrong about one in ten
+    links."""
     right, rows = [], []
     for instance in held_out_grid(6, Family(game)):
         expert_N = instance.efficient_graph("nash" if game == "bcz" else "planner")[0][0]

@@ -1,7 +1,7 @@
 """Rewards by hand.
 
-The group of most tests: N = 4, the agent in seat 0, the experts propose the triangle of seats 0, 1, 2, and seat 3
-offers seat 0 a link that is not returned.
+The group of most tests: N = 4, the agent in seat 0, the experts propose the triangle of seats 0, 1, 2, and
+seat 3 offers seat 0 a link that is not returned.
 """
 
 import itertools
@@ -92,27 +92,19 @@ def test_f1_is_the_harmonic_mean_of_precision_and_recall_over_the_others():
     assert accuracy(a, b, 2) == 1 and f1(a, b, 2) == 1 and accuracy(a, b, 0) == 0.5
 
 
-EFFORTS = [  # own effort, the expert's, cap, score
-    (2.0, 2.0, 5.0, 2.0),
-    (1.0, 2.0, 5.0, 1.0),  # half the expert's effort away
-    (3.0, 2.0, 5.0, 1.0),
-    (1.5, 2.0, 5.0, 1.5),
-    (0.0, 2.0, 5.0, 0.0),  # as far as the effort itself
-    (4.0, 2.0, 5.0, 0.0),
-    (5.0, 2.0, 5.0, 0.0),  # farther: not negative
-    (0.0, 0.0, 10.0, 2.0),  # expert 0: 5 % of the cap is the scale
-    (0.25, 0.0, 10.0, 1.0),
-    (0.5, 0.0, 10.0, 0.0),
-    (0.1, 0.1, 10.0, 2.0),
-    (0.35, 0.1, 10.0, 1.0),  # 0.1 is below 5 % of the cap: the scale is 0.5
-    (10.0, 10.0, 10.0, 2.0),
+EFFORTS = [  # expert's effort, cap, {own: score}; 5 % of the cap is the scale of smaller efforts
+    (2.0, 5.0, {2.0: 2, 1.0: 1, 3.0: 1, 1.5: 1.5, 0.0: 0, 4.0: 0, 5.0: 0}),  # farther off: not negative
+    (0.0, 10.0, {0.0: 2, 0.25: 1, 0.5: 0}),
+    (0.1, 10.0, {0.1: 2, 0.35: 1}),
+    (10.0, 10.0, {10.0: 2}),
 ]
 
 
-@pytest.mark.parametrize("x, expert, cap, score", EFFORTS)
-def test_effort_score(x, expert, cap, score):
-    assert effort_score(x, expert, cap) == pytest.approx(score)
-    assert sample_level(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
+@pytest.mark.parametrize("expert, cap, scores", EFFORTS)
+def test_effort_score(expert, cap, scores):
+    for x, score in scores.items():
+        assert effort_score(x, expert, cap) == pytest.approx(score)
+        assert sample_level(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
 
 
 def test_compliance_and_sample_level():
@@ -126,7 +118,8 @@ def test_compliance_and_sample_level():
 
 @pytest.mark.parametrize("decision, s", [(SAME, 1), (LESS, 5 / 6), (MORE, 5 / 6), (NONE, 2 / 3), (None, 0)])
 def test_graph_score_by_hand(decision, s):
-    """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two links."""
+    """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two
+    links."""
     assert graph_score(decision, TARGET) == pytest.approx(s)
 
 
@@ -161,8 +154,8 @@ def test_graph_score_by_a_loop():
 
 
 def test_all_terms_of_a_group():
-    """Memory 0.9: only the expert's own row reaches it, and it alone is the group's best. A reply that is not compliant
-    gets only its penalty, whatever the memory is; efforts have no graph level."""
+    """Memory 0.9: only the expert's own row reaches it, and it alone is the group's best. A reply that is not
+    compliant gets only its penalty, whatever the memory is; efforts have no graph level."""
     keys = ("compliance", "sample", "belief", "r_S", "s", "local", "global", "R_G")
     expected = [
         (0.5, 2, 0, 2.5, 1, 0.5, 0.5, 2),
@@ -208,7 +201,8 @@ def test_the_weights_of_the_bonuses():
 
 
 def test_a_compliant_reply_with_score_zero_is_still_the_best_of_its_group():
-    """N = 2: refusing the only link gives s = 0, tied with the reply that is not compliant, which gets nothing."""
+    """N = 2: refusing the only link gives s = 0, tied with the reply that is not compliant: it gets
+    nothing."""
     refused, broken = group_rewards([row(0, 0), None], target(0, [[0, 1], [1, 0]]))
     assert refused["s"] == 0 and refused["local"] == 0.5 and refused["R_G"] == 1
     assert broken["R_G"] == 0
@@ -222,14 +216,21 @@ def test_optional_terms_are_added_to_the_sample_level_only(monkeypatch):
     group = [foresaw, half, MORE]
     plain = group_rewards(group, TARGET)
     paid = group_rewards(group, TARGET, weights=rewards.WEIGHTS | {"belief": 0.3, "links": 0.1})
-    assert [x["belief"] for x in plain] == pytest.approx([1, 1 / 3, 0]) and [x["links"] for x in paid] == [2, 2, 3]
+    assert [x["belief"] for x in plain] == pytest.approx([1, 1 / 3, 0]) and [x["links"] for x in paid] == [
+        2,
+        2,
+        3,
+    ]
     for a, b in zip(plain, paid):
-        assert b["r_S"] == pytest.approx(a["r_S"] + 0.3 * a["belief"] + 0.1 * a["links"]) and b["R_G"] == a["R_G"]
+        assert (
+            b["r_S"] == pytest.approx(a["r_S"] + 0.3 * a["belief"] + 0.1 * a["links"])
+            and b["R_G"] == a["R_G"]
+        )
 
 
 def test_belief_accuracy_of_efforts_by_hand():
-    """Others 2 and 1, believed 1.5 and 3: 1 - 0.25, and 0 since farther off than the effort itself; 5 % of the cap is
-    the scale of smaller ones. Without a decision or a belief it is 0."""
+    """Others 2 and 1, believed 1.5 and 3: 1 - 0.25, and 0 since farther off than the effort itself; 5 % of
+    the cap is the scale of smaller ones. Without a decision or a belief it is 0."""
     t = target(0, [1.0, 2.0, 1.0], 5.0)
     assert belief_accuracy(Decision("E", 1.0, np.array([0, 1.5, 3.0])), t) == pytest.approx(0.75 / 2)
     small = target(0, [1.0, 0.0, 1.0], 10.0)
@@ -263,7 +264,7 @@ def welfare_target(game, proposals):
 
 @pytest.mark.parametrize("c, linked, alone", [(0.1, 1.0, 1 / (1.25**2 - 0.2)), (0.5, 0.5625, 1), (5.0, 0, 1)])
 def test_welfare_score_by_hand(c, linked, alone):
-    """N = 2, alpha 1, delta 0.2: a link gives x = 1.25 and W = 1.25^2 - 2c, or 0 where that is negative; none gives 1."""
+    """N = 2, alpha 1, delta 0.2: a link gives x = 1.25 and W = 1.25^2 - 2c, 0 if that is negative; none 1."""
     t = welfare_target(BCZ((1.0, 1.0), 0.2, c, 3.0), [[0, 1], [1, 0]])
     scores = [graph_score(d, t, "welfare") for d in (row(0, 1), row(0, 0), None)]
     assert scores == pytest.approx([linked, alone, 0])
@@ -273,14 +274,16 @@ def test_welfare_score_by_hand(c, linked, alone):
 
 
 def test_welfare_score_of_public_goods_by_hand():
-    """At planner efforts: two groups of three, each member gets 12.5 sqrt(3) and pays 6. Without agent 1 its group is a
-    pair, whose members get 12.5 sqrt(2) and pay 3, and agent 1 keeps its 10. (At Nash efforts nobody would contribute,
-    and the fewer links the better.)"""
+    """At planner efforts: two groups of three, each member gets 12.5 sqrt(3) and pays 6. Without agent 1 its
+    group is a pair, whose members get 12.5 sqrt(2) and pay 3, and agent 1 keeps its 10. (At Nash efforts
+    nobody would contribute, and the fewer links the better.)"""
     t = welfare_target(PGG((10.0,) * 6, 1.25, 0.5, 3.0), np.kron(np.eye(2, dtype=int), complete_graph(3)))
     three, pair = 3 * (12.5 * 3**0.5 - 6), 2 * (12.5 * 2**0.5 - 3)
     assert graph_score(row(0, 1, 1, 0, 0, 0), t, "welfare") == pytest.approx(1)
     assert graph_score(row(0, 1, 1, 1, 1, 1), t, "welfare") == pytest.approx(1)  # nobody answers
-    assert graph_score(row(0, 0, 0, 0, 0, 0), t, "welfare") == pytest.approx((three + pair + 10) / (2 * three))
+    assert graph_score(row(0, 0, 0, 0, 0, 0), t, "welfare") == pytest.approx(
+        (three + pair + 10) / (2 * three)
+    )
     assert graph_score(None, t, "welfare") == 0
 
 

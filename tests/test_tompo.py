@@ -1,4 +1,4 @@
-"""Advantages and the clipped objective against values worked out by hand, and against exact sums over small laws."""
+"""Advantages and the clipped objective against values by hand, and against exact sums over small laws."""
 
 import inspect
 import math
@@ -120,7 +120,7 @@ def test_aggregations_are_the_means_they_stand_for():
 # --- the clip
 
 
-QUADRANTS = [  # A, rho, min(rho A, clip(rho, 0.8, 1.2) A), its derivative in log pi: rho A where it is not clipped
+QUADRANTS = [  # A, rho, min(rho A, clip(rho, 0.8, 1.2) A), its slope in log pi: rho A where not clipped
     (2.0, 1.5, 2.4, 0.0),  # A > 0 and already more likely: clipped
     (2.0, 0.5, 1.0, 1.0),  # A > 0 but less likely: pulled back in full
     (-2.0, 1.5, -3.0, -3.0),  # A < 0 but more likely: pushed down in full
@@ -203,7 +203,7 @@ def test_without_beta_no_reference_is_needed_nor_used():
 
 
 def test_first_step_has_loss_zero_and_the_gradient_of_reinforce():
-    """rho = 1 and advantages of mean 0: the loss is 0, its gradient is -sum_i A_i w_i grad log pi, and not 0."""
+    """rho = 1, advantages of mean 0: the loss is 0, its gradient is -sum_i A_i w_i grad log pi, and not 0."""
     theta = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
     tokens = torch.tensor([0, 2, 3, 1])  # four replies of one token each
     old, p = theta.detach().log_softmax(-1)[tokens], theta.detach().softmax(-1)
@@ -223,7 +223,8 @@ def test_first_step_has_loss_zero_and_the_gradient_of_reinforce():
 
 
 def ragged():
-    """Three replies of 2, 4 and 1 tokens, some of them clipped: logp, old, ref, advantages, and the lengths."""
+    """Three replies of 2, 4 and 1 tokens, some of them clipped: logp, old, ref, advantages, and the
+    lengths."""
     generator = torch.Generator().manual_seed(3)
     logp = (-2 + 0.3 * torch.randn(7, generator=generator)).double()
     old, ref = (logp + 0.3 * torch.randn(7, generator=generator).double() for _ in range(2))
@@ -237,7 +238,12 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(aggregation, cut
     weights = tompo.AGGREGATIONS[aggregation](lengths, 6)
     inputs.append(tensor(*(w for w, n in zip(weights, lengths) for _ in range(n))))
     copies = [x.clone() for x in inputs]
-    whole_logp, part_logp, total, parts = logp.clone().requires_grad_(), logp.clone().requires_grad_(), 0.0, []
+    whole_logp, part_logp, total, parts = (
+        logp.clone().requires_grad_(),
+        logp.clone().requires_grad_(),
+        0.0,
+        [],
+    )
     loss, whole = objective_loss(whole_logp, *inputs, beta=0.3)
     loss.backward()
     for piece in zip(*(x.split(cuts) for x in (part_logp, *inputs))):
@@ -253,7 +259,7 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_the_step(aggregation, cut
 
 def test_diagnostics_by_hand():
     ratios = (1.5, 0.5, 1.5, 0.5, 1.0, 1.3)
-    advantages = tensor(1, 1, -1, -1, 1, 0)  # clipped: the first and the fourth; with A = 0 there is nothing to clip
+    advantages = tensor(1, 1, -1, -1, 1, 0)  # clipped: the first and the fourth; A = 0 clips nothing
     ref = tensor(*map(math.log, (3.0, 0.5, 1.5, 0.5, 1.0, 1.3)))  # differs in the first by d = ln 2
     logp, ones = tensor(*map(math.log, ratios)).requires_grad_(), torch.ones(6).double()
     _, sums = objective_loss(logp, 0 * ones, ref, advantages, ones, beta=0.1)
@@ -265,12 +271,16 @@ def test_diagnostics_by_hand():
 
 
 def test_sums_of_several_passes_and_processes():
-    """Some processes may have had nothing to do; the ratio's error is seen on both sides, and the largest kept."""
+    """Some processes may have nothing to do; the ratio's error is seen on both sides, and the largest
+    kept."""
     passes = [
-        objective_loss(tensor(math.log(ratio)), tensor(0), None, tensor(1), tensor(1))[1] for ratio in (1.1, 0.3, 1.2)
+        objective_loss(tensor(math.log(ratio)), tensor(0), None, tensor(1), tensor(1))[1]
+        for ratio in (1.1, 0.3, 1.2)
     ]
     total = add_sums([{}, *passes, {}])
     assert total["max_ratio_error"] == pytest.approx(0.7, abs=1e-12)
-    assert (total["tokens"], total["clipped"], total["kl"]) == (3, 0, None) and diagnostics(total)["kl"] is None
+    assert (total["tokens"], total["clipped"], total["kl"]) == (3, 0, None) and diagnostics(total)[
+        "kl"
+    ] is None
     assert add_sums([]) == add_sums([{}, {}]) == {}
     assert passes[0] == add_sums(passes[:1]) and passes[0] is not add_sums(passes[:1])

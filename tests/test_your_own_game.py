@@ -1,4 +1,5 @@
-"""What docs/your-own-game.md promises: a game and a reward term that are added from outside are everywhere at once."""
+"""What docs/your-own-game.md promises: a game and a reward term that are added from outside are everywhere at
+once."""
 
 import itertools
 import json
@@ -6,26 +7,34 @@ import re
 
 import numpy as np
 import pytest
-import train_rft
+import torch
 from brute import all_graphs, random_graph, star_graph
-from docs.coordination import Coordination
 from whole_runs import ROOT, fake_parse, flags, lines_of, run_rft
 
+import experts
 import rewards
+import tompo
+import train_rft
+from docs.coordination import Coordination
 from games import GAMES, GameError, State, complete_graph, empty_graph, game_from_json
 from prompts import PromptStyle, messages
 from rewards import Target, graph_score
 from run.dataset import simulate_many
 from world.draws import Family, draw_game, held_out_grid, split_of
 
-del GAMES[Coordination.name]  # importing the file registered it; other tests know the games of the project alone
+del GAMES[
+    Coordination.name
+]  # importing the file registered it; other tests know the games of the project alone
 
 
 def symmetry(decision, target):
-    """Share of the others towards whom the agent does what it expects of them; a term as the tutorial writes one."""
+    """Share of the others towards whom the agent does what it expects of them; a term as the tutorial writes
+    one."""
     if decision is None or target.kind == "E":
         return 0.0
-    return float((decision.action == target.actions[:, target.seat])[np.arange(target.game.N) != target.seat].mean())
+    return float(
+        (decision.action == target.actions[:, target.seat])[np.arange(target.game.N) != target.seat].mean()
+    )
 
 
 @pytest.fixture
@@ -82,7 +91,8 @@ def test_best_responses_are_the_best_of_a_grid():
 
 @pytest.mark.parametrize("N", [2, 3])
 def test_nash_efforts_are_the_greatest_equilibrium(N):
-    """Among all profiles of halves, where nobody gains by any other half: it is one, and not below any other."""
+    """Among all profiles of halves, where nobody gains by any other half: it is one, and not below any
+    other."""
     rng, several = np.random.default_rng(2), 0
     for _ in range(25):
         game, links_NN = random_game(rng, N), random_graph(rng, N, 0.8)
@@ -115,13 +125,21 @@ def test_planner_efforts_maximise_welfare(N):
 
 
 def test_efforts_by_hand():
-    """The planner's are those of the densest part, and then of the densest addition to it. Of nobody's links nobody's."""
+    """The planner's are those of the densest part, and then of the densest addition to it. Of nobody's links
+    nobody's."""
     for solution in ("nash", "planner"):
         assert not Coordination((1.0, 2.0, 3.0), 0.5, 9.0).efforts(solution, empty_graph(3)).any()
-    tail = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # a triangle, 3 links x 2 / 3; then 2 / 1
+    tail = np.array(
+        [[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]]
+    )  # a triangle, 3 links x 2 / 3; then 2 / 1
     assert Coordination((1.0,) * 4, 0.1, 9.0).planner_efforts(tail).tolist() == [2, 2, 2, 2]
     rich = Coordination((2.0, 2.0, 2.0, 1.0), 0.1, 9.0)  # 3 links x 4 / 3 = 4; then 3 / 1
-    assert rich.planner_efforts(tail).tolist() == [4, 4, 4, 3] and rich.nash_efforts(tail).tolist() == [4, 4, 4, 1]
+    assert rich.planner_efforts(tail).tolist() == [4, 4, 4, 3] and rich.nash_efforts(tail).tolist() == [
+        4,
+        4,
+        4,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("efforts", ["nash", "planner"])
@@ -162,8 +180,9 @@ def test_draws_data_prompts_and_experts_know_it(added):
 
 
 def test_what_an_agent_reads(added):
-    """alpha 1, 2, 3: if all give half of 2 x 2, the link of 1 and 2 earns 1.5 x 2 on average, that is 6 c, the one of 1
-    and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, and agent 1 answers alpha x 1 link."""
+    """alpha 1, 2, 3: if all give half of 2 x 2, the link of 1 and 2 earns 1.5 x 2 on average, that is 6 c,
+    the one of 1 and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, and agent 1 answers alpha x
+    1 link."""
     game = Coordination((1.0, 2.0, 3.0), 0.5, 9.0)
     state = State(game).step([[0, 0, 1], [0, 0, 1], [1, 1, 0]])
     system, asked, _, then = (m["content"] for m in messages(state, 0, ["x"], PromptStyle()))
@@ -175,8 +194,12 @@ def test_what_an_agent_reads(added):
 
 
 def test_training_and_evaluation_know_the_game_and_the_term(added, model_dir, tmp_path, capsys):
-    settings = dict(model=model_dir, game="coordination", expert="planner", games=4, agents=3, seat="all", rank=4)
-    settings |= dict(eval_agents=3, eval_games=2, sft_steps=2, steps=2, prompts=[2, 2], m=4, max_new_tokens=14)
+    settings = dict(
+        model=model_dir, game="coordination", expert="planner", games=4, agents=3, seat="all", rank=4
+    )
+    settings |= dict(
+        eval_agents=3, eval_games=2, sft_steps=2, steps=2, prompts=[2, 2], m=4, max_new_tokens=14
+    )
     run_rft([*flags(settings), "--reward", "symmetry=0.5", "--out", str(tmp_path / "run")])
     metrics, samples = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "samples"))
     paid = [line["symmetry"] for line in samples]
@@ -187,7 +210,9 @@ def test_training_and_evaluation_know_the_game_and_the_term(added, model_dir, tm
         decision = fake_parse(line["reply"], line["kind"], line["seat"], 3, 9.0)
         assert line["symmetry"] == 0 or decision is not None and line["kind"] == "G"
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
-    assert {i["instance"]["game"] for of_one in results.values() for i in of_one["instances"]} == {"coordination"}
+    assert {i["instance"]["game"] for of_one in results.values() for i in of_one["instances"]} == {
+        "coordination"
+    }
     assert results["expert:planner"]["all rounds"]["U3"]["mean"] == pytest.approx(1)
     assert "expert:planner" in capsys.readouterr().out
 
@@ -202,6 +227,31 @@ def test_help_and_refusals_name_them(added, capsys):
     assert "--fix cap: bcz cannot fix it" in capsys.readouterr().err
 
 
+def test_an_expert_is_one_line_of_the_table(monkeypatch):
+    """Links to the next seat, and effort 1: known by its name, alone and among noise."""
+    rule = (lambda s: np.roll(np.eye(s.game.N, dtype=int), 1, axis=1), lambda s: np.ones(s.game.N))
+    monkeypatch.setitem(experts.RULES, "ring", rule)
+    for name in ("ring", "noisy:ring:0"):
+        actions = [
+            experts.label_decision(r).action for r in simulate_many(1, name, 0, PromptStyle(), noise=0)
+        ]
+        assert np.array_equal(actions[:4], np.roll(np.eye(4), 1, axis=1)) and actions[4:] == [1.0] * 4
+
+
+def test_an_advantage_and_a_loss_are_one_line_of_a_table(monkeypatch):
+    """r - mean, which is 3 here; rho A without a clip, whose slope in log pi is rho A."""
+    monkeypatch.setitem(tompo.ADVANTAGES, "mean", lambda r_M: r_M - r_M.mean())
+    monkeypatch.setitem(tompo.LOSSES, "plain", lambda ratio_T, logp_T, A_T, low, high: ratio_T * A_T)
+    A_M, _, _ = tompo.dual_level_advantages(torch.tensor([1.0, 3, 5, 3]), None, advantage="mean")
+    assert A_M.tolist() == [-2, 0, 2, 0]
+    logp_T = torch.log(torch.tensor([1.5, 0.5])).requires_grad_()
+    weights = torch.tensor([0.5, 0.5])
+    inputs = logp_T, torch.zeros(2), None, torch.tensor([2.0, -2]), weights
+    loss, _ = tompo.objective_loss(*inputs, loss="plain")
+    loss.backward()
+    assert loss.item() == pytest.approx(-1) and logp_T.grad.tolist() == pytest.approx([-1.5, 0.5])
+
+
 def test_without_it_nothing_knows_it(capsys):
     with pytest.raises(SystemExit):
         train_rft.main(["--game", "coordination"])
@@ -213,4 +263,3 @@ def test_no_other_file_mentions_the_game():
     code = [path for path in ROOT.rglob("*.py") if path not in own and "runs" not in path.parts]
     assert len(code) > 40
     assert not [path for path in code if re.search("[\"'.]coordination|Coordination", path.read_text())]
-

@@ -118,27 +118,24 @@ def driver(argv, environment=None, output=None):
 
 
 def start(argv, output, ranks=1):
-    """Starts processes that share a run (one that does not for 1). They are forks of one that has loaded all modules,
-    which takes seconds, already."""
+    """Starts a run in processes of its own: forks of one that has loaded all modules, which takes seconds."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["whole_runs"])
-    with socket.socket() as free, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with socket.socket() as free:
         free.bind(("localhost", 0))
-        shared = {
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(free.getsockname()[1]),
-        }
-        processes = []
+        port = str(free.getsockname()[1])
+    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    processes = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         for rank in range(ranks):
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(forks.Process(target=driver, args=(argv, own, str(output))))
             processes[-1].start()
     return processes
 
 
-def ended(processes, seconds=120):
+def ended(processes, seconds=60):
     """The exit status of each process; one that takes longer is killed."""
     deadline = time.monotonic() + seconds
     for process in processes:

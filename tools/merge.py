@@ -48,12 +48,11 @@ def main(argv=None):
     parser.add_argument("adapter", help="adapter folder, or several, each trained on those before: A+B")
     parser.add_argument("--out", required=True, help="new folder for the model and its tokenizer")
     parser.add_argument("--model", default=pretrained.DEFAULT_MODEL, help="the base: name, folder or hub id")
-    parser.add_argument("--cache", help="folder for the default model (else $TOMPO_CACHE or ~/.cache/tompo)")
     choices = ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=choices, default="float32", help="of the saved weights")
     args = parser.parse_args(argv)
     refuse_existing(args.out)
-    model, tokenizer = pretrained.load(args.model, args.cache)
+    model, tokenizer = pretrained.load(args.model)
     # The sum is taken in fp32 and rounded once: in bf16 much of a small adapter would be lost.
     model = merge_into(model, args.adapter).to(getattr(torch, args.dtype))
     save(model, tokenizer, Path(args.out))

@@ -9,11 +9,11 @@ planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1 
 import json
 import math
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
 from prompts import tell_numbers, tell_short
 
 
@@ -67,12 +67,20 @@ class BCZ(Game):
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         return solve_efforts(self.alpha, 2 * self.delta, links_NN, self.cap)
 
+    @solved_once
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
         """Links cost the same everywhere, so some optimum is a threshold graph whose degree order follows
         alpha: 2^(N-1) candidates instead of 2^(N(N-1)/2). (Holds while the cap does not bind, which
         `effort_cap` sees to.)"""
-        links, W = _efficient_graph(self, efforts)
-        return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
+        by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas keep their seat order
+        best_links, best_welfare = None, -math.inf
+        for graph_NN in threshold_graphs(self.N):
+            links_NN = empty_graph(self.N)
+            links_NN[np.ix_(by_alpha, by_alpha)] = graph_NN
+            W = self.welfare(links_NN, self.efforts(efforts, links_NN))
+            if W > best_welfare + 1e-12:
+                best_links, best_welfare = links_NN, W
+        return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """delta x_i x_j - c, whatever the other links."""
@@ -184,19 +192,6 @@ def threshold_graphs(N: int) -> np.ndarray:
     graphs = np.stack(graphs)
     graphs.setflags(write=False)  # every caller gets this same array
     return graphs
-
-
-@lru_cache(maxsize=4096)
-def _efficient_graph(game: BCZ, efforts: str) -> tuple[bytes, float]:
-    by_alpha = np.argsort(-np.array(game.alpha), kind="stable")  # equal alphas keep their seat order
-    best_links, best_welfare = None, -math.inf
-    for graph_NN in threshold_graphs(game.N):
-        links_NN = empty_graph(game.N)
-        links_NN[np.ix_(by_alpha, by_alpha)] = graph_NN
-        W = game.welfare(links_NN, game.efforts(efforts, links_NN))
-        if W > best_welfare + 1e-12:
-            best_links, best_welfare = links_NN, W
-    return best_links.tobytes(), best_welfare
 
 
 def effort_cap(alpha_N, delta: float) -> float:

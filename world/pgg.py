@@ -20,7 +20,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
 from prompts import tell_numbers
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
@@ -81,10 +81,36 @@ class PGG(Game):
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         return np.where(self.returns(links_NN).sum(0) > 1 + 1e-12, self.caps, 0.0)
 
+    @solved_once
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """Raises GameError for more than 8 agents where only the enumeration of all graphs would do."""
-        links, W = _efficient_graph(self, efforts)
-        return np.frombuffer(links, dtype=int).reshape(self.N, self.N).copy(), W
+        """Raises GameError for more than 8 agents where only the enumeration of all graphs would do. Welfare
+        is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a graph's
+        best assignment of agents to its nodes gives the highest endowment the highest w."""
+        N, e = self.N, self.caps
+        if efforts == "nash" and self.r * max(2.0 ** (self.b - 1), float(N) ** (self.b - 1)) <= 1:
+            graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
+        elif efforts == "planner" and self.b >= 0.5:
+            graphs = partitions(N)  # the best has groups of neighbours in the order of endowments
+        elif N <= MAX_CLASSES:
+            graphs = isomorphism_classes(N)
+        else:
+            raise GameError(
+                f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents "
+                f"(for more, an exponent of at least 0.5, and a factor with which nobody gives alone)"
+            )
+        by_endowment = np.argsort(-e, kind="stable")  # equal endowments keep their seat order
+        best_links, best_welfare = None, -np.inf
+        for graph_NN in graphs:
+            M = self.returns(graph_NN)
+            decides = M.sum(0) if efforts == "planner" else M.diagonal()
+            worth_N = np.where(decides > 1 + 1e-12, M.sum(0) - 1, 0.0)
+            order = np.argsort(-worth_N, kind="stable")
+            W = e.sum() + worth_N[order] @ e[by_endowment] - self.c * graph_NN.sum()
+            if W > best_welfare + 1e-9:
+                links_NN = empty_graph(N)
+                links_NN[np.ix_(by_endowment, by_endowment)] = graph_NN[np.ix_(order, order)]
+                best_links, best_welfare = links_NN, W
+        return best_links, float(best_welfare)
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         gains_NN, changed_NN = np.zeros((self.N, self.N)), links_NN.copy()
@@ -101,8 +127,8 @@ class PGG(Game):
 
     payoff_rule = (
         "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your "
-        "groups; a group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups pay "
-        "- c (links)."
+        "groups; a group of k pays each member r k^b / k of what it gets. Payoff: e - x + what your groups "
+        "pay - c (links)."
     )
     type_name = "e"
 
@@ -235,36 +261,3 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-@lru_cache(maxsize=4096)
-def _efficient_graph(game: PGG, efforts: str) -> tuple[bytes, float]:
-    """Welfare is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a
-    graph's best assignment of agents to its nodes gives the highest endowment the highest w."""
-    N, e = game.N, game.caps
-    if efforts == "nash" and game.r * max(2.0 ** (game.b - 1), float(N) ** (game.b - 1)) <= 1:
-        graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
-    elif efforts == "planner" and game.b >= 0.5:
-        graphs = partitions(
-            N
-        )  # the optimum is one of them, with groups of neighbours in the order of endowments
-    elif N <= MAX_CLASSES:
-        graphs = isomorphism_classes(N)
-    else:
-        raise GameError(
-            f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents "
-            f"(for more, a size exponent of at least 0.5, and a factor with which nobody contributes alone)"
-        )
-    by_endowment = np.argsort(-e, kind="stable")  # equal endowments keep their seat order
-    best_links, best_welfare = None, -np.inf
-    for graph_NN in graphs:
-        M = game.returns(graph_NN)
-        decides = M.sum(0) if efforts == "planner" else M.diagonal()
-        worth_N = np.where(decides > 1 + 1e-12, M.sum(0) - 1, 0.0)
-        order = np.argsort(-worth_N, kind="stable")
-        W = e.sum() + worth_N[order] @ e[by_endowment] - game.c * graph_NN.sum()
-        if W > best_welfare + 1e-9:
-            links_NN = empty_graph(N)
-            links_NN[np.ix_(by_endowment, by_endowment)] = graph_NN[np.ix_(order, order)]
-            best_links, best_welfare = links_NN, W
-    return best_links.tobytes(), float(best_welfare)

@@ -1,31 +1,19 @@
-"""The fast engine against the plain one, which defines what it must say: the same model, adapter, uniform numbers."""
+"""The fast engine against the plain one, which defines what it must say: with the same model, adapter and
+uniform numbers they draw the same tokens, and log-probabilities and gradients differ by rounding alone."""
 
 import copy
 import random
-import statistics
+from itertools import combinations, product
 
 import pytest
 import torch
-from reference import (
-    END,
-    ENGINES,
-    PROMPTS,
-    REPLIES,
-    add_adapter,
-    assert_close_gradients,
-    difference,
-    engine,
-    gradients,
-    score,
-)
+from reference import END, ENGINES, PROMPTS, REPLIES, add_adapter, assert_close, difference, gradients, score
 from tiny import make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
 import lora
-import tompo
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
-from fast.lora_products import JointLoRALinear
 from models import adapters
 from models.load import load_policy, put_adapter
 from policy import Policy
@@ -34,29 +22,24 @@ from run.files import InputError
 TOKENIZER = make_tiny_tokenizer()
 SHAPE = dict(vocab_size=400, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 SHAPE |= dict(initializer_range=0.2, eos_token_id=END, pad_token_id=END, bos_token_id=1)
-MODELS = {
-    "two heads of a key head, tied": LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True),
-    "one key head": LlamaConfig(**SHAPE, num_key_value_heads=1, head_dim=24),
-    "a key head each, biases": Qwen2Config(**SHAPE, num_key_value_heads=4),
-}
+GROUPS_OF_TWO = LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)
+OWN_HEAD = LlamaConfig(**SHAPE, num_key_value_heads=1, head_dim=24)
+MODELS = {"two heads of a key head": GROUPS_OF_TWO, "one key head, head not tied": OWN_HEAD}
+MODELS |= {"a key head each, biases": Qwen2Config(**SHAPE, num_key_value_heads=4)}
 
 
-def pair(model="two heads of a key head, tied", dtype=torch.float32, adapter=True, **targets):
+def pair(config=GROUPS_OF_TWO, dtype=torch.float32, **adapter):
     """The fast and the plain engine on two copies of a random model."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = copy.deepcopy(MODELS.get(model, model))
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
-        for name, p in model.named_parameters():
-            if name.endswith("bias"):  # 0 at first
-                torch.nn.init.normal_(p, std=0.5)
-    copies = model, AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)
-    copies[1].load_state_dict(model.state_dict())
-    policies = [
-        policy_class(m, TOKENIZER, "tiny", (END,)) for policy_class, m in zip((FastPolicy, Policy), copies)
-    ]
-    for policy in policies if adapter else ():
-        add_adapter(policy, **targets)
+    policies = []
+    for policy_class in (FastPolicy, Policy):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model_of_it = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            for name, p in model_of_it.named_parameters():
+                if name.endswith("bias"):  # it is 0 at first
+                    torch.nn.init.normal_(p, std=0.5)
+        policies.append(policy_class(model_of_it.to(dtype), TOKENIZER, "tiny", (END,)))
+        add_adapter(policies[-1], **adapter)
     return policies
 
 
@@ -64,24 +47,20 @@ def seed(number):
     return torch.Generator().manual_seed(number)
 
 
-def assert_same_samples(fast, plain, tolerance=1e-4):
-    """Tokens, text, end, and the log-probabilities within the tolerance. Returns the replies."""
+def assert_same_samples(fast, plain):
+    """Tokens, text and end, and log-probabilities within 1e-4. Returns the replies."""
     for of_fast, of_plain in zip(fast, plain, strict=True):
         for a, b in zip(of_fast, of_plain, strict=True):
-            assert (a.prompt_ids, a.reply_ids, a.text, a.ended) == (
-                b.prompt_ids,
-                b.reply_ids,
-                b.text,
-                b.ended,
-            )
-            assert a.sampled_logps == pytest.approx(b.sampled_logps, abs=tolerance)
+            assert (a.prompt_ids, a.reply_ids) == (b.prompt_ids, b.reply_ids)
+            assert (a.text, a.ended) == (b.text, b.ended)
+            assert a.sampled_logps == pytest.approx(b.sampled_logps, abs=1e-4)
     return [[o.reply_ids for o in group] for group in fast]
 
 
 # --- sampling
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("temperature", [0, 0.3, 0.7, 1.0, 1.3])
 def test_the_same_uniform_numbers_draw_the_same_replies(model, temperature):
     """To prompts that begin alike, with ends at different steps; replies of a low temperature part late."""
@@ -98,91 +77,73 @@ def test_some_prompts_with_a_generator_each_are_sampled_alike():
     policies = pair()
     for only in (None, [4, 0, 2], [3], []):
         drawn = [p.sample(PROMPTS, 3, 9, 0.7, [seed(i) for i in range(6)], only=only) for p in policies]
-        replies = assert_same_samples(*drawn)
-        assert len({tuple(reply) for group in replies for reply in group}) == 3 * len(only or range(6)) * (
-            only != []
-        )
+        replies = [tuple(reply) for group in assert_same_samples(*drawn) for reply in group]
+        assert len(set(replies)) == 3 * len(range(6) if only is None else only)
 
 
-def test_a_kept_history_says_what_a_fresh_reading_says():
-    """Four decisions of conversations, some of which end before others, with and without some of the prompts. The next
-    prompt goes on from the reply, or says something else than was sampled, as text that is tokenised anew may."""
+def test_a_kept_history_says_what_the_plain_engine_reads_again():
+    """Four decisions of conversations, of all and of some, some of which end before others. The next prompt
+    goes on from the reply, or says something else than was sampled, as text that is tokenised anew may."""
     rng, (fast, plain), only = random.Random(0), pair(), [4, 1, 3]
     fast.end_ids = plain.end_ids = (END, *range(0, 300, 4))
-    histories = fast.new_history(), fast.new_history()
-    prompts = [list(p) for p in PROMPTS]
+    prompts, history, of_some = [list(p) for p in PROMPTS], fast.new_history(), fast.new_history()
+    assert plain.new_history() is None
     for stage, changed in enumerate([None, 2, -1, 0]):
-        expected = plain.sample(prompts, 1, 6, 1.0, seed(stage))
-        assert_same_samples(fast.sample(prompts, 1, 6, 1.0, seed(stage), histories[0]), expected)
-        some = fast.sample(prompts, 1, 6, 1.0, seed(stage), histories[1], only)
+        expected = plain.sample(prompts, 1, 6, 1.0, seed(stage), plain.new_history())
+        assert_same_samples(fast.sample(prompts, 1, 6, 1.0, seed(stage), history), expected)
+        some = fast.sample(prompts, 1, 6, 1.0, seed(stage), of_some, only)
         assert_same_samples(some, [expected[i] for i in only])
-        if stage:  # nobody can have read the last token of a reply
-            known = [histories[0].known(r, prompt) for r, prompt in enumerate(prompts)]
-        prompts = [
-            p + group[0].reply_ids + [rng.randrange(10, 200)] * rng.randrange(1, 5)
-            for p, group in zip(prompts, expected)
-        ]
+        assert stage in (0, 3) or len({len(group[0].reply_ids) for group in expected}) > 2
+        for prompt, group in zip(prompts, expected):
+            prompt += group[0].reply_ids
         if changed is not None:
             prompts[1][changed] = 201 if prompts[1][changed] != 201 else 202
-    assert known
-    asked_again = [fast.sample(prompts, 1, 4, 0.0, history=histories[0]) for _ in range(2)]
+        for prompt in prompts:
+            prompt += [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))]
+    asked_again = [fast.sample(prompts, 1, 4, 0.0, history=history) for _ in range(2)]
     assert_same_samples(*asked_again)
     assert_same_samples(asked_again[0], plain.sample(prompts, 1, 4, 0.0))
+
+
+def test_a_decoding_step_reads_one_token_for_what_differs_and_goes_on():
+    """Replies to one prompt that have said the same so far are one, and those that have ended are none."""
+    (fast, _), read = pair(), []
+    fast.end_ids = range(60)
+    fast.model.get_decoder().register_forward_pre_hook(lambda m, args: read.append(args[0].numel()))
+    groups = fast.sample(PROMPTS, 20, 8, 1.0, seed(1))
+    assert read[0] == 8 + 2 + 11 + 4  # the third prompt and the fifth are the beginning of the first
+    replies = {(i, *o.reply_ids) for i, group in enumerate(groups) for o in group}
+    for t, tokens in enumerate(read[1:], 1):
+        assert tokens == len({reply[: 1 + t] for reply in replies if len(reply) > 1 + t})
+    assert 2 < len(read) and read[-1] < read[1] < 20 * len(PROMPTS)
 
 
 # --- scoring
 
 
-def objective(policy, micro_batch, old, reference, temperature):
-    """The loss of RFT over groups with advantages of both signs and old log-probabilities that are partly clipped, pass by
-    pass; the gradient is added up in the policy's adapter."""
-    rows, loss = policy.pack(PROMPTS, REPLIES), 0.0
-    for start in range(0, len(rows), micro_batch):
-        part = rows[start : start + micro_batch]
-        of_part = [i for row in part for i in row.prompts]
-        logps = torch.cat(policy.token_logps(part, temperature))
-        advantages = [(-1.0) ** k * (i + 1) for i in of_part for k, r in enumerate(REPLIES[i]) for _ in r]
-        given = torch.cat([old[i] for i in of_part]), torch.cat([reference[i] for i in of_part])
-        weights = torch.full_like(logps, 1 / 50)
-        part_loss, _ = tompo.objective_loss(logps, *given, torch.tensor(advantages), weights, beta=0.1)
-        part_loss.backward()
-        loss += part_loss.item()
-    grads = [p.grad for p in lora.lora_parameters(policy.model)]
-    policy.model.zero_grad(set_to_none=True)
-    return loss, grads
-
-
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_reference_and_gradients_are_the_same(model, temperature):
-    """Of ragged groups, for every cut into passes."""
+    """Of ragged groups, for every cut into passes. (J itself, pass by pass: tests/test_gradients.py.)"""
     fast, plain = pair(model)
     expected, off = (score(plain, temperature=temperature, reference=r) for r in (False, True))
-    old = [x.detach() + 0.5 * torch.randn(len(x), generator=seed(i)) for i, x in enumerate(expected)]
-    loss, expected_gradients = objective(plain, 1, old, off, temperature)
     assert difference(expected, off) > 0.1
-    for size in (1, 2, 100):
-        cut = dict(temperature=temperature, micro_batch=size)
-        assert difference(score(fast, **cut), expected) < 1e-4
-        assert difference(score(fast, **cut, reference=True), off) < 1e-4
-        for policy in (fast, plain):
-            of_policy, found = objective(policy, size, old, off, temperature)
-            assert of_policy == pytest.approx(loss, abs=1e-5)
-            assert_close_gradients(found, expected_gradients)
+    weights = torch.randn(sum(map(len, expected)), generator=seed(0))
+    expected_gradients = gradients(plain, (weights * torch.cat(expected)).sum())
+    for policy, size in product((fast, plain), (1, 2, 100)):
+        found = score(policy, temperature=temperature, micro_batch=size)
+        assert difference(found, expected) < 1e-4
+        assert_close(gradients(policy, (weights * torch.cat(found)).sum()), expected_gradients)
+        found = score(policy, temperature=temperature, micro_batch=size, reference=True)
+        assert difference(found, off) < 1e-4
 
 
 def test_an_adapter_on_the_head_is_trained_too():
-    fast, plain = pair("one key head", targets=("lm_head", "v_proj"))
+    fast, plain = pair(OWN_HEAD, targets=("lm_head", "v_proj"))
     assert difference(score(fast), score(plain)) < 1e-4
     weights = torch.randn(sum(len(x) for x in score(plain)), generator=seed(0))
-    assert_close_gradients(*(gradients(p, (weights * torch.cat(score(p))).sum()) for p in (fast, plain)))
+    assert_close(*(gradients(p, (weights * torch.cat(score(p))).sum()) for p in (fast, plain)))
     assert_same_samples(*(p.sample(PROMPTS, 3, 6, 1.0, seed(0)) for p in (fast, plain)))
-
-
-def test_all_linear_leaves_the_head_out():
-    for policy in pair("one key head", adapter=False):
-        add_adapter(policy, targets="all-linear")
-        assert len(lora.lora_layers(policy.model)) == 14
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -194,40 +155,115 @@ def test_the_vocabulary_is_visited_in_chunks_and_once_for_what_is_alike(monkeypa
     again, whole = torch.cat(score(fast)), torch.cat(score(plain))
     different = {(r, *p) for r, row in enumerate(rows) for p in zip(row.sources, row.targets)}
     assert sum(seen) == len(different) < len(whole) and max(seen) <= chunk
-    weights = torch.randn(len(whole), generator=seed(0))
     assert difference(again, whole) < 1e-4
-    assert_close_gradients(
-        gradients(fast, (weights * again).sum()), gradients(plain, (weights * whole).sum())
-    )
+    weights = torch.randn(len(whole), generator=seed(0))
+    found = [gradients(policy, (weights * x).sum()) for policy, x in ((fast, again), (plain, whole))]
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("margin", [1.0, 4.0, 8.0])
+def test_the_gradient_of_a_confident_token_in_bf16(margin):
+    """W_y - sum_v pi_v W_v of two rounded vectors would be all noise where pi_y is near 1, as after SFT."""
+    W, targets = torch.randn(500, 64, generator=seed(0)), torch.randint(500, (40,), generator=seed(1))
+    h = 0.05 * torch.randn(40, 64, generator=seed(2)) + W[targets] * (5 + margin) / 64
+    W, h = W.bfloat16(), h.bfloat16()
+
+    def gradient(W, h):
+        h.requires_grad_()
+        logits = lambda h: h.float() @ W.float().T
+        fast_engine._TargetLogps.apply(h, targets, logits, W, 1.0, True).sum().backward()
+        return h.grad.float()
+
+    law = (h.double() @ W.double().T).softmax(-1)
+    exact = W.double()[targets] - law @ W.double()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        error = (gradient(W.to(dtype), h.detach().to(dtype)) - exact).norm(dim=1) / exact.norm(dim=1)
+        assert error.median() < tolerance
+
+
+# --- models of other kinds
+
+
+def test_within_a_sliding_window_attention_is_full_and_beyond_it_is_refused():
+    window = dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)
+    fast, plain = pair(Qwen2Config(**SHAPE, num_key_value_heads=2, **window))
+    assert fast.context == 24 < plain.context
+    assert difference(score(fast), score(plain)) < 1e-4
+    assert_same_samples(*(p.sample(PROMPTS, 2, 13, 1.0, seed(0)) for p in (fast, plain)))
+    assert len(plain.sample([[65] * 12], 1, 13)) == 1
+    with pytest.raises(InputError, match="into the 24 tokens"):
+        fast.sample([[65] * 12], 1, 13)
+
+
+def test_attention_with_a_soft_cap_is_refused():
+    fast, plain = pair(Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16))
+    assert score(plain)
+    for call in (lambda: score(fast), lambda: fast.sample(PROMPTS, 1, 2)):
+        with pytest.raises(InputError, match="soft cap or sinks"):
+            call()
+
+
+# --- precision
+
+
+def test_logits_of_a_bf16_model_are_in_fp32():
+    """And follow the head's weights."""
+    fast, _ = pair(dtype=torch.bfloat16)
+    head, hidden = fast.model.lm_head, torch.randn(5, 64).bfloat16()
+    for _ in range(2):
+        logits = fast._logits(hidden)
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float())
+        assert difference(logits, hidden.float() @ head.weight.float().T) < 1e-4
+        with torch.no_grad():
+            head.weight.mul_(2)
+
+
+def test_in_bf16_the_engines_differ_by_rounding_alone():
+    """From each other, and both from fp32 on the same weights: by 0.02 on average and 0.2 at most, as was
+    measured on 2,000 tokens; twice that is allowed."""
+    policies = dict(zip(ENGINES, pair(dtype=torch.bfloat16)))
+    weights, (policies["fp32"], _) = policies["plain"].model.state_dict(), pair()
+    policies["fp32"].model.load_state_dict({name: p.float() for name, p in weights.items()})
+    groups = policies["plain"].sample(PROMPTS, 20, 20, 1.0, seed(3))
+    logps = {"sampled": torch.tensor([x for group in groups for o in group for x in o.sampled_logps])}
+    replies = [[o.reply_ids for o in group] for group in groups]
+    scored = {name: torch.cat(score(policy, PROMPTS, replies)) for name, policy in policies.items()}
+    logps |= {name: x.detach() for name, x in scored.items()}
+    assert len(logps["fp32"]) > 2000 and logps["fp32"].std() > 0.5
+    for a, b in combinations(logps, 2):
+        apart = logps[a] - logps[b]
+        assert apart.abs().mean() < 0.04 and apart.abs().max() < 0.4 and apart.mean().abs() < 0.004, (a, b)
+    weights = torch.randn(len(logps["fp32"]), generator=seed(0))
+    found = {name: gradients(policies[name], (weights * x).sum()) for name, x in scored.items()}
+    for a, b in combinations(found, 2):
+        assert_close(found[a], found[b], 0.1)
 
 
 # --- adapters that are merged
 
 
-@pytest.mark.parametrize("dtype, logps, grads", [("float32", 1e-4, 1e-3), ("bfloat16", 0.3, 0.06)])
+@pytest.mark.parametrize("dtype, logps, grads", [("float32", 1e-4, 1e-3), ("bfloat16", 0.1, 0.1)])
 def test_a_chain_that_is_merged_under_a_new_adapter(model_dir, tmp_path, dtype, logps, grads):
-    """Written by one engine, read by the other, to the end of the chain; the reference is the chain in both."""
-    names, others = "ab", dict(fast="plain", plain="fast")
-    for k, name in enumerate(names):
-        writer = load_policy(model_dir, dtype, engine=ENGINES[k])
+    """Each adapter of the chain is written by another engine, and both read it; merged it is pi_ref."""
+    for k, name in enumerate(ENGINES):
+        writer = load_policy(model_dir, dtype, engine=name)
         if k:
-            put_adapter(writer, str(tmp_path / "a"))
+            put_adapter(writer, str(tmp_path / "0"))
             lora.merge(writer.model)
-        config = add_adapter(writer, seed=k, r=3 + k)
-        adapters.save_adapter(writer.model, tmp_path / name, config)
-    policies = [load_policy(model_dir, dtype, engine=name) for name in ENGINES]
-    before = score(policies[1])
-    for policy in policies:
-        put_adapter(policy, f"{tmp_path / 'a'}+{tmp_path / 'b'}")
-    chain = score(policies[1])
-    assert difference(score(policies[0]), chain) < logps and difference(chain, before) > 5 * 0.3
-    for policy in policies:
+        adapters.save_adapter(writer.model, tmp_path / str(k), add_adapter(writer, seed=k, r=3 + k))
+    fast, plain = (load_policy(model_dir, dtype, engine=name) for name in ENGINES)
+    base = score(plain)
+    for policy in (fast, plain):
+        put_adapter(policy, f"{tmp_path / '0'}+{tmp_path / '1'}")
+    chain = torch.cat(score(plain)).detach()
+    assert difference(score(fast), chain) < logps < 0.5 < difference(chain, base)
+    for policy in (fast, plain):
         lora.merge(policy.model)
         add_adapter(policy, seed=7)
+        assert all(type(layer) is policy.layer for layer in lora.lora_layers(policy.model).values())
         assert difference(score(policy, reference=True), chain) < logps
-    fast, plain = (torch.cat(score(policy)) for policy in policies)
-    assert difference(fast, plain) < logps < difference(plain, chain)
-    weights = torch.randn(len(plain), generator=seed(0))
-    found = [gradients(policy, (weights * x).sum()) for policy, x in zip(policies, (fast, plain))]
-    assert_close_gradients(*found, grads)
-    assert others
+    assert adapters.fingerprint(fast.model) == adapters.fingerprint(plain.model)
+    a, b = (torch.cat(score(policy)) for policy in (fast, plain))
+    assert difference(a, b) < logps < 0.5 < difference(b, chain)
+    weights = torch.randn(len(b), generator=seed(0))
+    assert_close(gradients(fast, (weights * a).sum()), gradients(plain, (weights * b).sum()), grads)

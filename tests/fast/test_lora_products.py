@@ -76,7 +76,7 @@ def test_the_working_copy_follows_every_change_of_its_parts():
 
 @pytest.mark.parametrize("merges", [0, 1, 2])
 def test_below_fp32_values_and_gradients_are_those_of_the_formula_within_rounding(merges):
-    """Also on adapters that were merged, which is frozen here."""
+    """Also on top of adapters that were merged."""
     model = tiny().bfloat16()
     for k in range(merges):
         adapted(model, 5 + k, 6.0, seed=k + 2)
@@ -96,8 +96,8 @@ def test_below_fp32_values_and_gradients_are_those_of_the_formula_within_roundin
 
 
 def test_below_fp32_a_step_smaller_than_the_resolution_of_w_is_not_lost():
-    """Rounded to bf16, W + scaling B A would be W itself; so would h of W be, if the rest were added to it. On
-    average over many inputs the joint product moves by what it should."""
+    """Rounded to bf16, W + scaling B A would be W itself; so would h of W be, if the rest were added to it.
+    On average over many inputs the joint product moves by what it should."""
     layer, x = adapted(tiny().bfloat16()), torch.randn(4000, 32).bfloat16()
     with torch.no_grad():
         W = layer.base.weight.float()
@@ -120,8 +120,8 @@ def test_linear_is_the_layer_for_few_rows_and_for_many(bias, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [lora.DEFAULT_TARGETS, ("q_proj", "up_proj")])
 def test_merged_twice_the_model_has_the_parameters_of_the_plain_one(dtype, targets):
-    """The second adapter may have fewer targets. Below fp32 merged is adapter on to the bit, and W is held once: with
-    every frozen B it is a view of one storage."""
+    """The second adapter may have fewer targets. Below fp32 merged is adapter on to the bit, and W is held
+    once: with every frozen B it is a view of one storage."""
     fast, plain = tiny().to(dtype), tiny().to(dtype)
     for r, of_adapter in ((4, lora.DEFAULT_TARGETS), (2, targets)):
         for model, layer in ((fast, JointLoRALinear), (plain, LoRALinear)):
@@ -149,18 +149,3 @@ def test_merged_twice_the_model_has_the_parameters_of_the_plain_one(dtype, targe
     with lora.adapter_off(fast):
         assert torch.allclose(logits(fast), logits(plain), rtol=0.05, atol=0.05)
     lora.remove(fast)
-
-
-def test_below_fp32_merge_keeps_what_the_rounded_sum_would_lose():
-    """Where the sum is W itself nearly everywhere, a merged model is not its base."""
-    model = tiny().bfloat16()
-    layer = adapted(model)
-    with torch.no_grad():
-        for part in lora.lora_layers(model).values():
-            W, delta = part.base.weight.float(), part.scaling * part.B @ part.A
-            part.B.mul_(W.abs().median() / 1024 / delta.abs().max())
-        total = layer.base.weight.float() + layer.scaling * layer.B @ layer.A
-    assert (total.bfloat16() == layer.base.weight).float().mean() > 0.8
-    on = logits(model)
-    lora.merge(model)
-    assert torch.equal(logits(model), on) and not torch.equal(on, logits(tiny().bfloat16()))

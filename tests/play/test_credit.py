@@ -80,8 +80,9 @@ def test_consistency_takes_the_distance_from_the_other_kinds_mean():
 
 
 def test_the_credits_of_a_step_come_back_to_their_rollouts():
-    """Two conversations, of the first one prompt about links and two about efforts. With planners in the other seats
-    who is linked earns TOGETHER, who links with nobody keeps 10, and who gives nothing takes half of the other's pot."""
+    """Two conversations, of the first one prompt about links and two about efforts. With planners in the
+    other seats who is linked earns TOGETHER, who links with nobody keeps 10, and who gives nothing takes half
+    of the other's pot."""
     graph, efforts = Target(State(PAIR), 0, BOTH), Target(State(PAIR).step(BOTH), 0, ALL)
     batch = [
         SimpleNamespace(record=SimpleNamespace(game=game, seat=0, round=1), kind=t.kind, target=t)

@@ -1,4 +1,4 @@
-"""Several processes on torch.distributed (gloo) against one: the same samples and adapter; a death survived."""
+"""Several processes on torch.distributed (gloo) against one: the same samples and adapter, and deaths."""
 
 import os
 import signal
@@ -55,7 +55,7 @@ def test_many_processes_end_in_the_adapter_of_one(gentle, model_dir, tmp_path):
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(gentle, model_dir, tmp_path, dies):
-    """Rank 0 among processes that are left to themselves; rank 1 under torchrun, which then ends the others."""
+    """Rank 0 among processes that are left to themselves; rank 1 under torchrun, which ends the others."""
     folder, argv = tmp_path / "run", rft_flags(model_dir, tmp_path / "run", lr=GENTLE)
     if dies == 0:
         processes = start(argv, tmp_path / "output", 2)

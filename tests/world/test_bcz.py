@@ -50,26 +50,12 @@ def test_payoffs_match_the_formula_and_a_value_by_hand():
         game, G, x = random_game(rng, N), random_graph(rng, N), rng.uniform(0, 5, N)
         np.testing.assert_allclose(game.payoffs(G, x), bcz_payoffs(game, G, x), atol=1e-12)
         assert game.welfare(G, x) == pytest.approx(bcz_payoffs(game, G, x).sum())
-    # Links 0-1 and 0-2. Agent 0: 3*2 - 2 + 0.5*2*(1+3) - 2*0.25 = 7.5; 1: 1 - 0.5 + 1 - 0.25; 2: 6 - 4.5 + 3 - 0.25.
+    # Links 0-1 and 0-2. Agent 0: 3*2 - 2 + 0.5*2*(1+3) - 2*0.25 = 7.5.
     game = BCZ((3.0, 1.0, 2.0), 0.5, 0.25, 10.0)
     assert game.payoffs(star_graph(3), np.array([2, 1, 3])).tolist() == [7.5, 1.25, 4.25]
 
 
-@pytest.mark.parametrize("cap", [1.5, 4.0, 40.0])
-def test_best_response_maximises_own_payoff(cap):
-    rng, at_cap = np.random.default_rng(2), 0
-    for _ in range(10):
-        game, G = replace(random_game(rng, 4), cap=cap), random_graph(rng, 4)
-        x = rng.uniform(0, cap, 4)
-        best, grid = game.best_response(G, x), np.linspace(0, cap, 401)
-        for i in range(4):
-            own = [bcz_payoffs(game, G, [*x[:i], e, *x[i + 1 :]])[i] for e in (*grid, best[i])]
-            assert own[-1] >= max(own) - 1e-12 and abs(best[i] - grid[np.argmax(own[:-1])]) <= cap / 400
-        at_cap += (best == cap).sum()
-    assert (at_cap > 0) == (cap < 5)
-
-
-def test_best_response_clips_at_the_cap_and_at_zero():
+def test_best_response_is_one_plus_half_of_the_other_clipped_at_the_cap_and_at_zero():
     game, G = BCZ((1.0, 1.0), 0.5, 0.0, 3.0), complete_graph(2)
     assert game.best_response(G, np.array([3.0, 5.0])).tolist() == [3.0, 2.5]
     assert game.best_response(G, np.array([-8.0, 1.0])).tolist() == [1.5, 0.0]
@@ -99,41 +85,31 @@ def test_closed_form_efforts():
         np.testing.assert_allclose(game.nash_efforts(complete_graph(N)), alpha / (1 - p))
         np.testing.assert_allclose(game.planner_efforts(complete_graph(N)), alpha / (1 - 2 * p))
         assert game.nash_efforts(empty_graph(N)).tolist() == [alpha] * N
-    # Star, hub 3 and three leaves 1, delta 0.1: h = 3 + 0.3 l and l = 1 + 0.1 h, so h = 3.3/0.97 and l = 1.3/0.97.
+    # Star, hub 3, leaves 1, delta 0.1: h = 3 + 0.3 l and l = 1 + 0.1 h, so h = 3.3/0.97 and l = 1.3/0.97.
     # Planner: h = 3 + 0.6 l and l = 1 + 0.2 h, so h = 3.6/0.88 and l = 1.6/0.88.
     game = BCZ((3.0, 1.0, 1.0, 1.0), 0.1, 0.1, NO_CAP)
     np.testing.assert_allclose(game.nash_efforts(star_graph(4)), np.array([3.3, 1.3, 1.3, 1.3]) / 0.97)
     np.testing.assert_allclose(game.planner_efforts(star_graph(4)), np.array([3.6, 1.6, 1.6, 1.6]) / 0.88)
 
 
-@pytest.mark.parametrize("N", [2, 4, 7])
-def test_planner_efforts_maximise_welfare(N):
-    rng = np.random.default_rng(10 + N)
-    for _ in range(10):
-        game, G = random_game(rng, N, p=(0.1, 0.45)), random_graph(rng, N)
-
-        def W(x):
-            return bcz_payoffs(game, G, x).sum()
-
+@pytest.mark.parametrize(
+    "N, p, cap", [(2, (0.1, 0.45), NO_CAP), (7, (0.1, 0.45), NO_CAP), (5, (0.4, 3.0), 4.0)]
+)
+def test_planner_efforts_maximise_welfare(N, p, cap):
+    """Also where a cap binds, and without it nothing would be finite."""
+    rng, bound = np.random.default_rng(10 + N), 0
+    for _ in range(15):
+        game, G = replace(random_game(rng, N, p), cap=cap), random_graph(rng, N)
         x = game.planner_efforts(G)
-        best = W(x)
-        assert best == pytest.approx(np.dot(game.alpha, x) / 2 - game.c * G.sum())  # alpha.x/2 - 2 c L
-        for size in (1e-2, 0.3, 3.0) * 20:
-            assert W(np.maximum(0, x + size * rng.normal(size=N))) < best
-        gradient = [(W(x + 1e-4 * e) - W(x - 1e-4 * e)) / 2e-4 for e in np.eye(N)]
-        np.testing.assert_allclose(gradient, 0, atol=1e-6)
-
-
-def test_capped_planner_efforts_maximise_welfare_below_the_cap():
-    rng = np.random.default_rng(20)
-    for _ in range(20):
-        game, G = replace(random_game(rng, 5, p=(0.4, 3.0)), cap=4.0), random_graph(rng, 5)
-        x = game.planner_efforts(G)
-        corners = np.array(list(itertools.product((0.0, 2.0, 4.0), repeat=5)))
-        near = np.clip(x + 0.05 * rng.normal(size=(200, 5)), 0, 4)
-        others = (*corners[::3], *rng.uniform(0, 4, (200, 5)), *near)
-        best = max(bcz_payoffs(game, G, other).sum() for other in others)
-        assert best <= bcz_payoffs(game, G, x).sum() + 1e-9
+        best = bcz_payoffs(game, G, x).sum()
+        if cap == NO_CAP:
+            assert best == pytest.approx(np.dot(game.alpha, x) / 2 - game.c * G.sum())  # alpha.x/2 - 2 c L
+        near = [x + size * rng.normal(size=N) for size in (1e-2, 0.3, 3.0) * 30]
+        corners = itertools.product((0.0, 2.0, 4.0), repeat=N) if N < 7 else ()
+        others = (np.clip(other, 0, cap) for other in (*near, *corners))
+        assert max(bcz_payoffs(game, G, other).sum() for other in others) <= best + 1e-9
+        bound += (x == cap).any()
+    assert (bound > 5) == (cap == 4.0)
 
 
 # A graph, its spectral radius (closed form), and a coupling above 1 / rho.
@@ -152,26 +128,10 @@ def test_efforts_without_a_solution_are_refused(G, rho, coupling):
         with pytest.raises(GameError, match="must be below 1") as error:
             bcz.solve_efforts(alpha, bad, G)
         assert "\n" not in str(error.value)
-    below = (1 - 1e-6) / rho
+    below = (1 - 1e-6) / rho  # the row sum bound, 1 / (N-1), would refuse it in the last two
     x = bcz.solve_efforts(alpha, below, G)
     assert x.min() > 0 and x.max() > 1e5
     np.testing.assert_allclose(x, alpha + below * G @ x, rtol=1e-9)
-
-
-def test_effort_guard_is_the_spectral_radius():
-    """Above and below 1 / rho of random graphs; the row sum bound delta (N-1) < 1 would refuse far too many."""
-    rng, between = np.random.default_rng(21), 0
-    for _ in range(60):
-        N = int(rng.integers(3, 9))
-        G = random_graph(rng, N)
-        rho = max(abs(np.linalg.eigvals(G.astype(float))))
-        if rho < 0.5:
-            continue
-        with pytest.raises(GameError):
-            bcz.solve_efforts(np.ones(N), (1 + 1e-9) / rho, G)
-        assert bcz.solve_efforts(np.ones(N), (1 - 1e-9) / rho, G).min() >= 1
-        between += (N - 1) / rho > 1.2
-    assert between > 20
 
 
 @pytest.mark.parametrize("N", [2, 5, 8])
@@ -204,7 +164,7 @@ def test_capped_efforts_by_hand_and_where_the_cap_does_not_bind():
 
 
 def test_capped_efforts_where_the_matrix_is_singular_up_to_rounding():
-    """With coupling * rho(G) = 1 the factorisation may succeed by rounding; the solution of that system is noise."""
+    """With coupling * rho(G) = 1 the factorisation may succeed by rounding; its solution is noise."""
     rng, tried = np.random.default_rng(31), 0
     for _ in range(300):
         G = random_graph(rng, 5)
@@ -240,8 +200,6 @@ def test_efficient_graph_fixtures(alpha, delta, c, efforts, welfare, links):
 
 
 def test_efficient_graph_fixture_details():
-    complete, _ = BCZ((1.0,) * 4, 0.1, 0.12, NO_CAP).efficient_graph()
-    np.testing.assert_allclose(BCZ((1.0,) * 4, 0.1, 0.12, NO_CAP).nash_efforts(complete), 1 / 0.7)
     for hub in range(6):  # found wherever its seat is
         alpha = tuple(3.0 if i == hub else 1.0 for i in range(6))
         star, _ = BCZ(alpha, 0.05, 0.12, NO_CAP).efficient_graph()
@@ -272,7 +230,7 @@ def test_efficient_graph_is_the_best_of_all_graphs(N, draws, efforts):
     assert interior >= 10  # else the draws would test the empty and the complete graph only
 
 
-# Found by a search: instances where giving the highest alpha to the first node of a wrong order misses the optimum.
+# Found by a search: giving the highest alpha to the first node of a wrong order misses the optimum.
 WRONG_ORDERS = [
     ((2.0, 1.0, 1.0, 1.0), 0.044, 0.082, "entered"),
     ((3.0, 2.92, 2.04, 1.47, 1.46), 0.02717, 0.13071, "entered"),
@@ -322,17 +280,6 @@ def test_twelve_agents_are_feasible_and_thirteen_are_not():
         BCZ((1.0,) * 13, 0.01, 0.1, 5.0)
 
 
-@pytest.mark.parametrize("N", range(2, 9))
-def test_threshold_graphs_are_nested_and_different(N):
-    graphs = bcz.threshold_graphs(N)
-    assert graphs.shape == (2 ** (N - 1), N, N)
-    for G in graphs:
-        assert (G == G.T).all() and not G.diagonal().any() and (np.diff(G.sum(1)) <= 0).all()
-        for i, j in itertools.combinations(range(N), 2):  # a lower node's neighbours are also the higher one's
-            assert set(np.flatnonzero(G[j])) - {i} <= set(np.flatnonzero(G[i]))
-    assert len({tuple(G.sum(1)) for G in graphs}) == 2 ** (N - 1)  # no two are isomorphic
-
-
 def test_threshold_graphs_are_complete():
     """Among all 1024 graphs on 5 nodes: those with nested neighbourhoods, up to relabelling."""
     degrees, pairs = set(), list(itertools.combinations(range(5), 2))
@@ -340,7 +287,9 @@ def test_threshold_graphs_are_complete():
         near = [set(np.flatnonzero(row).tolist()) for row in G]
         if all(near[i] - {j} <= near[j] or near[j] - {i} <= near[i] for i, j in pairs):
             degrees.add(tuple(sorted(G.sum(1).tolist(), reverse=True)))
-    assert degrees == {tuple(G.sum(1).tolist()) for G in bcz.threshold_graphs(5)}
+    graphs = bcz.threshold_graphs(5)
+    assert len(graphs) == 16 and (np.diff(graphs.sum(2), axis=1) <= 0).all()
+    assert degrees == {tuple(G.sum(1).tolist()) for G in graphs}  # no two are isomorphic
 
 
 # --- the Nash graph
@@ -365,7 +314,7 @@ def test_nash_graph_by_hand():
     # Complete graph, 3 agents, delta 0.2: x = 1/0.6, delta x^2 = 0.5556. Empty graph: delta = 0.2.
     assert BCZ((1.0,) * 3, 0.2, 0.55, NO_CAP).nash_graph().sum() == 6
     assert BCZ((1.0,) * 3, 0.2, 0.56, NO_CAP).nash_graph().sum() == 0
-    # Falls in two steps: at complete efforts only the weak pair drops its link, and then the star cannot be held.
+    # Falls in two steps: at complete efforts only the weak pair drops its link, then the star cannot be held.
     # Complete: S = 5/0.6, x = (alpha + 0.2 S)/1.2 = (3.889, 2.222, 2.222); star: hub 3.4/0.92, leaf 1.6/0.92.
     assert BCZ((3.0, 1.0, 1.0), 0.2, 1.2, NO_CAP).nash_graph().tolist() == star_graph(3).tolist()
     assert BCZ((3.0, 1.0, 1.0), 0.2, 1.5, NO_CAP).nash_graph().sum() == 0

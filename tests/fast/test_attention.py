@@ -11,7 +11,7 @@ SCALING, CPU = 0.3, "cpu"
 
 
 def forest(rng, n, K):
-    """Each of n queries sees the first K - n keys, itself, and what some earlier query sees, or not even that."""
+    """Each of n queries sees itself and what some earlier query sees, or else the first K - n keys."""
     visible = np.zeros((n, K), bool)
     for i in range(n):
         visible[i] = visible[rng.integers(i)] if i and rng.random() < 0.7 else np.arange(K) < K - n
@@ -48,9 +48,11 @@ def written_out(q, k, v, visible):
 
 def errors(q, k, v, g, visible):
     """Of the output and of the three gradients, relative to the largest number of each."""
+    in_blocks = attention.attention(q, k, v, attention.blocks(visible, CPU), SCALING)
     results = []
-    for out in (attention.attention(q, k, v, attention.blocks(visible, CPU), SCALING), written_out(q, k, v, visible)):
-        results.append([out.detach().double(), *(x.double() for x in torch.autograd.grad(out, (q, k, v), g.to(out.dtype)))])
+    for out in (in_blocks, written_out(q, k, v, visible)):
+        grads = torch.autograd.grad(out, (q, k, v), g.to(out.dtype))
+        results.append([x.detach().double() for x in (out, *grads)])
     assert all(b.abs().max() > 0.1 for b in results[1])
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
 
@@ -66,8 +68,8 @@ def test_values_and_gradients(monkeypatch, name, queries):
 
 
 def test_in_bf16_scores_and_sums_are_those_of_fp32(monkeypatch):
-    """Inputs and results are rounded, and the weights once: errors of a few roundings, also over many blocks, and also
-    where a score is about 20, which bf16 would round by up to 0.06."""
+    """Inputs and results are rounded, and the weights once: errors of a few roundings, also over many blocks,
+    and also where a score is about 20, which bf16 would round by up to 0.06."""
     monkeypatch.setattr(attention, "QUERIES", 2)
     visible = masks()["a tree for each row"]
     for size in (1, 8):
@@ -87,12 +89,13 @@ def test_every_query_is_in_one_block_which_has_hardly_a_key_that_none_of_them_se
             of_block = visible[:, b.queries.start - 5 : b.queries.stop - 5]
             keys = np.arange(K)[b.keys]
             assert of_block[:, :, np.setdiff1d(np.arange(K), keys)].sum() == 0
-            assert (b.bias[:, 0] == 0).tolist() == of_block[:, :, keys].tolist() and set(b.bias.unique().tolist()) <= {0, -torch.inf}
+            assert (b.bias[:, 0] == 0).tolist() == of_block[:, :, keys].tolist()
+            assert set(b.bias.unique().tolist()) <= {0, -torch.inf}
             wasted = ~of_block[:, :, keys].any((0, 1))
             assert not wasted.any() if torch.is_tensor(b.keys) else wasted.mean() < 0.25
-    kinds = [type(b.keys) for b in attention.blocks(masks()["two keys each"], CPU)]
-    assert kinds == [slice, torch.Tensor, torch.Tensor]
-    assert sum(b.bias.numel() for b in attention.blocks(masks()["two keys each"], CPU)) == 4 * 10 + 4 * 8 + 3 * 6
+    blocks = attention.blocks(masks()["two keys each"], CPU)
+    assert [type(b.keys) for b in blocks] == [slice, torch.Tensor, torch.Tensor]
+    assert [b.bias.numel() for b in blocks] == [4 * 10, 4 * 8, 3 * 6]
 
 
 def test_no_query_no_block():
