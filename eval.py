@@ -1,10 +1,10 @@
 """Evaluation: held-out games with the policy in one seat and experts in the others, or any players anywhere.
 
-    python eval.py --policy base runs/tompo/sft/adapter runs/tompo/adapter --json results.json
-    python eval.py --policy runs/tompo/adapter --seat all           # self-play; random: one seat drawn per game
-    python eval.py --policy runs/tompo/adapter --by-seat            # the same games once for every seat
-    python eval.py --table runs/tompo/adapter base expert:nash expert:nash             # a player for each seat
-    python eval.py --policy base --few-shot 3 --repair            # what prompting and lenient reading do
+    python eval.py --policy base runs/tompo/sft/adapter runs/tompo/adapter --json out.json
+    python eval.py --policy runs/tompo/adapter --seat all    # self-play; random: one seat drawn per game
+    python eval.py --policy runs/tompo/adapter --by-seat     # the same games once for every seat
+    python eval.py --table runs/tompo/adapter base expert:nash expert:nash      # a player for each seat
+    python eval.py --policy base --few-shot 3 --repair     # what prompting and lenient reading do
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
 --policy takes `base` (the model without an adapter), adapter folders, `few-shot:K` and `expert:NAME`. The
@@ -16,17 +16,23 @@ compared game by game.
 what can be read in them is played (play/repair.py). U1 is the strict one there too. The strict row
 minus this one is what formatting costs; what is left between repaired rows is strategy.
 
-The metrics: see play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
+Metrics: play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
 """
 
 import argparse
 
-import experts
-from play.held_out import EVAL_SEED, add_eval_arguments, by_stages, held_out_instances, play_held_out, seed_of
+from play.held_out import (
+    add_eval_arguments,
+    add_sampling_arguments,
+    by_stages,
+    held_out_instances,
+    play_held_out,
+    seed_of,
+)
 from play.metrics import format_table, mean_over_seats, of_seat, report, report_seeds, summarise
 from play.players import make_cast, play_tables
 from run import dataset, ranks
-from run.files import InputError, positive_int, refuse_existing, reports_errors, seed_int, write_json
+from run.files import InputError, positive_int, refuse_existing, reports_errors, write_json
 from run.training import add_model_arguments
 
 
@@ -76,7 +82,7 @@ def main(argv=None) -> None:
     dataset.add_style_arguments(parser)
     add_eval_arguments(parser)
     add = parser.add_argument
-    add("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
+    add_sampling_arguments(parser)
     told = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME"
     add("--policy", nargs="+", default=["base"], help=told)
     add("--few-shot", type=positive_int, metavar="K", help="add few-shot:K: base after K expert games")
@@ -113,13 +119,17 @@ def main(argv=None) -> None:
         print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
     else:
         results = evaluate_names(args)
-        if args.seat in ("all", "random"):
-            print("self-play: the policy in all seats" if args.seat == "all" else "a random seat of each game")
+        if isinstance(args.seat, str):
+            print(
+                {"all": "self-play: the policy in all seats", "random": "a random seat of each game"}[
+                    args.seat
+                ]
+            )
         print(report(results, args.rounds))
         if args.repair:
             read = ", ".join(f"{n} {s['repaired']}" for n, s in results.items() if n.endswith(" repaired"))
             print(f"\nreplies that are not compliant, but in which a decision was read and played: {read}")
-    experts.print_report()
+    dataset.print_report()
     if args.json and ranks.first():
         write_json(args.json, {"arguments": vars(args), "results": results})
         print(f"\nwritten: {args.json}")

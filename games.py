@@ -10,7 +10,6 @@ diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted f
 
 import math
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache, wraps
 from typing import ClassVar
 
 import numpy as np
@@ -47,25 +46,12 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 # -------------------- rules
 
 
-def solved_once(efficient_graph):
-    """Decorator of a game's efficient_graph: every instance is solved once, and each caller gets a copy."""
-    solve = lru_cache(maxsize=4096)(efficient_graph)
-
-    @wraps(efficient_graph)
-    def cached(game: "Game", efforts: str = "nash") -> tuple[np.ndarray, float]:
-        links_NN, W = solve(game, efforts)
-        return links_NN.copy(), W
-
-    cached.cache_clear = solve.cache_clear
-    return cached
-
-
 class Game:
-    """One instance of a game: a frozen, hashable dataclass (so that solutions can be cached per instance).
+    """One instance of a game: a frozen, hashable dataclass, so that its solutions can be kept.
 
-    A game has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and
-    says what stands under "each game" below. [choice] A later stage of the same kind revises the earlier one;
-    the round pays once, at its end, from the last graph and the last efforts."""
+    It has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and says
+    what stands under "each game". [choice] A later stage of the same kind revises the earlier one; the round
+    pays once, at its end, from the last graph and the last efforts."""
 
     # Each game, its rules. Shapes of the methods' results: see above; efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
@@ -94,8 +80,8 @@ class Game:
         raise NotImplementedError
 
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """(links_NN, welfare) of the best graph at `nash` or at `planner` efforts. Exact, and
-        `@solved_once`."""
+        """(links_NN, welfare) of the best graph at `nash` or `planner` efforts. Exact; see
+        world/solved.py."""
         raise NotImplementedError
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
@@ -127,8 +113,7 @@ class Game:
 
     @classmethod
     def make(cls, types_N, u: float, v: float, fixed: dict[str, float], stages: str, rounds: int) -> "Game":
-        """The instance, rounded to the digits that players read. fixed: parameters by name. Raises
-        GameError."""
+        """The instance, rounded to the digits that players read. fixed: by name. Raises GameError."""
         raise NotImplementedError
 
     # all games
@@ -166,11 +151,9 @@ class Game:
         return {"nash": self.nash_efforts, "planner": self.planner_efforts}[solution](links_NN)
 
     def nash_graph(self) -> np.ndarray:
-        """From the complete graph, repeat "keep a link iff neither end would gain without it", efforts at
-        Nash.
-
-        It only ever removes, so it ends; nobody drops one of the links that are left, as things stand. In BCZ
-        it is the greatest such graph: dropping links lowers efforts, which drops more links."""
+        """From the complete graph, repeat "keep a link iff neither end gains without it", efforts at Nash. It
+        only removes, so it ends, and nobody drops a link that is left. In BCZ it is the greatest such graph:
+        dropping links lowers efforts, which drops more links."""
         links_NN = complete_graph(self.N)
         while True:
             keeps_NN = self.link_gains(links_NN, self.nash_efforts(links_NN)) >= 0
@@ -259,10 +242,7 @@ class State:
                 raise ValueError(f"proposals must be {N} x {N} entries in {{0, 1}} with a zero diagonal")
             actions = actions.astype(int)
         elif actions.shape != (N,) or not ((actions >= 0) & (actions <= self.game.caps)).all():
-            caps = sorted({f"{cap:g}" for cap in self.game.caps})
-            raise ValueError(
-                f"efforts must be {N} numbers in [0, {caps[0] if len(caps) == 1 else 'cap of the seat'}]"
-            )
+            raise ValueError(f"efforts must be {N} numbers from 0 to the cap of the seat")
         else:
             actions = actions.astype(float)  # a copy: the caller's array may change later, history must not
         return State(self.game, (*self.history, actions))
@@ -298,9 +278,7 @@ class Observation:
 
 def observe(state: State, seat: int, information: str = "full") -> Observation:
     """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
-    (c and BCZ's cap were set with everybody's type in view, so even `local` tells a little of the others.)"""
-    if information not in ("full", "local"):
-        raise ValueError(f"information must be full or local, got {information!r}")
+    (c and BCZ's cap were set with all types in view, so even `local` tells a little of the others.)"""
     game, results = state.game, state.round_results()
     return Observation(
         game=game.name,

@@ -6,9 +6,8 @@ A frozen weight W of shape (out, in) gets a trainable low-rank correction, in th
     h = W x + scaling * B A x,   A: (r, in),  B: (out, r),  scaling = alpha / r
 
 A is random and B is zero at the start, so step 0 is exactly the base model. Switching the correction off
-gives the base model back at no cost in memory; that is how RFT gets its reference policy pi_ref. Mind the
-chain: RFT starts from the SFT policy, so the SFT adapter is merged into the base first and a new adapter is
-trained on top. Only then is "adapter off" the SFT policy and not the model before SFT.
+gives the base model back: RFT's reference policy pi_ref. RFT starts from the SFT policy, so the SFT adapter
+is merged into the base first; only then is "adapter off" the SFT policy and not the model before SFT.
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
@@ -112,8 +111,7 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base that it
-    holds."""
+    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base in it."""
     frozen = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoRALinear))
     modules = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
@@ -125,10 +123,9 @@ def inject(
     """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a
     `layer`.
 
-    A target is the last part of a module path ("q_proj") or more of it ("layers.0.self_attn.q_proj"); a
-    string instead of a tuple is a regex for the whole path, and "all-linear" is every Linear but the output
-    head. ValueError: the model has an adapter already, or some target names no Linear (nothing is changed
-    then)."""
+    A target is the last part of a module path ("q_proj") or more of it; a string instead of a tuple is a
+    regex for the whole path, and "all-linear" is every Linear but the output head. ValueError: the model has
+    an adapter already, or some target names no Linear (nothing is changed then)."""
     require_no_layers(model)
     linears = _linears(model)
     if config.targets == "all-linear":
@@ -152,11 +149,8 @@ def inject(
 
 @contextmanager
 def adapter_off(model: nn.Module):
-    """Inside, the model is its base (pi_ref), exactly. The state before is restored on exit, also after an
-    exception.
-
-    ValueError without an adapter: the caller would take the model itself for its reference, and measure KL =
-    0."""
+    """Inside, the model is its base (pi_ref), exactly. ValueError without an adapter: the caller would take
+    the model itself for its reference, and measure KL = 0."""
     layers = list(require_layers(model).values())
     before = [layer.disabled for layer in layers]
     try:
@@ -176,14 +170,12 @@ def remove(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1 of
-    the paper.
+    """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1.
 
-    The sum is taken in float64 on the CPU and rounded once to fp32, so the merged weights come out the same
-    on every device. Below fp32 the adapter stays beside W, frozen: W + scaling B A, rounded to bf16, would
-    lose what is smaller than half a step of W, which after 50 steps of SFT is nine tenths of the adapter.
-    ValueError: no adapter, or an adapted weight is tied to another module (merging would change that one
-    too)."""
+    The sum is taken in float64 on the CPU and rounded once, so it is the same on every device. Below fp32 the
+    adapter stays beside W, frozen: their sum, rounded to bf16, would lose nine tenths of an adapter after 50
+    steps. ValueError: no adapter, or an adapted weight is tied to another module (merging would change that
+    one too)."""
     layers, owners = require_layers(model), {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))
@@ -221,17 +213,12 @@ def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copies a state with PEFT's names into the model's adapter. All is checked before anything is changed.
-
-    ValueError, one line: the first missing or unexpected key, or the first shape that differs.
-    """
+    """Copies a state with PEFT's names into the model's adapter. All is checked before anything is changed;
+    ValueError names the first key that is missing or unexpected, or whose shape differs."""
     own = _named_parameters(model)
-    for key in own:
-        if key not in state:
-            raise ValueError(f"adapter weights lack {key}")
-    for key in state:
-        if key not in own:
-            raise ValueError(f"adapter weights have an unexpected {key}")
+    for key in [*own, *state]:
+        if key not in own or key not in state:
+            raise ValueError(f"adapter weights {'lack' if key in own else 'have an unexpected'} {key}")
     for key, p in own.items():
         if state[key].shape != p.shape:
             raise ValueError(f"{key} has shape {tuple(state[key].shape)}, this model needs {tuple(p.shape)}")

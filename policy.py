@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import lora
 from prompts import Decision
@@ -56,7 +57,7 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
     at a uniform number. Temperature 0 takes the likeliest token."""
     law_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
     cdf_BV = law_BV.exp().cumsum(-1)
-    token_B = (cdf_BV <= uniforms_B[:, None] * cdf_BV[:, -1:]).sum(-1).clamp(max=cdf_BV.shape[1] - 1)
+    token_B = (cdf_BV <= uniforms_B[:, None] * cdf_BV[:, -1:]).sum(-1)
     if temperature == 0:
         token_B = law_BV.argmax(-1)
     return token_B, law_BV.gather(-1, token_B[:, None])[:, 0]
@@ -126,22 +127,18 @@ class Policy:
 
     def _group(self, prompt: list[int], uniforms_MS: Tensor, temperature: float) -> list[Rollout]:
         """The replies to one prompt, token by token; one that has ended goes on unread until all have."""
-        M, S = uniforms_MS.shape
-        tokens_MS, logps_MS = torch.zeros(M, S, dtype=torch.long), torch.zeros(M, S)
-        ids, cache = torch.tensor([prompt] * M, device=self.device), None
-        for t in range(S):
+        M, cache = len(uniforms_MS), None
+        ids, replies = torch.tensor([prompt] * M, device=self.device), [[] for _ in range(M)]
+        for uniforms_M in uniforms_MS.T:
             out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            drawn_M, logp_M = draw(out.logits[:, -1], uniforms_MS[:, t].to(self.device), temperature)
-            tokens_MS[:, t], logps_MS[:, t] = drawn_M, logp_M
-            ids, cache = drawn_M[:, None], out.past_key_values
-            if all(set(tokens[: t + 1]) & set(self.end_ids) for tokens in tokens_MS.tolist()):
+            token_M, logp_M = draw(out.logits[:, -1], uniforms_M.to(self.device), temperature)
+            ids, cache = token_M[:, None], out.past_key_values
+            for reply, token, logp in zip(replies, token_M.tolist(), logp_M.tolist()):
+                if not reply or reply[-1][0] not in self.end_ids:
+                    reply.append((token, logp))
+            if all(reply[-1][0] in self.end_ids for reply in replies):
                 break
-        rollouts = []
-        for tokens, logps in zip(tokens_MS[:, : t + 1].tolist(), logps_MS.tolist()):
-            ends = [k + 1 for k, token in enumerate(tokens) if token in self.end_ids]
-            reply = tokens[: ends[0]] if ends else tokens
-            rollouts.append(self._rollout(prompt, reply, logps[: len(reply)]))
-        return rollouts
+        return [self._rollout(prompt, *map(list, zip(*reply))) for reply in replies]
 
     def _rollout(self, prompt_ids: list[int], reply_ids: list[int], logps: list[float]) -> Rollout:
         ended = reply_ids[-1] in self.end_ids
@@ -157,11 +154,8 @@ class Policy:
     def token_logps(self, rows: list[Row], temperature: float = 1.0) -> list[Tensor]:
         """log pi of the targets of each row, [R] of (T,), with gradients: one padded batch, one pass."""
         sequences = [(row.ids, reply) for row in rows for reply in row.replies]
-        longest = max(len(prompt) + len(reply) for prompt, reply in sequences)
-        self.check_length(longest, 0)
-        ids_BL = torch.zeros(len(sequences), longest, dtype=torch.long)
-        for b, (prompt, reply) in enumerate(sequences):
-            ids_BL[b, : len(prompt) + len(reply)] = torch.tensor(prompt + reply)
+        ids_BL = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True)
+        self.check_length(ids_BL.shape[1], 0)
         # Padding stands behind every reply, where causal attention hides it from what is scored.
         hidden = self.model.get_decoder()(ids_BL.to(self.device), use_cache=False).last_hidden_state
         sources = [hidden[b, len(p) - 1 : len(p) + len(r) - 1] for b, (p, r) in enumerate(sequences)]

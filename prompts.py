@@ -27,8 +27,8 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief
     line; hints: the games' worked numbers next to the question [choice: a small model cannot multiply]. They
-    are one step of reasoning about the others, not the answer: in BCZ "link where a link earns at least its
-    cost" is wrong about one in ten of the efficient graph's links."""
+    are one step of reasoning about the others: in BCZ "link where a link earns its cost" misses one in ten of
+    the efficient links."""
 
     information: str = "full"
     belief: bool = True
@@ -56,15 +56,13 @@ def _links(links_NN: np.ndarray) -> str:
 
 
 def system_message(seen: Observation, style: PromptStyle) -> str:
-    """First what all games have in common, then the numbers: the common beginning is computed once for
-    all."""
+    """First what all games have in common, then the numbers: what is common is computed once for all."""
     stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
     belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
     game = GAMES[seen.game]
-    parameters = ", ".join(
-        f"{name} {value:{game.parameter_format}}" for name, value in seen.parameters.items()
-    )
+    digits = game.parameter_format
+    parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
     return (
         f"{rounds}: {stages}. A link forms if both choose it, at cost c each. {game.payoff_rule} Reply:\n"
         f"{belief}Decision: [0 or 1 per agent, you 0] or one effort\n"
@@ -73,7 +71,7 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 
 
 def question(seen: Observation, style: PromptStyle) -> str:
-    """The user message of one stage: the results since the agent's last decision, its own numbers, the
+    """The user message of a stage: the results since the agent's last decision, its own numbers, the
     question."""
     news = f"Efforts were {tell_numbers(seen.efforts)}. " if seen.previous == "E" else ""
     game = GAMES[seen.game]
@@ -187,8 +185,7 @@ def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decisio
 
 
 def broken_rule(reply: str, kind: str, seat: int, N: int, cap: float) -> str | None:
-    """The first rule of `parse_reply` that a reply breaks, in a few words for logs; None for a compliant
-    one."""
+    """The first rule of `parse_reply` that a reply breaks, for logs; None for a compliant one."""
     found = _read(reply, kind, seat, N, cap)
     return None if isinstance(found, Decision) else found
 

@@ -19,7 +19,7 @@ sampled leaves the expected policy gradient unchanged, so a subtracted "best so 
 
 To add a term, write a function (decision, target) -> float and put it into TERMS; `--reward NAME=WEIGHT`
 switches it on, and it is logged by its name. Rewards that need the rest of the game played out:
-play/credit.py.
+variants/credit.py.
 """
 
 from collections.abc import Callable
@@ -53,6 +53,11 @@ class Target:
     @property
     def cap(self) -> float:
         return float(self.game.caps[self.seat])
+
+    @property
+    def place(self) -> tuple[str, int, int, float]:
+        """What the parser needs to know: kind, seat, N, cap."""
+        return self.kind, self.seat, self.game.N, self.cap
 
     def with_own(self, decision: Decision) -> np.ndarray:
         """The experts' actions with the agent's own in their place."""
@@ -113,14 +118,25 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float:
 # weight has 0.
 TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
+FIXED_TERMS = (
+    "compliance",
+    "sample",
+    "r_S",
+    "s",
+    "local",
+    "global",
+    "R_G",
+    "A_S",
+    "A_G",
+)  # other names are free
 
 
 # -------------------- graph level
 
 
 def graph_score(decision: Decision | None, target: Target, score: str = "hamming") -> float:
-    """s_i: how near the graph with this row comes to the expert graph (1 for the same graph), or to the
-    efficient one."""
+    """s_i: how near the graph with this row comes to the expert graph (1: the same), or to the efficient
+    one."""
     if decision is None:
         return 0.0
     game, links_NN = target.game, form_links(target.with_own(decision))
@@ -157,9 +173,9 @@ def group_rewards(
     score: str = "hamming",
     credits: list[float | None] | None = None,
 ) -> list[dict[str, float]]:
-    """All terms of every rollout of one group: `compliance`, `sample`, the optional ones by name, `r_S`
-    (their weighted sum), and for graph decisions `s`, `local`, `global`, `R_G` (their sum). credits take the
-    place of the sample level."""
+    """All terms of every rollout of a group: `compliance`, `sample`, the optional ones by name, `r_S` (their
+    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. credits take the place of
+    `sample`."""
     groups_terms = []
     for i, decision in enumerate(decisions):
         terms = {"compliance": compliance(decision)}

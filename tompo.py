@@ -10,8 +10,7 @@ Pure functions in the paper's symbols. Dimensions: M rollouts of a prompt (a gro
     J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta k3 ) ]
     rho = pi_theta / pi_old,  k3 = exp(l_ref - l) - (l_ref - l) - 1,  l = log pi_theta, l_ref = log pi_ref
 
-A variant is one function and one line in the table below it: ADVANTAGES, AGGREGATIONS, LOSSES, RATIOS,
-KL_ESTIMATORS. Each table's first entry is the default, and the equation above.
+A variant is one function and one line in a table (ADVANTAGES, ...), here or in variants/objective.py.
 """
 
 import torch
@@ -22,23 +21,15 @@ ALGORITHMS = ("tompo", "grpo")
 # -------------------- advantages
 
 
-def centred(rewards_M: Tensor) -> Tensor:
-    """r - mean within one group, (M,): Dr. GRPO (arXiv 2503.20783). Equal rewards, or a group of one, get
-    exactly 0: else the mean's rounding, 1e-8, would be blown up by a division."""
-    return torch.zeros_like(rewards_M) if (rewards_M == rewards_M[0]).all() else rewards_M - rewards_M.mean()
-
-
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within one group, (M,): GRPO."""
-    return centred(rewards_M) / (rewards_M.std(unbiased=False) + eps)
+    """(r - mean) / (std + eps) within one group, (M,). A group of one, or of equal rewards, gets exactly 0:
+    else the mean's rounding, 1e-8, would be blown up by the division."""
+    if (rewards_M == rewards_M[0]).all():
+        return torch.zeros_like(rewards_M)
+    return (rewards_M - rewards_M.mean()) / (rewards_M.std(unbiased=False) + eps)
 
 
-def leave_one_out(rewards_M: Tensor) -> Tensor:
-    """r minus the mean of the others in the group, (M,): RLOO (arXiv 2402.14740)."""
-    return centred(rewards_M) * (len(rewards_M) / max(1, len(rewards_M) - 1))
-
-
-ADVANTAGES = {"std": group_normalise, "mean": centred, "loo": leave_one_out}  # (M,) -> (M,)
+ADVANTAGES = {"std": group_normalise}  # rewards of a group (M,) -> advantages (M,)
 
 
 def dual_level_advantages(
@@ -50,8 +41,7 @@ def dual_level_advantages(
     w_graph: float = 0.2,
     advantage: str = "std",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, A^S, A^G) of one group, each (M,). R_G_M is None for effort decisions. `grpo` is the sample level
-    alone."""
+    """(A, A^S, A^G) of one group, each (M,). R_G_M is None for effort decisions. `grpo`: A = A^S."""
     A_S = ADVANTAGES[advantage](r_S_M)
     A_G = torch.zeros_like(A_S) if R_G_M is None else ADVANTAGES[advantage](R_G_M)
     if algo == "grpo" or R_G_M is None:
@@ -64,13 +54,9 @@ def dual_level_advantages(
 # The weight of every token of each rollout, from the lengths of all rollouts of an optimizer step and the
 # longest reply allowed. The denominator is that of the whole step, so gradients do not depend on how a step
 # is cut.
-AGGREGATIONS = {
-    # the mean over rollouts of the mean over tokens, as in J
+AGGREGATIONS = {  # sequence: the mean over replies of the mean over tokens, as in J; token: over all tokens
     "sequence": lambda lengths, limit: [1 / (len(lengths) * n) for n in lengths],
-    # the mean over all tokens of the step
     "token": lambda lengths, limit: [1 / sum(lengths)] * len(lengths),
-    # a denominator that no reply changes: Dr. GRPO
-    "constant": lambda lengths, limit: [1 / (len(lengths) * limit)] * len(lengths),
 }
 
 
@@ -79,23 +65,8 @@ def clipped(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, hi
     return torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
 
 
-def cispo(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
-    """CISPO (arXiv 2506.13585): the clipped ratio weighs log pi and has no gradient of its own, (T,)."""
-    return ratio_T.clamp(low, high).detach() * advantage_T * logp_T
-
-
-LOSSES = {"clip": clipped, "cispo": cispo}  # (rho, log pi, A, ends of the clip range) -> what J sums, (T,)
-
-
-def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
-    """GSPO (arXiv 2507.18071): every token of a reply has the mean of the reply's log ratios, (T,)."""
-    return torch.cat([part.mean().expand(len(part)) for part in log_ratio_T.split(lengths)])
-
-
-RATIOS = {
-    "token": lambda log_ratio_T, lengths: log_ratio_T,
-    "sequence": sequence_mean,
-}  # log rho, reply lengths
+LOSSES = {"clip": clipped}  # (rho, log pi, A, ends of the clip range) -> what J sums, (T,)
+RATIOS = {"token": lambda log_ratio_T, lengths: log_ratio_T}  # (log rho, reply lengths) -> log rho, (T,)
 
 
 def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
@@ -104,10 +75,15 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-KL_ESTIMATORS = {  # of KL(pi, pi_ref) per token: http://joschu.net/blog/kl-approx.html
-    "k1": lambda logp_T, ref_logp_T: logp_T - ref_logp_T,
-    "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2,
-    "k3": k3,
+KL_ESTIMATORS = {"k3": k3}  # (log pi, log pi_ref) -> (T,)
+
+# What --objective chooses from; the first of each is the default. variants/objective.py adds to them.
+TABLES = {
+    "advantage": ADVANTAGES,
+    "aggregation": AGGREGATIONS,
+    "loss": LOSSES,
+    "ratio": RATIOS,
+    "kl": KL_ESTIMATORS,
 }
 
 
@@ -125,11 +101,11 @@ def objective_loss(
     kl: str = "k3",
     lengths: list[int] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """-J of the given tokens, and sums over them for the log (`diagnostics`).
+    """-J of the given tokens, and sums over them for the log (run/rft_log.py).
 
     Each token's A_i and weight stand beside it, rollouts are simply concatenated. Added up over the passes of
     a step it is the loss of the step. clip_eps: how far rho may go below and above 1. ref_logp_T may be None
-    if beta is 0."""
+    if beta is 0; lengths: of the replies, for ratios that need them."""
     low, high = 1 - clip_eps[0], 1 + clip_eps[1]
     ratio_T = RATIOS[ratio](logp_T - old_logp_T, lengths).exp()  # rho
     objective_T = LOSSES[loss](ratio_T, logp_T, advantage_T, low, high)
@@ -144,26 +120,3 @@ def objective_loss(
             "max_ratio_error": float((ratio_T - 1).abs().max()),
         }
     return -(objective_T * weight_T).sum(), sums
-
-
-def add_sums(parts: list[dict[str, float]]) -> dict[str, float]:
-    """The sums of several passes, or of several processes, as those of one; {} where there were none."""
-    parts = [part for part in parts if part]  # a process may have had none
-    total = dict(parts[0]) if parts else {}
-    for part in parts[1:]:
-        for key, value in part.items():
-            if value is not None:
-                total[key] = max(total[key], value) if key == "max_ratio_error" else total[key] + value
-    return total
-
-
-def diagnostics(sums: dict[str, float]) -> dict[str, float | None]:
-    """Per token: KL to pi_ref (None if it was not measured), how far this step has moved from pi_old, where
-    it clips."""
-    per_token = {
-        key: None if sums[key] is None else sums[key] / sums["tokens"] for key in ("kl", "approx_kl")
-    }
-    return per_token | {
-        "clip_fraction": sums["clipped"] / sums["tokens"],
-        "max_ratio_error": sums["max_ratio_error"],
-    }

@@ -28,25 +28,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import experts
 import lora
 import tompo
-from experts import Record
-from games import Game
 from models import adapters
 from models.load import put_adapter
 from play import held_out, metrics
-from play.credit import step_credits
+from play.expert_games import Record
 from policy import Policy, Rollout
 from prompts import parse_reply, reply_tokens
 from rewards import WEIGHTS, Memory, Target, group_rewards
 from run import checkpoint, dataset, ranks, training
 from run.curves import plot_curves
 from run.files import InputError, StopSignal, Stopwatch, print_times, reports_errors
-from run.rft_flags import add_rft_arguments, check_rft_arguments
-from run.rft_log import live_line, sample_lines, step_metrics, timing
+from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
+from run.rft_log import add_sums, live_line, sample_lines, step_metrics, timing
 from tools import diagnose
 from train_sft import sft
+from variants.credit import step_credits
 from world.draws import named_numbers
 
 
@@ -58,14 +56,6 @@ class Prompt:
     ids: list[int]
     target: Target
 
-    @property
-    def game(self) -> Game:
-        return self.target.game
-
-    @property
-    def kind(self) -> str:
-        return self.target.kind
-
 
 def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Prompt]]:
     """The decisions in the trained seats, by conversation (an agent in a game)."""
@@ -76,7 +66,7 @@ def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Promp
             prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
             conversations.setdefault((r.game, r.seat), []).append(prompt)
     for kind, count in zip("GE", args.prompts):
-        if count and not all(any(p.kind == kind for p in of_one) for of_one in conversations.values()):
+        if count and not all(any(p.target.kind == kind for p in of_one) for of_one in conversations.values()):
             raise InputError(
                 f"the data set has games without {kind} decisions; set their count in --prompts to 0"
             )
@@ -92,13 +82,13 @@ def next_batch(
     for k, i in enumerate(checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)):
         for kind, count in zip("GE", counts):
             if k < count:
-                of_kind = [p for p in conversations[i] if p.kind == kind]
+                of_kind = [p for p in conversations[i] if p.target.kind == kind]
                 batch.append(of_kind[rng.integers(len(of_kind))])
     return batch
 
 
 def reply_limit(args, prompts: list[Prompt]) -> int:
-    return args.max_new_tokens or reply_tokens(max(p.game.N for p in prompts))
+    return args.max_new_tokens or reply_tokens(max(p.target.game.N for p in prompts))
 
 
 def sample(args, policy: Policy, batch: list[Prompt], mine: list[int], step: int) -> list[list[Rollout]]:
@@ -109,7 +99,7 @@ def sample(args, policy: Policy, batch: list[Prompt], mine: list[int], step: int
     groups = ranks.whole(mine, groups)
     for p, group in zip(batch, groups):
         for o in group:
-            o.decision = parse_reply(o.text, p.kind, p.target.seat, p.game.N, p.target.cap)
+            o.decision = parse_reply(o.text, *p.target.place)
     return groups
 
 
@@ -127,7 +117,7 @@ def judge(
     )
     r_S_M = torch.tensor([t["r_S"] for t in terms])
     R_G_M = torch.tensor([t["R_G"] for t in terms]) if target.kind == "G" else None
-    weights = dict(w_sample=args.w_sample, w_graph=args.w_graph)
+    weights = dict(w_sample=args.w_sample, w_graph=args.w_graph, advantage=objective_of(args)["advantage"])
     A_M, A_S_M, A_G_M = tompo.dual_level_advantages(r_S_M, R_G_M, algo=args.algo, **weights)
     for o, t, A, A_S, A_G in zip(group, terms, A_M.tolist(), A_S_M.tolist(), A_G_M.tolist()):
         o.rewards, o.advantage = t | {"A_S": A_S, "A_G": A_G}, A
@@ -139,7 +129,8 @@ def gradient(
     """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. limit: the longest
     reply allowed. Returns their part of the loss, and sums for the log."""
     rollouts = [o for group in groups for o in group]
-    weights = tompo.AGGREGATIONS[args.aggregation]([len(o.reply_ids) for o in rollouts], limit)
+    objective = objective_of(args)
+    weights = tompo.AGGREGATIONS[objective["aggregation"]]([len(o.reply_ids) for o in rollouts], limit)
     for o, weight in zip(rollouts, weights):
         o.weight = weight
     groups = [groups[i] for i in mine]
@@ -164,10 +155,12 @@ def gradient(
             weight_T=per_token([o.weight for o in rollouts]),
             clip_eps=(args.clip_eps[0], args.clip_eps[-1]),
             beta=args.beta,
+            lengths=[len(o.reply_ids) for o in rollouts],
+            **{name: objective[name] for name in ("loss", "ratio", "kl")},
         )
         part_loss.backward()
         loss, sums = loss + part_loss.item(), [*sums, part_sums]
-    return loss, tompo.add_sums(sums)
+    return loss, add_sums(sums)
 
 
 def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
@@ -195,9 +188,9 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
                     losses, sums = zip(*ranks.exchange(gradient(args, policy, groups, mine, limit)))
                     lr, norm = loop.optimizer_step()
             for p, group in zip(batch, groups):  # only now: within a step all groups see the same memory
-                if p.kind == "G":
-                    memory.update(p.game.key, [o.rewards["s"] for o in group])
-            line = step_metrics(batch, groups, tompo.add_sums(list(sums)))
+                if p.target.kind == "G":
+                    memory.update(p.target.game.key, [o.rewards["s"] for o in group])
+            line = step_metrics(batch, groups, add_sums(list(sums)))
             line |= {"loss": sum(losses), "lr": lr, "grad_norm": norm} | timing(groups, clock)
             for sample_line in sample_lines(step, batch, groups):
                 samples.write(sample_line)
@@ -249,7 +242,7 @@ def main(argv=None) -> None:
         plot_curves(folder)
         print("\n" + metrics.report(results, args.rounds))
         print("\n" + diagnose.summary(folder))
-        experts.print_report()
+        dataset.print_report()
         print_times(folder, clock)
         print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
         print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")

@@ -19,10 +19,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import experts
 import lora
-from experts import Record
 from models import adapters
+from play.expert_games import Record
 from policy import Policy
 from run import checkpoint, dataset, ranks, training
 from run.files import StopSignal, Stopwatch, reports_errors
@@ -144,7 +143,7 @@ def main(argv=None) -> None:
     with StopSignal() as stop:
         separate = args.train_on == "separate"
         finished = (sft_separately if separate else sft)(policy, args, records, folder, stop)
-    experts.print_report()
+    dataset.print_report()
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)

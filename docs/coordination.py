@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import Game, GameError, Observation, empty_graph, register, solved_once
+from games import Game, GameError, Observation, empty_graph, register
 from prompts import tell_numbers, tell_short
+from world.solved import solved_once
 
 MAX_LABELLED = 5  # agents up to which all labelled graphs are enumerated: 1024 at 5
 

@@ -137,7 +137,7 @@ def _make(source, folder):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"preparing {source.name} needs the package {package}: install it and try again")
     if folder.exists() and not (folder / "complete.json").exists():
-        raise ModelError(f"{folder} was not made by this program: move it away, or choose another TOMPO_CACHE")
+        raise ModelError(f"{folder} was not made by this program: move it away, or set TOMPO_CACHE")
     work = folder.with_name(f"{source.name}.partial")
     shutil.rmtree(work, ignore_errors=True)  # a killed process left it: this one holds the lock
     converted = work / "model"

@@ -18,7 +18,7 @@ from play.metrics import Played, summarise
 from play.players import expert_player, play, policy_player
 from policy import Policy
 from run import dataset, ranks, training
-from run.files import InputError, number, positive_int, seat_choice, write_json
+from run.files import InputError, number, positive_int, seat_choice, seed_int, write_json
 from world.draws import families, held_out_grid
 
 EVAL_SEED = 0
@@ -32,8 +32,6 @@ def add_eval_arguments(parser: argparse.ArgumentParser, seat_flag: str | None = 
     add = group.add_argument
     add("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
     add("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
-    temperature = dict(type=number(float, 0), default=1.0, help="0 is greedy; 1 is the law that is trained")
-    add("--eval-temperature", **temperature)
     add("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
     if seat_flag is None:
         return
@@ -55,6 +53,18 @@ def seed_of(args) -> int:
     """Of sampling and expert draws: the same for all training runs, so that they meet the same games and
     experts."""
     return getattr(args, "eval_seed", EVAL_SEED)
+
+
+def temperature_of(args) -> float:
+    """Of sampling: that of the law that is trained, unless a script has the flag."""
+    return getattr(args, "eval_temperature", 1.0)
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """What evaluation alone can change; in training it is fixed."""
+    add, kind = parser.add_argument, number(float, 0)
+    add("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
+    add("--eval-temperature", type=kind, default=1.0, help="0 is greedy; 1 is the law that is trained")
 
 
 def held_out_instances(args) -> list[Game]:
@@ -107,7 +117,7 @@ def play_held_out(
 
 
 def evaluate_policy(args, policy: Policy, label: str) -> dict:
-    settings = dataset.style_of(args), args.max_new_tokens, args.eval_temperature, seed_of(args)
+    settings = dataset.style_of(args), args.max_new_tokens, temperature_of(args), seed_of(args)
     return summarise(play_held_out(args, lambda: policy_player(policy, *settings), label))
 
 

@@ -25,6 +25,7 @@ import lora
 from games import Game, State
 from models import adapters as adapters_on_disk
 from models.load import put_adapter
+from play import expert_games
 from play.metrics import Played, Turn, strategic_efficiency
 from play.repair import repair_reply
 from policy import Policy
@@ -157,7 +158,7 @@ def expert_examples(
                 "few-shot examples would be the evaluated game itself: the game flags leave but one instance"
             )
         seat = int(rng.integers(N))
-        *_, last = (r for r in experts.simulate([(0, game, rng)], expert, style) if r.seat == seat)
+        *_, last = (r for r in expert_games.simulate([(0, game, rng)], expert, style) if r.seat == seat)
         chats.append([*last.prompt, {"role": "assistant", "content": last.label}])
     return chats
 

@@ -3,13 +3,16 @@
 import argparse
 import copy
 import json
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
 
 import experts
-from experts import Expert, Record, make_expert, simulate
+from experts import Expert, make_expert
 from games import State, game_from_json
+from play import expert_games
+from play.expert_games import Record, simulate
 from prompts import PromptStyle, format_reply, parse_reply
 from rewards import Target
 from run.files import InputError, parse_range, positive_int, seat_choice, share, write_atomic
@@ -101,20 +104,18 @@ def read_records(path: str) -> list[Record]:
 
 
 def with_label_noise(
-    records: list[Record], rates: dict[str, float], seed: int, style: PromptStyle, clean_belief: bool = False
+    records: list[Record], rates: dict[str, float], seed: int, style: PromptStyle
 ) -> list[Record]:
     """Weak demonstrations: a share of the labels, by kind of decision, becomes a random compliant reply.
 
-    What was played, and so every prompt, stays as it is. RFT's rewards do not read these labels. Which labels are
-    replaced belongs to (seed, game, stage, seat) alone.
+    What was played, and so every prompt, stays as it is. RFT's rewards do not read these labels. Which labels
+    are replaced belongs to (seed, game, stage, seat) alone.
     """
     found = []
     for r in records:
         rng = np.random.default_rng([seed, 10, r.game, r.stage, r.seat])
         if rng.random() < rates.get(r.kind, 0.0):
             drawn = experts.random_decision(game_from_json(r.instance), r.kind, r.seat, rng)
-            if clean_belief:
-                drawn = replace(drawn, belief=experts.label_decision(r).belief)
             r = replace(r, label=format_reply(drawn, style))
         found.append(r)
     return found
@@ -135,7 +136,7 @@ def targets(records: list[Record]) -> list[tuple[Record, Target]]:
             raise InputError(f"{missing}: RFT needs all seats and stages")
         played = seats[0].proposals if seats[0].kind == "G" else seats[0].efforts
         histories[game] = (*state.history, np.array(played))
-        actions = np.array([experts.label_decision(r).action for r in seats])
+        actions = np.array([expert_games.label_decision(r).action for r in seats])
         found += [(r, Target(state, r.seat, actions)) for r in seats]
     return found
 
@@ -190,3 +191,10 @@ def simulate_args(args: argparse.Namespace, count: int, seed: int, split: str = 
     """`simulate_many` with the flags of `add_data_arguments`."""
     settings = style_of(args), args.agents, split, families(args), args.noise, ask_of(args, args.expert)
     return simulate_many(count, args.expert, seed, *settings)
+
+
+def print_report() -> None:
+    """One line for each language model that this process has asked."""
+    language = sys.modules.get("teachers.language")
+    if language:
+        language.print_report()

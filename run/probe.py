@@ -121,8 +121,7 @@ class Probe:
         generator, mine = checkpoint.seeded(0, 12), ranks.share(range(len(self.prompts)))
         groups = self.policy.sample(self.prompts, 1, self.limit, 1.0, generator, only=mine)
         texts = ranks.whole(mine, [group[0].text for group in groups])
-        places = [(t.kind, t.seat, t.game.N, t.cap) for t in self.targets]
-        decisions = [parse_reply(text, *place) for text, place in zip(texts, places)]
+        decisions = [parse_reply(text, *target.place) for text, target in zip(texts, self.targets)]
         values = measure(decisions, self.targets)
         if ranks.first():
             self._append({"stage": stage, "step": step, "seconds": round(seconds, 2)} | values)

@@ -3,10 +3,12 @@
 import argparse
 
 import tompo
+import variants.objective  # noqa: F401  (its import fills the tables of tompo)
 from experts import is_language
-from rewards import GRAPH_SCORES, TERMS, WEIGHTS
+from rewards import FIXED_TERMS, GRAPH_SCORES, TERMS, WEIGHTS
 from run import dataset
 from run.files import InputError, number, positive_int
+from variants.credit import CREDIT
 from world.draws import named_numbers
 
 
@@ -16,11 +18,8 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add, weight = group.add_argument, number(float, 0)
     add("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
-    add(
-        "--sft-adapter",
-        metavar="FOLDER",
-        help="start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one",
-    )
+    told = "start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one"
+    add("--sft-adapter", metavar="FOLDER", help=told)
     add("--steps", type=positive_int, default=16, help="optimizer steps (sampling rounds)")
     told = "graph and effort decisions per step"
     add("--prompts", nargs=2, type=number(int, 0), default=(8, 2), metavar=("GRAPH", "EFFORT"), help=told)
@@ -40,31 +39,38 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
         default="hamming",
         help="s: like the expert graph, or its welfare",
     )
-    add("--credit", choices=("immediate", "return"), default="immediate", help="see play/credit.py")
-    add("--gamma", type=number(float, 0, 1), default=1.0, help="discount per round of --credit return")
-    add("--zeta", type=weight, default=0.0, help="weight of |C_G - C_E| in --credit return")
-    add(
-        "--clip-eps",
-        nargs="+",
-        type=weight,
-        default=[0.2],
-        help="clip range of the ratio; two: below and above 1",
-    )
+    told = "credit by returns, not by likeness (variants/credit.py): [gamma=G] per round, [zeta=Z]"
+    add("--credit", nargs="*", metavar="NAME=VALUE", help=told)
+    told = "clip range of the ratio; two numbers: below and above 1"
+    add("--clip-eps", nargs="+", type=weight, default=[0.2], help=told)
     add("--beta", type=weight, default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    told = "; ".join(f"{name}: {', '.join(table)}" for name, table in tompo.TABLES.items())
     add(
-        "--aggregation",
-        choices=tompo.AGGREGATIONS,
-        default="sequence",
-        help="how tokens and replies are averaged",
+        "--objective",
+        nargs="+",
+        metavar="NAME=CHOICE",
+        help=f"variants of tompo.py, the first by default ({told})",
     )
+
+
+def objective_of(args) -> dict[str, str]:
+    """The choice of every table of tompo.py, by its name. Raises InputError."""
+    chosen = {name: next(iter(table)) for name, table in tompo.TABLES.items()}
+    for text in args.objective or ():
+        name, _, choice = text.partition("=")
+        if choice not in tompo.TABLES.get(name, ()):
+            known = "; ".join(f"{name}={'|'.join(table)}" for name, table in tompo.TABLES.items())
+            raise InputError(f"--objective {text}: write NAME=CHOICE, of {known}")
+        chosen[name] = choice
+    return chosen
 
 
 def check_rft_arguments(args) -> None:
     """Raises InputError for flags that do not go together, before anything is trained."""
-    weights = named_numbers(args.reward, "--reward")
-    unknown = [name for name in weights if name not in WEIGHTS and name not in TERMS]
-    if unknown:
-        raise InputError(f"--reward {unknown[0]}: no such term; there are {', '.join({**WEIGHTS, **TERMS})}")
+    weights = named_numbers(args.reward, "--reward", {**WEIGHTS, **TERMS})
+    taken = [name for name in TERMS if name in FIXED_TERMS]
+    if taken:
+        raise InputError(f"the reward term {taken[0]} has the name of a fixed one; give it another")
     if weights.get("belief") and not args.belief:
         raise InputError("--reward belief is for the Belief line, which --no-belief switches off")
     if sum(args.prompts) == 0:
@@ -76,8 +82,10 @@ def check_rft_arguments(args) -> None:
         raise InputError("--temperature must be above 0: a greedy policy has no group to compare")
     if len(args.clip_eps) > 2:
         raise InputError("--clip-eps takes one number, or two: how far the ratio may go below and above 1")
-    if args.credit == "return" and is_language(args.expert):
+    if args.credit is not None and is_language(args.expert):
         raise InputError(
-            "--credit return plays every game to its end with the expert: choose an exact --expert for it"
+            "--credit plays every game to its end with the expert: choose an exact --expert for it"
         )
+    named_numbers(args.credit, "--credit", CREDIT)
+    objective_of(args)
     dataset.expert_of(args)

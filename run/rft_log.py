@@ -5,7 +5,6 @@ reply.
 from collections.abc import Iterator
 
 import rewards
-import tompo
 from policy import Rollout
 from prompts import broken_rule
 from run.files import Stopwatch
@@ -17,8 +16,8 @@ def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float
     batch: the prompts (train_rft.Prompt); groups: the rollouts of each; sums: of tompo.objective_loss over
     the step."""
     everything = [o for group in groups for o in group]
-    graph = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "G"]
-    effort = [o for prompt, group in zip(batch, groups) for o in group if prompt.kind == "E"]
+    graph = [o for prompt, group in zip(batch, groups) for o in group if prompt.target.kind == "G"]
+    effort = [o for prompt, group in zip(batch, groups) for o in group if prompt.target.kind == "E"]
 
     def mean(rollouts, value):
         return sum(map(value, rollouts)) / len(rollouts) if rollouts else None
@@ -32,7 +31,7 @@ def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float
         "R_G": mean(graph, lambda o: o.rewards["R_G"]),
         **optional,
         "U1": mean(everything, lambda o: o.rewards["compliance"] > 0),
-        **tompo.diagnostics(sums),
+        **diagnostics(sums),
         "zero_variance_groups": mean(groups, lambda g: all(o.advantage == 0 for o in g)),
         "distinct_replies": mean(groups, lambda g: len({o.text for o in g}) / len(g)),
         "reply_tokens": mean(everything, lambda o: len(o.reply_ids)),
@@ -47,9 +46,7 @@ def sample_lines(step: int, batch: list, groups: list[list[Rollout]]) -> Iterato
     for prompt, group in zip(batch, groups):
         r = prompt.record
         for o in group:
-            broken = (
-                None if o.decision else broken_rule(o.text, r.kind, r.seat, prompt.game.N, prompt.target.cap)
-            )
+            broken = None if o.decision else broken_rule(o.text, *prompt.target.place)
             where = {"step": step, "game": r.game, "stage": r.stage, "kind": r.kind, "seat": r.seat}
             yield (
                 where
@@ -57,6 +54,29 @@ def sample_lines(step: int, batch: list, groups: list[list[Rollout]]) -> Iterato
                 | o.rewards
                 | {"advantage": o.advantage}
             )
+
+
+def add_sums(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The sums of several passes, or of several processes, as those of one; {} where there were none."""
+    parts = [part for part in parts if part]  # a process may have had none
+    total = dict(parts[0]) if parts else {}
+    for part in parts[1:]:
+        for key, value in part.items():
+            if value is not None:
+                total[key] = max(total[key], value) if key == "max_ratio_error" else total[key] + value
+    return total
+
+
+def diagnostics(sums: dict[str, float]) -> dict[str, float | None]:
+    """Per token: KL to pi_ref (None if it was not measured), how far this step has moved from pi_old, where
+    it clips."""
+    per_token = {
+        key: None if sums[key] is None else sums[key] / sums["tokens"] for key in ("kl", "approx_kl")
+    }
+    return per_token | {
+        "clip_fraction": sums["clipped"] / sums["tokens"],
+        "max_ratio_error": sums["max_ratio_error"],
+    }
 
 
 def timing(groups: list[list[Rollout]], clock: Stopwatch) -> dict:

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 import experts
 import lora
-from experts import Record
 from models import adapters
 from models.load import ENGINES, load_policy
 from models.pretrained import DEFAULT_MODEL
+from play.expert_games import Record
 from policy import Policy
 from run import checkpoint, dataset, ranks
 from run.files import (
@@ -30,6 +30,8 @@ from run.files import (
     seed_int,
     share,
 )
+
+MAX_GRAD_NORM = 1.0
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
@@ -81,7 +83,6 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--max-steps", type=positive_int, help="end every stage after this many steps")
     add("--micro-batch", type=positive_int, default=4, help="rows per forward pass (memory, not maths)")
     add("--save-every", type=positive_int, default=20, help="steps between checkpoints")
-    add("--max-grad-norm", type=float, default=1.0, help="gradient clipping")
 
 
 def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.Namespace:
@@ -246,7 +247,7 @@ class Loop:
         """Steps with the gradients of all processes, clipped, and clears them. Returns (the learning rate
         that was used, the gradient norm before clipping)."""
         lr = learning_rate(self.done, self.planned, self.peak_lr)
-        norm = clip_gradient(self.optimizer, self.args.max_grad_norm)
+        norm = clip_gradient(self.optimizer, MAX_GRAD_NORM)
         self.untouched = False
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()

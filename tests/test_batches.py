@@ -11,6 +11,7 @@ import experts
 import train_rft
 import train_sft
 from models.load import load_policy
+from play import expert_games
 from play.players import play, policy_player
 from policy import Rollout
 from prompts import PromptStyle, parse_reply
@@ -59,7 +60,7 @@ def test_the_decisions_of_the_trained_seats_become_prompts_by_conversation(polic
         assert p.ids == policy.encode_prompt(p.record.prompt)
         of_target = p.target.kind, p.target.seat, len(p.target.state.history)
         assert of_target == (p.record.kind, p.record.seat, p.record.stage)
-        label = experts.label_decision(p.record).action
+        label = expert_games.label_decision(p.record).action
         assert p.target.actions.shape[0] == 3 and np.all(p.target.actions[p.record.seat] == label)
 
 
@@ -111,7 +112,7 @@ def test_evaluation_and_training_build_the_same_prompts():
     """The same game with the same replies: evaluation asks what the policy was trained on."""
     game, style = Family("bcz", "GE", 2).make((1.0, 2.0, 3.0), 0.25, 1.0), PromptStyle()
     expert = experts.make_expert("second-best")
-    records = experts.simulate([(0, game, np.random.default_rng(0))], expert, style)
+    records = expert_games.simulate([(0, game, np.random.default_rng(0))], expert, style)
 
     class Recorder:
         new_history = dict

@@ -8,8 +8,9 @@ import pytest
 from brute import bcz_payoffs
 
 import experts
-from experts import decide, label_decision, make_expert, simulate
+from experts import decide, make_expert
 from games import State, complete_graph, empty_graph, form_links, game_from_json
+from play.expert_games import label_decision, simulate
 from prompts import PromptStyle, format_reply, messages, parse_reply
 from run.dataset import simulate_many
 from run.files import InputError

@@ -93,7 +93,9 @@ def minus_J(policy, groups, args):
             over, under = A > 0 and rho > high, A < 0 and rho < low
             above, below = above + over, below + under
             term = high * A if over else low * A if under else rho * A
-            total = total + weight[args.aggregation] * (term - args.beta * (d.exp() - d - 1))
+            total = total + weight[args.objective[0].removeprefix("aggregation=")] * (
+                term - args.beta * (d.exp() - d - 1)
+            )
     return -total, above, below, tokens
 
 
@@ -109,7 +111,9 @@ def minus_J(policy, groups, args):
 @pytest.mark.parametrize("name", ENGINES)
 def test_rft_gradient_is_that_of_J(model_dir, name, aggregation, temperature, beta, clip_eps):
     """For every cut of a step into passes, and for groups that are shared among processes."""
-    flags = dict(aggregation=aggregation, temperature=temperature, beta=beta, clip_eps=clip_eps)
+    flags = dict(
+        objective=[f"aggregation={aggregation}"], temperature=temperature, beta=beta, clip_eps=clip_eps
+    )
     args, policy, plain = argparse.Namespace(**flags), engine(name, model_dir), engine("plain", model_dir)
     groups = rollouts(plain, temperature, 0.5)
     before = [(list(o.prompt_ids), list(o.reply_ids), list(o.sampled_logps)) for g in groups for o in g]
@@ -132,7 +136,7 @@ def test_rft_gradient_is_that_of_J(model_dir, name, aggregation, temperature, be
 def test_the_first_gradient_of_rft_is_that_of_reinforce(model_dir):
     policy, plain = engine("fast", model_dir), engine("plain", model_dir)
     groups = rollouts(plain, 1.0, 0.0)
-    flags = dict(aggregation="sequence", temperature=1.0, beta=0.0, clip_eps=[0.2], micro_batch=2)
+    flags = dict(objective=None, temperature=1.0, beta=0.0, clip_eps=[0.2], micro_batch=2)
     loss, sums = train_rft.gradient(argparse.Namespace(**flags), policy, groups, range(len(groups)), LIMIT)
     assert abs(loss) < 1e-5 and sums["max_ratio_error"] < 1e-4 and sums["clipped"] == 0
     means = [o.advantage * score(plain, [o.prompt_ids], [[o.reply_ids]])[0].mean() for g in groups for o in g]

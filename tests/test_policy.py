@@ -28,7 +28,9 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import lora
+from fast.engine import _draw
 from models.load import load_policy
+from policy import draw
 from prompts import PromptStyle
 from run import dataset
 from run.files import InputError
@@ -110,6 +112,23 @@ def test_samples_invert_the_law_of_transformers_at_the_uniform_numbers(policy, t
             assert o.sampled_logps == pytest.approx(logps, abs=1e-4)
     lengths = {len(reply) for replies in ids_of(groups) for reply in replies}
     assert len(lengths) > (5 if temperature else 1) and S in lengths
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_uniform_number_at_either_end_draws_what_the_law_has(name):
+    """The first and the last tokens of these laws have probability 0, and neither 0 nor the largest number
+    below 1 draws them, though rounding lets the distribution function end beside 1."""
+    logits = torch.randn(200, 500, generator=seed(0))
+    logits[:, :100] = logits[:, 400:] = -200
+    assert (logits.softmax(-1).cumsum(-1)[:, -1] < 1 - 2**-24).any()
+    for u, first, last in ((0.0, 100, 100), (1 - 2**-24, 380, 399)):
+        uniforms = torch.full((200,), u)
+        if name == "plain":
+            tokens, logps = draw(logits, uniforms, 1.0)
+        else:
+            tokens, logps = map(torch.tensor, _draw(logits.clone(), list(range(200)), uniforms))
+        assert first <= tokens.min() and tokens.max() <= last
+        assert difference(logps, logits.log_softmax(-1)[range(200), tokens]) < 1e-5
 
 
 # --- sampling

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import tompo
-from tompo import add_sums, diagnostics, dual_level_advantages, group_normalise, k3, objective_loss
+import variants.objective  # noqa: F401
+from run.rft_log import add_sums, diagnostics
+from tompo import dual_level_advantages, group_normalise, k3, objective_loss
 
 
 def tensor(*values):

@@ -33,9 +33,9 @@ import tompo
 import train_rft
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
-from play import credit
 from run import training
 from tools import merge
+from variants import credit
 
 # -------------------- one whole run
 
@@ -308,7 +308,7 @@ def test_a_constant_denominator_is_the_longest_reply_allowed(
 
     def cut(args, policy, batch, mine, step):
         groups = real_sample(args, policy, batch, mine, step)
-        games.extend(prompt.game.N for prompt in batch)
+        games.extend(prompt.target.game.N for prompt in batch)
         for o in (o for group in groups for o in group):
             o.reply_ids, o.sampled_logps = o.reply_ids[:5], o.sampled_logps[:5]
         return groups
@@ -316,7 +316,9 @@ def test_a_constant_denominator_is_the_longest_reply_allowed(
     monkeypatch.setattr(train_rft, "sample", cut)
     noted = lambda *args, **how: weights.extend(how["weight_T"].tolist()) or real_loss(*args, **how)
     monkeypatch.setattr(tompo, "objective_loss", noted)
-    changes = dict(aggregation="constant", max_new_tokens=max_new_tokens, agents="3-4", prompts=[1, 0], m=2)
+    changes = dict(
+        objective=["aggregation=constant"], max_new_tokens=max_new_tokens, agents="3-4", prompts=[1, 0], m=2
+    )
     changes |= dict(seed=0)  # its first game is a small one
     short_run(model_dir, sft_adapter, tmp_path / "run", max_steps=1, **changes)
     assert games == [3] and 2 <= len(weights) <= 2 * 5
@@ -328,7 +330,7 @@ def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_
     asked, real = [], credit.return_credits
     noted = lambda *args: asked.append((args, real(*args))) or asked[-1][1]
     monkeypatch.setattr(credit, "return_credits", noted)
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", credit="return", gamma=0.5, rounds=2)
+    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", credit=["gamma=0.5"], rounds=2)
     assert [c or 0.0 for _, credits in asked for c in credits] == pytest.approx(
         [s["sample"] for s in samples]
     )
@@ -352,8 +354,10 @@ def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_
 
 
 def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp_path):
-    changes = dict(credit="return", max_steps=1, games=6)
-    runs = [short_run(model_dir, sft_adapter, tmp_path / str(z), zeta=z, **changes)[1] for z in (0.0, 0.25)]
+    runs = [
+        short_run(model_dir, sft_adapter, tmp_path / str(len(z)), credit=z, max_steps=1, games=6)[1]
+        for z in ([], ["zeta=0.25"])
+    ]
     pairs = [(a, b) for a, b in zip(*runs) if a["compliance"] > 0]
     assert [a["reply"] for a, _ in pairs] == [b["reply"] for _, b in pairs]  # the same samples
     credits = {}
@@ -370,7 +374,9 @@ def test_zeta_pulls_both_credits_of_a_round_together(model_dir, sft_adapter, tmp
 
 def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):
     changes = dict(graph_score="welfare", reward=["belief=0.5", "global=0"], clip_eps=[0.2, 0.3])
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", aggregation="token", **changes)
+    _, samples = short_run(
+        model_dir, sft_adapter, tmp_path / "run", objective=["aggregation=token"], **changes
+    )
     ok = [s for s in samples if s["compliance"] > 0]
     assert ok and all(s["r_S"] == pytest.approx(0.5 + s["sample"] + 0.5 * s["belief"]) for s in ok)
     graph = [s for s in ok if s["kind"] == "G"]
@@ -466,7 +472,9 @@ def test_a_damaged_log_costs_the_diagnosis_and_not_the_run(
         (dict(reward=["belief"]), "--reward belief"),
         (dict(prompts=[0, 0]), "--prompts"),
         (dict(clip_eps=[0.1, 0.2, 0.3]), "--clip-eps"),
-        (dict(credit="return", expert="openai:model"), "--credit return"),
+        (dict(credit=[], expert="openai:model"), "--credit"),
+        (dict(credit=["theta=1"]), "--credit theta"),
+        (dict(objective=["loss=none"]), "--objective loss=none"),
         (dict(temperature=0), "--temperature"),
         (dict(temperature=-1), "--temperature"),
         (dict(expert="nobody"), "nobody"),

@@ -17,6 +17,7 @@ import tompo
 import train_rft
 from docs.coordination import Coordination
 from games import GAMES, GameError, State, complete_graph, empty_graph, game_from_json
+from play import expert_games
 from prompts import PromptStyle, messages
 from rewards import Target, graph_score
 from run.dataset import simulate_many
@@ -233,7 +234,7 @@ def test_an_expert_is_one_line_of_the_table(monkeypatch):
     monkeypatch.setitem(experts.RULES, "ring", rule)
     for name in ("ring", "noisy:ring:0"):
         actions = [
-            experts.label_decision(r).action for r in simulate_many(1, name, 0, PromptStyle(), noise=0)
+            expert_games.label_decision(r).action for r in simulate_many(1, name, 0, PromptStyle(), noise=0)
         ]
         assert np.array_equal(actions[:4], np.roll(np.eye(4), 1, axis=1)) and actions[4:] == [1.0] * 4
 

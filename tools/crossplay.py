@@ -16,11 +16,11 @@ the same seats and random numbers, so they are paired by game.
 import argparse
 
 from games import Game
-from play.held_out import EVAL_SEED, add_eval_arguments, by_stages, held_out_instances
+from play.held_out import add_eval_arguments, add_sampling_arguments, by_stages, held_out_instances
 from play.metrics import mean_interval, per_instance
 from play.players import make_cast, play_tables
 from run import dataset, ranks
-from run.files import InputError, refuse_existing, reports_errors, seat_choice, seed_int, write_json
+from run.files import InputError, refuse_existing, reports_errors, seat_choice, write_json
 from run.training import add_model_arguments
 
 DEFAULT = ["expert:second-best", "expert:planner", "expert:nash", "expert:always-link", "expert:random"]
@@ -91,7 +91,7 @@ def main(argv=None) -> None:
     add_eval_arguments(parser, seat_flag=None)
     add = parser.add_argument
     add("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
-    add("--eval-seed", type=seed_int, default=EVAL_SEED, help="of sampling and expert draws")
+    add_sampling_arguments(parser)
     seat = dict(type=seat_choice("rotate"), default=0, metavar="SEAT|rotate")
     add("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
     add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")

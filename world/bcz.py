@@ -13,8 +13,9 @@ from functools import cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
+from games import Game, GameError, Observation, complete_graph, empty_graph, register
 from prompts import tell_numbers, tell_short
+from world.solved import solved_once
 
 
 @register

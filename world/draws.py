@@ -9,6 +9,7 @@ Homogeneous alone is nearly a yes/no question; the others have interior optima.
 import argparse
 import math
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -136,6 +137,9 @@ def families(args: argparse.Namespace) -> tuple[Family, ...]:
     patterns, types = _types(args.types)
     fixed = named_numbers(args.fix, "--fix")
     names = dict.fromkeys(args.game)
+    for name in names:
+        if name not in GAMES:  # a run of a game from elsewhere is resumed by the script that knows the game
+            raise InputError(f"there is no game {name!r} here, only {', '.join(GAMES)}")
     for parameter in fixed:
         if not any(parameter in GAMES[name].fixable for name in names):
             raise InputError(
@@ -150,8 +154,9 @@ def families(args: argparse.Namespace) -> tuple[Family, ...]:
     return tuple(found)
 
 
-def named_numbers(given: list[str] | None, flag: str) -> dict[str, float]:
-    """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError."""
+def named_numbers(given: list[str] | None, flag: str, known: Iterable[str] | None = None) -> dict[str, float]:
+    """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError, also for a
+    name that is not among the known ones."""
     numbers = {}
     for text in given or ():
         name, _, value = text.partition("=")
@@ -161,6 +166,8 @@ def named_numbers(given: list[str] | None, flag: str) -> dict[str, float]:
             numbers[name] = math.nan
         if not name or not 0 <= numbers[name] < math.inf:
             raise InputError(f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in delta=0.1")
+        if known is not None and name not in known:
+            raise InputError(f"{flag} {name}: no such name; there are {', '.join(known)}")
     return numbers
 
 

@@ -20,8 +20,9 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
+from games import Game, GameError, Observation, complete_graph, empty_graph, register
 from prompts import tell_numbers
+from world.solved import solved_once
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
 

@@ -13,7 +13,7 @@ from fast.shared_prefix import History
 from games import State
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
-from play import players
+from play import expert_games, players
 from play.metrics import per_instance, strategic_efficiency, summarise
 from play.players import Ask, expert_examples, play, play_tables, policy_player, with_examples
 from policy import Rollout
@@ -219,7 +219,7 @@ def replies_of(played):
 def test_evaluation_prompts_are_the_training_prompts(policy, style):
     """The policy that answers as in a recorded expert game is asked, letter for letter, what it says."""
     instances, seat, nash = TWO_ROUNDS[7:60:13], 2, experts.make_expert("nash")
-    records = experts.simulate(
+    records = expert_games.simulate(
         [(i, g, np.random.default_rng(0)) for i, g in enumerate(instances)], nash, style
     )
     of_seat = [[r for r in records if r.game == i and r.seat == seat] for i in range(len(instances))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experts import Record, label_decision
+from play.expert_games import Record, label_decision
 from prompts import PromptStyle, parse_reply
 from run import dataset
 from run.dataset import read_records, simulate_many, targets, write_records

@@ -57,7 +57,7 @@ def test_every_setting_is_that_of_the_run_whatever_else_is_given(full, copied):
 def test_a_run_goes_on_without_the_flags_that_are_newer_than_it(full, copied):
     """They have their defaults, whatever is given."""
     config = json.loads((copied.folder / "config.json").read_text())
-    for name in ("engine", "reward"):
+    for name in ("engine", "reward", "objective"):
         del config[name]
     (copied.folder / "config.json").write_text(json.dumps(config))
     assert_same_run(resume(copied, "--engine", "plain", "--reward", "local=9"), full)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from games import State, complete_graph, form_links
-from play.credit import discounted_return, made_consistent, return_credits, step_credits
 from prompts import Decision
 from rewards import Target, group_rewards
+from variants.credit import discounted_return, made_consistent, return_credits, step_credits
 from world.bcz import BCZ
 from world.pgg import PGG
 
@@ -85,7 +85,7 @@ def test_the_credits_of_a_step_come_back_to_their_rollouts():
     of the other's pot."""
     graph, efforts = Target(State(PAIR), 0, BOTH), Target(State(PAIR).step(BOTH), 0, ALL)
     batch = [
-        SimpleNamespace(record=SimpleNamespace(game=game, seat=0, round=1), kind=t.kind, target=t)
+        SimpleNamespace(record=SimpleNamespace(game=game, seat=0, round=1), target=t)
         for game, t in ((0, graph), (0, efforts), (1, efforts), (0, efforts))
     ]
     rows = [Decision("G", BOTH[0]), Decision("G", 0 * BOTH[0]), None]
@@ -93,7 +93,7 @@ def test_the_credits_of_a_step_come_back_to_their_rollouts():
     groups = [[SimpleNamespace(decision=d) for d in group] for group in answers]
     alone, takes = 2 * 10 / TOGETHER, 2 * (10 - 1 + 12.5 * 2**0.5 / 2) / TOGETHER
     of_rows, of_efforts = (2 + alone) / 2, (2 + takes + 2) / 3  # the means in conversation 0
-    settings = dict(credit="return", expert="planner", gamma=1.0, seed=0)
+    settings = dict(expert="planner", seed=0)
     for zeta in (0.0, 0.5):
 
         def less(credit, other):
@@ -101,7 +101,7 @@ def test_the_credits_of_a_step_come_back_to_their_rollouts():
 
         expected = [[less(2, of_efforts), less(alone, of_efforts), None], [less(2, of_rows), None]]
         expected += [[takes], [less(takes, of_rows), less(2, of_rows)]]  # game 1 has one kind of decision
-        found = step_credits(SimpleNamespace(**settings, zeta=zeta), batch, groups, 3)
+        found = step_credits(SimpleNamespace(**settings, credit=[f"zeta={zeta}"]), batch, groups, 3)
         for group, values in zip(found, expected, strict=True):
             assert group == [None if v is None else pytest.approx(v) for v in values]
-    assert step_credits(SimpleNamespace(credit="immediate"), batch, groups, 3) == [None] * 4
+    assert step_credits(SimpleNamespace(credit=None), batch, groups, 3) == [None] * 4

@@ -1,4 +1,4 @@
-"""Sequential credit (equations 4 to 6 of the paper): `--credit return` puts it in the place of the sample
+"""Sequential credit (equations 4 to 6 of the paper): `--credit` puts it in the place of the sample
 level.
 
 In place of the likeness to the expert stands what the decision earns:
@@ -17,6 +17,9 @@ from policy import Rollout
 from prompts import Decision
 from rewards import Target
 from run.dataset import expert_of
+from world.draws import named_numbers
+
+CREDIT = {"gamma": 1.0, "zeta": 0.0}  # the discount per round, the weight of |C_G - C_E|
 
 
 def discounted_return(state: State, seat: int, actions: np.ndarray, expert, gamma: float, seed) -> float:
@@ -62,13 +65,14 @@ def step_credits(
     args, batch: list, groups: list[list[Rollout]], step: int
 ) -> list[list[float | None] | None]:
     """The credit of every rollout of a step, which takes the place of its sample level; None for every group
-    under --credit immediate. batch: the prompts (train_rft.Prompt)."""
-    if args.credit == "immediate":
+    without --credit. batch: the prompts (train_rft.Prompt)."""
+    if args.credit is None:
         return [None] * len(batch)
+    how = CREDIT | named_numbers(args.credit, "--credit")
     expert, credits = expert_of(args), {}
-    keys = [((p.record.game, p.record.seat, p.record.round), p.kind) for p in batch]
+    keys = [((p.record.game, p.record.seat, p.record.round), p.target.kind) for p in batch]
     for key, p, group in zip(keys, batch, groups):
         decisions, seed = [o.decision for o in group], [args.seed, 8, step, p.record.game]
-        credits.setdefault(key, []).extend(return_credits(decisions, p.target, expert, args.gamma, seed))
-    remaining = {key: iter(values) for key, values in made_consistent(credits, args.zeta).items()}
+        credits.setdefault(key, []).extend(return_credits(decisions, p.target, expert, how["gamma"], seed))
+    remaining = {key: iter(values) for key, values in made_consistent(credits, how["zeta"]).items()}
     return [[next(remaining[key]) for _ in group] for key, group in zip(keys, groups)]

@@ -1,0 +1,45 @@
+"""Other advantages, aggregations, losses, ratios and KL estimators: one function and one line each.
+
+`--objective advantage=loo loss=cispo` chooses among them. With one inner epoch rho is 1, so the ratios and
+losses have the gradient of GRPO with the same aggregation."""
+
+import torch
+from torch import Tensor
+
+from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS
+
+
+def centred(rewards_M: Tensor) -> Tensor:
+    """r - mean within one group, (M,): Dr. GRPO (arXiv 2503.20783), with aggregation=constant. Equal rewards
+    get 0."""
+    return torch.zeros_like(rewards_M) if (rewards_M == rewards_M[0]).all() else rewards_M - rewards_M.mean()
+
+
+def leave_one_out(rewards_M: Tensor) -> Tensor:
+    """r minus the mean of the others in the group, (M,): RLOO (arXiv 2402.14740). A group of one gets 0."""
+    return centred(rewards_M) * (len(rewards_M) / max(1, len(rewards_M) - 1))
+
+
+def constant(lengths: list[int], limit: int) -> list[float]:
+    """The sum over tokens / the longest reply allowed: a denominator that no reply changes (Dr. GRPO)."""
+    return [1 / (len(lengths) * limit)] * len(lengths)
+
+
+def cispo(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
+    """The clipped ratio weighs log pi and has no gradient of its own, (T,): CISPO (arXiv 2506.13585)."""
+    return ratio_T.clamp(low, high).detach() * advantage_T * logp_T
+
+
+def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
+    """Every token of a reply has the mean of the reply's log ratios, (T,): GSPO (arXiv 2507.18071)."""
+    return torch.cat([part.mean().expand(len(part)) for part in log_ratio_T.split(lengths)])
+
+
+ADVANTAGES |= {"mean": centred, "loo": leave_one_out}
+AGGREGATIONS |= {"constant": constant}
+LOSSES |= {"cispo": cispo}
+RATIOS |= {"sequence": sequence_mean}
+KL_ESTIMATORS |= {  # Schulman, "Approximating KL divergence" (2020)
+    "k1": lambda logp_T, ref_logp_T: logp_T - ref_logp_T,
+    "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2,
+}
