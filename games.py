@@ -279,6 +279,8 @@ class Observation:
 def observe(state: State, seat: int, information: str = "full") -> Observation:
     """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
     (c and BCZ's cap were set with all types in view, so even `local` tells a little of the others.)"""
+    if information not in ("full", "local"):
+        raise ValueError(f"information must be full or local, got {information!r}")
     game, results = state.game, state.round_results()
     return Observation(
         game=game.name,

@@ -29,7 +29,8 @@ def adapter(model, tmp_path):
     """One that changes the policy, as training does."""
     policy, generator = load_policy(model), torch.Generator().manual_seed(0)
     config = lora.LoRAConfig(4, 8.0)
-    for layer in lora.inject(policy.model, config, generator, policy.layer):
+    lora.inject(policy.model, config, generator, policy.layer)
+    for layer in lora.lora_layers(policy.model).values():
         torch.nn.init.normal_(layer.B, std=0.02, generator=generator)
     adapters.save_adapter(policy.model, tmp_path / "adapter", config)
     return str(tmp_path / "adapter")
