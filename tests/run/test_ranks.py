@@ -1,5 +1,6 @@
 """Several processes on torch.distributed (gloo) against one: the same samples and adapter, and deaths."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -86,7 +87,8 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(gentle, model_dir, tmp_pa
     processes = start(rft_flags(model_dir, folder, lr=GENTLE), output, 2)
     wait_for_lines(folder / "metrics.jsonl", 2)
     for rank in (1, 1, 0, 0):
-        os.kill(processes[rank].pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):  # all may have ended on the first one
+            os.kill(processes[rank].pid, signal.SIGINT)
         time.sleep(0.02)
     assert ended(processes) == [130, 130]
     told = output.read_text()
