@@ -94,8 +94,15 @@ def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.N
         parser.set_defaults(**{name: value for name, value in PAPER.items() if name in flags})
     if known.resume:
         print(f"continuing {known.resume} with the settings in its config.json (other flags do not count)")
+        defaults = vars(parser.parse_args([])) | {"script": script, "resumed": True}
         of_run = resumed_arguments(known.resume, script) | {"out": known.resume, "resumed": True}
-        return argparse.Namespace(**vars(parser.parse_args([])) | of_run)
+        gone = sorted(set(of_run) - set(defaults))
+        if gone:
+            advice = "continue it with the version of the code that it was made with"
+            raise InputError(
+                f"{known.resume} was made with settings that are gone ({', '.join(gone)}); {advice}"
+            )
+        return argparse.Namespace(**defaults | of_run)
     args = parser.parse_args(argv)
     args.script, args.resumed = script, False
     if isinstance(args.seat, int) and args.seat >= args.agents[0]:

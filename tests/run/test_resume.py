@@ -134,3 +134,10 @@ def test_a_damaged_checkpoint_is_refused(copied, refused):
     tensors = checkpoint.latest_checkpoint(copied.folder / "checkpoints") / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     assert "step-000003" in refused(train_rft.main, ["--resume", copied.folder])
+
+
+def test_a_run_with_settings_that_are_gone_is_refused_not_changed(copied, refused):
+    """Else an old `all_seats: true` would silently become training in seat 0."""
+    config = json.loads((copied.folder / "config.json").read_text()) | {"all_seats": True}
+    (copied.folder / "config.json").write_text(json.dumps(config))
+    assert "settings that are gone (all_seats)" in refused(train_rft.main, ["--resume", copied.folder])
