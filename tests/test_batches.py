@@ -155,7 +155,7 @@ def test_a_graph_group_by_hand(policy, flags):
     """The experts link everybody: 3 links. The agent's row is (0, 1, 1), as its belief of both others."""
     args = arguments(**flags)
     conversations = train_rft.make_prompts(policy, simulated(1, "always-link", noise=0.0), args)
-    target = next(p for p in conversations[0] if p.kind == "G").target
+    target = next(p for p in conversations[0] if p.target.kind == "G").target
     said = ["Belief: [0, 1, 1]\nDecision: [0, 1, 1]", "Belief: [0, 1, 0]\nDecision: [0, 1, 0]"]
     said += ["I choose everybody", "Belief: [0, 0, 0]\nDecision: [0, 0, 0]"]
     group = [Rollout([1], [2], [0.0], text, True, parse_reply(text, "G", 0, 3, 1.0)) for text in said]

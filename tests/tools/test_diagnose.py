@@ -307,7 +307,8 @@ def test_an_error_in_a_finding_does_not_end_a_run(tmp_path, monkeypatch):
 def test_what_a_step_of_training_logs_is_read(tmp_path):
     """The lines of run/rft_log.py themselves, with a reply that breaks a rule."""
     record = SimpleNamespace(game=0, stage=0, kind="G", seat=0, label=reply(ROWS[1]))
-    prompt = SimpleNamespace(record=record, kind="G", game=GAME, target=SimpleNamespace(cap=3.0))
+    target = SimpleNamespace(kind="G", place=("G", 0, GAME.N, 3.0))
+    prompt = SimpleNamespace(record=record, target=target)
     group = []
     for text in (reply(ROWS[1]), reply("[0, 1]")):
         o = Rollout([1], [2, 3], [-1.0, -1.0], text, True, parse_reply(text, "G", 0, 4, 3.0))
