@@ -261,6 +261,12 @@ def test_without_it_nothing_knows_it(capsys):
 
 def test_no_other_file_mentions_the_game():
     own = {ROOT / "docs" / "coordination.py", ROOT / "tests" / "test_your_own_game.py"}
-    code = [path for path in ROOT.rglob("*.py") if path not in own and "runs" not in path.parts]
+    packages = [
+        entry for entry in ROOT.iterdir() if (entry / "__init__.py").is_file() or entry.name == "tests"
+    ]
+    found = [*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))]
+    code = [
+        path for path in found if path not in own
+    ]  # a virtual environment in the checkout is not searched
     assert len(code) > 40
     assert not [path for path in code if re.search("[\"'.]coordination|Coordination", path.read_text())]
