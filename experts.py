@@ -1,4 +1,4 @@
-"""Experts: the players of the other seats and the teachers of the data, and whole games among them.
+"""Experts: the players of the other seats and the teachers of the data.
 
 An expert is a function (state, seat, rng, past) -> Decision; `past` is what the agent answered in the stages
 before, which only language models look at. The exact ones need no model:

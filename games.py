@@ -21,9 +21,6 @@ class GameError(ValueError):
     """Game parameters that describe no playable game. The message is one line."""
 
 
-# -------------------- graphs
-
-
 def form_links(proposals_NN: np.ndarray) -> np.ndarray:
     """Links need mutual consent: G = P and P^T."""
     return proposals_NN & proposals_NN.T

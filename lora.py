@@ -117,9 +117,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
 
 
-def inject(
-    model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer: type = LoRALinear
-) -> None:
+def inject(model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer=LoRALinear) -> None:
     """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a
     `layer`.
 

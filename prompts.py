@@ -35,9 +35,6 @@ class PromptStyle:
     hints: bool = True
 
 
-# -------------------- what the agent reads
-
-
 def tell_numbers(values) -> str:
     """[1.20, 0, 0.95]: how efforts and worked numbers stand in prompts."""
     return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"

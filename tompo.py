@@ -78,13 +78,7 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
 KL_ESTIMATORS = {"k3": k3}  # (log pi, log pi_ref) -> (T,)
 
 # What --objective chooses from; the first of each is the default. variants/objective.py adds to them.
-TABLES = {
-    "advantage": ADVANTAGES,
-    "aggregation": AGGREGATIONS,
-    "loss": LOSSES,
-    "ratio": RATIOS,
-    "kl": KL_ESTIMATORS,
-}
+TABLES = dict(advantage=ADVANTAGES, aggregation=AGGREGATIONS, loss=LOSSES, ratio=RATIOS, kl=KL_ESTIMATORS)
 
 
 def objective_loss(

@@ -67,15 +67,12 @@ def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Promp
             conversations.setdefault((r.game, r.seat), []).append(prompt)
     for kind, count in zip("GE", args.prompts):
         if count and not all(any(p.target.kind == kind for p in of_one) for of_one in conversations.values()):
-            raise InputError(
-                f"the data set has games without {kind} decisions; set their count in --prompts to 0"
-            )
+            lack = f"the data set has games without {kind} decisions"
+            raise InputError(f"{lack}; set their count in --prompts to 0")
     return list(conversations.values())
 
 
-def next_batch(
-    conversations: list[list[Prompt]], counts: tuple[int, int], step: int, seed: int
-) -> list[Prompt]:
+def next_batch(conversations: list[list[Prompt]], counts: list[int], step: int, seed: int) -> list[Prompt]:
     """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the
     same conversations (drawn in a new random order every epoch), which share most of their tokens."""
     rng, batch = np.random.default_rng([seed, 7, step]), []
@@ -103,9 +100,7 @@ def sample(args, policy: Policy, batch: list[Prompt], mine: list[int], step: int
     return groups
 
 
-def judge(
-    args, group: list[Rollout], target: Target, memory: Memory, credit: list[float | None] | None
-) -> None:
+def judge(args, group: list[Rollout], target: Target, memory: Memory, credit: list | None) -> None:
     """Writes the rewards and the advantage of every rollout of a group into it."""
     terms = group_rewards(
         [o.decision for o in group],
@@ -204,9 +199,7 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description="ToMPO: SFT, reinforcement fine-tuning and evaluation in one run."
-    )
+    parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement and evaluation in one run.")
     training.add_training_arguments(parser, "runs/tompo")
     add_rft_arguments(parser)
     held_out.add_eval_arguments(parser, "--eval-seat")
