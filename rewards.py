@@ -118,17 +118,8 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float:
 # weight has 0.
 TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
-FIXED_TERMS = (
-    "compliance",
-    "sample",
-    "r_S",
-    "s",
-    "local",
-    "global",
-    "R_G",
-    "A_S",
-    "A_G",
-)  # other names are free
+# Names that a new term must not take
+FIXED_TERMS = ("compliance", "sample", "r_S", "s", "local", "global", "R_G", "A_S", "A_G")
 
 
 # -------------------- graph level

@@ -13,10 +13,10 @@ def prepare_cpu() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(
-        libc, "mallopt"
-    ):  # glibc. Freed activations stay with the process: else the kernel takes them back
-        libc.mallopt(M_MMAP_MAX, 0)  # and hands them out again page by page, at every step
+    # glibc keeps freed activations with the process then; else the kernel takes them back and hands them out
+    # again page by page, at every step.
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
     # On AMD's CPUs MKL leaves AVX-512 alone, and oneDNN has twice its speed in fp32. But torch asks oneDNN
     # only where it may round to bf16 inside; whether it then does (with AMX) shows in a product.

@@ -31,9 +31,8 @@ class _TargetLogps(torch.autograd.Function):
         for h, y in zip(hidden.split(_TargetLogps.CHUNK), targets.split(_TargetLogps.CHUNK)):
             logps = scaled(logits_of(h), temperature).log_softmax(-1)
             values.append(logps.gather(-1, y[:, None])[:, 0])
-            if (
-                with_gradient
-            ):  # (onehot(y) - pi) W / temperature; the difference in fp32, in bf16 it would cancel
+            # (onehot(y) - pi) W / temperature; the difference in fp32, in bf16 it would cancel
+            if with_gradient:
                 error = logps.exp_()
                 error[torch.arange(len(y), device=y.device), y] -= 1
                 gradients.append(error.to(h.dtype) @ W / -temperature)
@@ -90,10 +89,8 @@ class FastPolicy(Policy):
         super().__init__(model, tokenizer, name, end_ids)
         if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
             self.context = min(self.context, model.config.sliding_window)  # within it, it is full attention
-        self._float_head, self._float_head_of = (
-            None,
-            None,
-        )  # the head's weight in fp32, and what it was made of
+        # the head's weight in fp32, and what it was made of
+        self._float_head, self._float_head_of = None, None
         model.set_attn_implementation("shared_prefix")
 
     def new_history(self) -> History:

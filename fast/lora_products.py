@@ -24,8 +24,7 @@ class JointLoRALinear(LoRALinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
             return self.base(x)
-        W, bias = self.base_weight(), self.bias
-        S, joint_A = self.working(W)
+        (S, joint_A), bias = self.working(), self.bias
         if not torch.is_grad_enabled() or self.frozen:
             return linear(x if joint_A is None else _joint(x, joint_A), S, bias)
         if joint_A is None:
@@ -36,18 +35,12 @@ class JointLoRALinear(LoRALinear):
     def bias(self) -> nn.Parameter | None:
         return self.base.bias
 
-    def base_weight(self) -> torch.Tensor:
-        """W, or the [W, B'] of a base that is a frozen adapter."""
-        return (
-            self.base.working(self.base.base_weight())[0]
-            if isinstance(self.base, LoRALinear)
-            else self.base.weight
-        )
-
-    def working(self, W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def working(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(the working copy, the A that widens x for it or None)."""
         if self.frozen and self._working is not None:
             return self._working, self._joint_A
+        # W, or the [W, B'] and A' of a base that is a frozen adapter
+        W, below = self.base.working() if isinstance(self.base, LoRALinear) else (self.base.weight, None)
         versions = [p._version for p in (W, self.B, self.A)]
         if self._working_of != versions:
             with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
@@ -56,11 +49,6 @@ class JointLoRALinear(LoRALinear):
                 else:
                     self._working = torch.cat([W, self.B.to(W.dtype)], 1)
                     A = (self.scaling * self.A).to(W.dtype)
-                    below = (
-                        self.base.working(self.base.base_weight())[1]
-                        if isinstance(self.base, LoRALinear)
-                        else None
-                    )
                     self._joint_A = A if below is None else torch.cat([below, A])
             self._working_of = versions
         return self._working, self._joint_A
@@ -68,7 +56,7 @@ class JointLoRALinear(LoRALinear):
     def freeze(self) -> None:
         """W, and every B that is frozen above it, become views of the working copy, which holds W once."""
         super().freeze()
-        self._hold(self.working(self.base_weight())[0])
+        self._hold(self.working()[0])
 
     def _hold(self, S: torch.Tensor) -> None:
         self._working, n = S, S.shape[1] - self.B.shape[1]
@@ -136,8 +124,7 @@ def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch
     if x.device.type != "cpu" or bias is not None or not few:
         return F.linear(x, W, bias)
     y = (W @ x.reshape(-1, x.shape[-1]).T).T
-    if (
-        W.shape[0] <= W.shape[1]
-    ):  # what is wider than x is narrowed by another product soon, which wants it as it is
+    # What is wider than x is narrowed by another product soon, which wants it as it is
+    if W.shape[0] <= W.shape[1]:
         y = y.contiguous()
     return y.view(*x.shape[:-1], -1)

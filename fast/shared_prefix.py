@@ -147,9 +147,8 @@ class Pass:
         self.history = history if history and history.kv else None
         if self.history:
             known = [self.history.known(r, row.ids) for r, row in enumerate(rows)]
-            trunks = np.zeros(
-                len(rows), int
-            )  # after keys that differ from row to row, every token has a mask
+            # after keys that differ from row to row, every token has a mask
+            trunks = np.zeros(len(rows), int)
             begin = [self.history.columns[r][:n] for r, n in enumerate(known)]
             self.C, P = 0, next(iter(self.history.kv.values()))[0].shape[2]
         else:
@@ -160,10 +159,8 @@ class Pass:
         lengths = np.array([len(row.ids) for row in rows]) - known
         self.R, self.L, self.B = R, L, B = len(rows), int(trunks.max()), int((lengths - trunks).max())
         self.X = X = L + B
-        self.known, self.starts = (
-            known,
-            np.cumsum([self.C, *lengths]),
-        )  # where own tokens begin in the packed order
+        self.known = known
+        self.starts = np.cumsum([self.C, *lengths])  # where own tokens begin in the packed order
         depths = [row.positions() for row in rows]
 
         def packed(of_rows: list[list[int]]) -> Tensor:
@@ -190,9 +187,8 @@ class Pass:
                 else:
                     visible_RBK[r, i - trunk, columns[: parent + 1]] = True
         self.places = torch.tensor(places_RX.flatten(), device=device)  # padded place -> packed index
-        self.back = torch.tensor(
-            np.flatnonzero(real_RX), device=device
-        )  # packed index (after C) -> padded place
+        # packed index (after C) -> padded place
+        self.back = torch.tensor(np.flatnonzero(real_RX), device=device)
         self.padding = torch.tensor(np.flatnonzero(~real_RX), device=device)
         self.P, self.visible, self.device, self.dtype = P, visible_RBK, device, dtype
         self.masks: dict[int, Tensor] = {}  # of branches, by query heads per key head
@@ -253,9 +249,8 @@ class Pass:
             out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
             outs, out_of_beginning = [out[:, C:]], out[0, :C]
         if self.B:
-            group = (
-                heads // kv_heads
-            )  # heads of a key head one after the other, as a long sequence: no copies of keys
+            # heads of a key head stand one after the other, as a long sequence: no copies of keys
+            group = heads // kv_heads
             if group not in self.masks:
                 bias_RBK = torch.zeros(self.visible.shape, dtype=self.dtype)
                 bias_RBK.masked_fill_(torch.tensor(~self.visible), -torch.inf)
@@ -309,14 +304,12 @@ class SharedKV:
         visible = torch.zeros(len(prompts), rows.P + rows.X, dtype=torch.bool)
         for i, (r, n) in enumerate(prompts):
             visible[i, rows.columns[r][:n]] = True
-        self.bias = torch.zeros(visible.shape, dtype=rows.dtype).masked_fill(
-            ~visible, -torch.inf
-        )  # of each prompt
+        # the bias of each prompt
+        self.bias = torch.zeros(visible.shape, dtype=rows.dtype).masked_fill(~visible, -torch.inf)
         self.rows, self.max_new_tokens, self.keeps_ended = rows, max_new_tokens, keeps_ended
         self.row_of_prompt = [r for r, _ in prompts]
-        self.prompt_of = list(
-            range(len(prompts))
-        )  # of the U states that are computed, then of ended ones that are kept
+        # the prompt of the U states that are computed, then of ended ones that are kept
+        self.prompt_of = list(range(len(prompts)))
         self.U = 0
         self.prompt: dict[
             int, tuple[Tensor, Tensor]
@@ -368,10 +361,8 @@ class SharedKV:
         layer = module.layer_idx
         if layer not in self.prompt:
             out, k, v = self.rows.attend(module, query, key, value, scaling)
-            self.prompt[layer] = (
-                k.transpose(2, 3).contiguous(),
-                v.contiguous(),
-            )  # else every step would copy them
+            # contiguous, or every step would copy them
+            self.prompt[layer] = k.transpose(2, 3).contiguous(), v.contiguous()
             return (out,)
         (U, heads, _, D), kv_heads, t = query.shape, key.shape[1], self.length + 1
         R, K, group = self.rows.R, self.K, heads // key.shape[1]

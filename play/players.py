@@ -189,8 +189,7 @@ def adapter_folders(name: str) -> dict[str, str]:
 def fitting_adapter(policy: Policy, name: str) -> tuple[dict, lora.LoRAConfig]:
     """The adapter of a folder, or a chain as one. Raises InputError for one that does not fit the policy's
     model. (Of a chain only the first was trained on this model, so it alone is held against its base.)"""
-    first, *others = adapters_on_disk.chain(name)
-    put_adapter(policy, first)
+    put_adapter(policy, adapters_on_disk.chain(name)[0])
     lora.remove(policy.model)
     try:
         stacked = adapters_on_disk.read_chain(name)
@@ -219,9 +218,8 @@ def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict
         elif kind == "few-shot":
             settings = args.eval_agents, dataset.expert_of(args), style, seed
             examples = {f.label: expert_examples(int(rest), f, *settings) for f in families(args)}
-            smaller = max(
-                1, 64 // (int(rest) + 1)
-            )  # since every conversation keeps a copy of what it has read
+            # Since every conversation keeps a copy of what it has read
+            smaller = max(1, 64 // (int(rest) + 1))
             cast[name] = lambda stream=100, e=examples, b=smaller: model_player(stream, b, examples=e)
         elif name == "base":
             cast[name] = model_player

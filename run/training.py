@@ -108,6 +108,10 @@ def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.N
     if isinstance(args.seat, int) and args.seat >= args.agents[0]:
         agents = f"the number of agents, which is {args.agents[0]} in some games"
         raise InputError(f"--seat {args.seat} must be below {agents}")
+    if len(args.label_noise) > 2:
+        raise InputError(
+            "--label-noise takes one share, of graph decisions, or two: of graph and of effort decisions"
+        )
     if args.data:  # a run may be resumed from another working directory
         args.data = os.path.abspath(args.data)
     if experts.is_language(args.expert):
@@ -183,9 +187,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(policy: Policy) -> torch.optim.AdamW:
-    parameters = lora.lora_parameters(
-        policy.model
-    )  # not fused: fast/lora_products.py would not see the change
+    # Not fused: fast/lora_products.py would not see the change
+    parameters = lora.lora_parameters(policy.model)
     return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
 
 

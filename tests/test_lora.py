@@ -148,10 +148,7 @@ def test_merge_is_adapter_on_and_leaves_a_plain_model():
     torch.testing.assert_close(logits(model), on, rtol=1e-4, atol=1e-5)
 
 
-AGAIN = pytest.mark.xfail(raises=AttributeError, reason="lora.merge asks a frozen layer for its own weight")
-
-
-@pytest.mark.parametrize("merges", [1, pytest.param(2, marks=AGAIN)])
+@pytest.mark.parametrize("merges", [1, 2])
 def test_below_fp32_merge_freezes_the_adapter_beside_its_weight(merges):
     """Merged is adapter on to the bit, and the base of the next adapter."""
     model = adapted(model=tiny().bfloat16())

@@ -49,6 +49,26 @@ def test_sft_trains_and_is_tested_on_its_seat_alone_unless_all_are_asked_for(
         assert {r.seat for r in records} == seats and len(records) == games * 2 * len(seats)  # 2 stages
 
 
+def test_label_noise_is_in_what_sft_trains_on_alone(model_dir, tmp_path, monkeypatch, refused):
+    """Not in the held-out games, and not in the prompts, which tell what was played."""
+    seen, real = {}, train_sft.conversations
+    for name, noise in (("clean", [0.0]), ("graph", [1.0]), ("effort", [0.0, 1.0])):
+        seen[name] = []
+        keep = seen[name].append
+        monkeypatch.setattr(train_sft, "conversations", lambda *args, keep=keep: keep(args[1]) or real(*args))
+        train_sft.main(sft_flags(model_dir, tmp_path / name, label_noise=noise, max_steps=1, games=6))
+    clean, held_out = seen["clean"]
+    for name, kind in (("graph", "G"), ("effort", "E")):
+        noisy, test = seen[name]
+        assert test == held_out and [r.prompt for r in noisy] == [r.prompt for r in clean]
+        changed = {r.kind for r, other in zip(clean, noisy, strict=True) if r.label != other.label}
+        assert changed == {kind}
+    weights = [Run(tmp_path / name).weights() for name in seen]
+    assert weights[0] != weights[1] != weights[2] != weights[0]
+    told = refused(train_sft.main, sft_flags(model_dir, tmp_path / "bad", label_noise=[0.1, 0.2, 0.3]))
+    assert "--label-noise takes one share" in told
+
+
 # -------------------- an adapter for each kind of decision
 
 

@@ -142,9 +142,8 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
     alpha_N = np.asarray(alpha_N, float)
     system_NN = np.eye(len(alpha_N)) - coupling * links_NN
     try:
-        np.linalg.cholesky(
-            system_NN - 1e-12 * np.eye(len(alpha_N))
-        )  # singular up to rounding is not definite
+        # Singular up to rounding is not definite
+        np.linalg.cholesky(system_NN - 1e-12 * np.eye(len(alpha_N)))
         x = np.linalg.solve(system_NN, alpha_N)
         if cap is None or x.max() <= cap:
             return x

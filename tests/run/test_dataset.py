@@ -206,3 +206,22 @@ def test_a_bad_flag_as_a_command(tmp_path):
     done = subprocess.run([sys.executable, *argv], **how)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_label_noise_replaces_its_share_of_the_labels_and_nothing_else():
+    records = simulate_many(60, "second-best", 0, PromptStyle())
+    noisy = dataset.with_label_noise(records, {"G": 0.5, "E": 0.0}, 3, PromptStyle())
+    changed = {"G": 0, "E": 0}
+    for before, after in zip(records, noisy, strict=True):
+        assert asdict(before) | {"label": after.label} == asdict(after)  # prompts and play stay as they are
+        assert label_decision(after) is not None  # a random label is compliant
+        changed[before.kind] += before.label != after.label
+    graph = sum(r.kind == "G" for r in records)
+    assert changed["E"] == 0
+    # half are drawn, and a drawn row and belief are the expert's by chance in 1 of 64: 4 standard deviations
+    share = 0.5 * 63 / 64
+    assert abs(changed["G"] / graph - share) < 4 * (share * (1 - share) / graph) ** 0.5
+    few = dataset.with_label_noise(records[:10], {"G": 0.5}, 3, PromptStyle())
+    assert few == noisy[:10]  # which labels are replaced does not depend on what else is in the data
+    assert dataset.with_label_noise(records, {"G": 0.0, "E": 0.0}, 3, PromptStyle()) == records
+    assert dataset.with_label_noise(records, {"G": 0.5}, 4, PromptStyle()) != noisy
