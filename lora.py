@@ -12,7 +12,7 @@ is merged into the base first; only then is "adapter off" the SFT policy and not
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
     merge(model)                                 W += scaling * B A, and the model is plain again
-    adapter_state / load_adapter_state           all A and B under PEFT's names (files: models/adapters.py)
+    lora_layers, lora_parameters                 the layers; all A and B (by name: models/adapters.py)
 """
 
 import math
@@ -24,7 +24,6 @@ import torch
 import torch.nn as nn
 
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model."  # PEFT names a tensor by the path of its module inside PEFT's two wrappers
 
 
 @dataclass
@@ -191,34 +190,3 @@ def merge(model: nn.Module) -> nn.Module:
         W.copy_((W.cpu().double() + layer.scaling * layer.B.cpu().double() @ layer.A.cpu().double()).float())
         _set_module(model, name, layer.base)
     return model
-
-
-def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of every layer by their names in PEFT."""
-    layers = require_layers(model).items()
-    return {
-        f"{PREFIX}{name}.lora_{letter}.weight": getattr(layer, letter)
-        for name, layer in layers
-        for letter in "AB"
-    }
-
-
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copies of all A (r, in) and B (out, r), fp32 on the CPU, under PEFT's names. ValueError without an
-    adapter."""
-    return {key: p.detach().to("cpu", copy=True) for key, p in _named_parameters(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Copies a state with PEFT's names into the model's adapter. All is checked before anything is changed;
-    ValueError names the first key that is missing or unexpected, or whose shape differs."""
-    own = _named_parameters(model)
-    for key in [*own, *state]:
-        if key not in own or key not in state:
-            raise ValueError(f"adapter weights {'lack' if key in own else 'have an unexpected'} {key}")
-    for key, p in own.items():
-        if state[key].shape != p.shape:
-            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, this model needs {tuple(p.shape)}")
-    for key, p in own.items():
-        p.copy_(state[key])

@@ -37,8 +37,7 @@ def dual_level_advantages(
     R_G_M: Tensor | None,
     *,
     algo: str = "tompo",
-    w_sample: float = 0.8,
-    w_graph: float = 0.2,
+    weights: tuple[float, float] = (0.8, 0.2),
     advantage: str = "std",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A, A^S, A^G) of one group, each (M,). R_G_M is None for effort decisions. `grpo`: A = A^S."""
@@ -46,6 +45,7 @@ def dual_level_advantages(
     A_G = torch.zeros_like(A_S) if R_G_M is None else ADVANTAGES[advantage](R_G_M)
     if algo == "grpo" or R_G_M is None:
         return A_S, A_S, A_G
+    w_sample, w_graph = weights
     return w_sample * A_S + w_graph * A_G, A_S, A_G
 
 

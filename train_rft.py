@@ -11,10 +11,6 @@ One step, in the symbols of the paper (arXiv 2509.21134), is the body of the loo
 4. Advantages (tompo.py): each level normalised within its group, A = w_sample A^S + w_graph A^G.
 5. Minimise -J: clipped ratio times A, minus beta KL(pi, pi_ref), with one denominator for the whole step.
 
-How this departs from the paper, all [choice]: exact experts instead of GPT-o3; prompts come from a fixed set
-of expert games (so the memory of an instance is met again); the reward of an effort decision and the two
-weights in R^G; a 135M-parameter model by default (`--preset paper` has the paper's model and values).
-
 pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so
 "adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the
 plain base model.
@@ -26,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import lora
 import tompo
@@ -39,13 +34,15 @@ from prompts import parse_reply, reply_tokens
 from rewards import WEIGHTS, Memory, Target, group_rewards
 from run import checkpoint, dataset, ranks, training
 from run.curves import plot_curves
-from run.files import InputError, StopSignal, Stopwatch, print_times, reports_errors
+from run.files import StopSignal, Stopwatch, print_times, reports_errors
 from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
 from run.rft_log import add_sums, live_line, sample_lines, step_metrics, timing
 from tools import diagnose
 from train_sft import sft
 from variants.credit import step_credits
 from world.draws import named_numbers
+
+REDRAWS = 2  # how often a step may ask for other prompts, with --idle-groups redraw
 
 
 @dataclass
@@ -59,24 +56,23 @@ class Prompt:
 
 def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Prompt]]:
     """The decisions in the trained seats, by conversation (an agent in a game)."""
-    trained = {(r.game, r.stage, r.seat) for r in training.in_trained_seats(args, records)}
-    conversations: dict[tuple[int, int], list[Prompt]] = {}
-    for r, target in dataset.targets(records):
-        if (r.game, r.stage, r.seat) in trained:
-            prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
-            conversations.setdefault((r.game, r.seat), []).append(prompt)
-    for kind, count in zip("GE", args.prompts):
-        if count and not all(any(p.target.kind == kind for p in of_one) for of_one in conversations.values()):
-            lack = f"the data set has games without {kind} decisions"
-            raise InputError(f"{lack}; set their count in --prompts to 0")
+    seen, conversations = training.in_trained_seats(args, records), {}
+    dataset.check_kinds(seen, args.prompts)
+    for r, target in dataset.targets(records, seen):
+        prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
+        conversations.setdefault((r.game, r.seat), []).append(prompt)
     return list(conversations.values())
 
 
-def next_batch(conversations: list[list[Prompt]], counts: list[int], step: int, seed: int) -> list[Prompt]:
+def next_batch(
+    conversations: list[list[Prompt]], counts: list[int], step: int, seed: int, draw: int = 0
+) -> list[Prompt]:
     """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the
-    same conversations (drawn in a new random order every epoch), which share most of their tokens."""
-    rng, batch = np.random.default_rng([seed, 7, step]), []
-    for k, i in enumerate(checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)):
+    same conversations (drawn in a new random order every epoch; any, in a later draw of the step), which
+    share most of their tokens."""
+    rng, batch = np.random.default_rng([seed, 7, step, draw]), []
+    order = checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)
+    for k, i in enumerate(rng.permutation(len(conversations))[: max(counts)] if draw else order):
         for kind, count in zip("GE", counts):
             if k < count:
                 of_kind = [p for p in conversations[i] if p.target.kind == kind]
@@ -88,16 +84,44 @@ def reply_limit(args, prompts: list[Prompt]) -> int:
     return args.max_new_tokens or reply_tokens(max(p.target.game.N for p in prompts))
 
 
-def sample(args, policy: Policy, batch: list[Prompt], mine: list[int], step: int) -> list[list[Rollout]]:
-    """m replies to every prompt, each with what the strict parser reads in it. mine: the prompts of this
-    process."""
-    generator, ids = checkpoint.seeded(args.seed, 6, step), [p.ids for p in batch]
-    groups = policy.sample(ids, args.m, reply_limit(args, batch), args.temperature, generator, only=mine)
+def share_of(batch: list[Prompt]) -> list[int]:
+    """Which of the prompts this process computes; those of one conversation stay together."""
+    return ranks.share([(p.record.game, p.record.seat) for p in batch])
+
+
+def act(
+    args, policy: Policy, conversations: list[list[Prompt]], step: int, memory: Memory
+) -> tuple[list[Prompt], list[list[Rollout]]]:
+    """The prompts of a step and a judged group of m replies to each. With `--idle-groups redraw`, others are
+    asked until the step has its numbers of groups with variance, at most REDRAWS times."""
+    batch, groups, lacking = [], [], args.prompts
+    for draw in range(1 + REDRAWS * (args.idle_groups == "redraw")):
+        more = next_batch(conversations, lacking, step, args.seed, draw)
+        sampled = sample(args, policy, more, checkpoint.seeded(args.seed, 6, step, draw))
+        for p, group, credit in zip(more, sampled, step_credits(args, more, sampled, step)):
+            judge(args, group, p.target, memory, credit)
+        batch, groups = batch + more, groups + sampled
+        live = "".join(p.target.kind for p, group in zip(batch, groups) if has_variance(group))
+        lacking = [count - live.count(kind) for kind, count in zip("GE", args.prompts)]
+        if not any(lacking):
+            break
+    return batch, groups
+
+
+def sample(args, policy: Policy, batch: list[Prompt], generator: torch.Generator) -> list[list[Rollout]]:
+    """m replies to every prompt, each with what the strict parser reads in it."""
+    mine, limit = share_of(batch), reply_limit(args, batch)
+    groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator, only=mine)
     groups = ranks.whole(mine, groups)
     for p, group in zip(batch, groups):
         for o in group:
             o.decision = parse_reply(o.text, *p.target.place)
     return groups
+
+
+def has_variance(group: list[Rollout]) -> bool:
+    """A group whose rewards are all the same teaches nothing: it is idle."""
+    return any(o.advantage for o in group)
 
 
 def judge(args, group: list[Rollout], target: Target, memory: Memory, credit: list | None) -> None:
@@ -112,8 +136,8 @@ def judge(args, group: list[Rollout], target: Target, memory: Memory, credit: li
     )
     r_S_M = torch.tensor([t["r_S"] for t in terms])
     R_G_M = torch.tensor([t["R_G"] for t in terms]) if target.kind == "G" else None
-    weights = dict(w_sample=args.w_sample, w_graph=args.w_graph, advantage=objective_of(args)["advantage"])
-    A_M, A_S_M, A_G_M = tompo.dual_level_advantages(r_S_M, R_G_M, algo=args.algo, **weights)
+    settings = dict(weights=args.level_weights, advantage=objective_of(args)["advantage"])
+    A_M, A_S_M, A_G_M = tompo.dual_level_advantages(r_S_M, R_G_M, algo=args.algo, **settings)
     for o, t, A, A_S, A_G in zip(group, terms, A_M.tolist(), A_S_M.tolist(), A_G_M.tolist()):
         o.rewards, o.advantage = t | {"A_S": A_S, "A_G": A_G}, A
 
@@ -123,6 +147,8 @@ def gradient(
 ) -> tuple[float, dict]:
     """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. limit: the longest
     reply allowed. Returns their part of the loss, and sums for the log."""
+    if not groups:
+        return 0.0, {}
     rollouts = [o for group in groups for o in group]
     objective = objective_of(args)
     weights = tompo.AGGREGATIONS[objective["aggregation"]]([len(o.reply_ids) for o in rollouts], limit)
@@ -135,22 +161,22 @@ def gradient(
         rollouts = [o for row in part for i in row.prompts for o in groups[i]]
         assert [t for row in part for t in row.targets] == [t for o in rollouts for t in o.reply_ids]
 
-        def per_token(values):  # a value of each rollout, or a list of them, -> one value per reply token
-            repeated = [
-                v if isinstance(v, list) else [v] * len(o.reply_ids) for v, o in zip(values, rollouts)
-            ]
-            return torch.tensor([v for of_reply in repeated for v in of_reply], device=policy.device)
+        lengths = [len(o.reply_ids) for o in rollouts]
 
+        def per_token(values):  # of each rollout -> of each reply token
+            return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(policy.device)
+
+        old_logps = [logp for o in rollouts for logp in o.sampled_logps]
         ref_logp_T = torch.cat(policy.reference_logps(part, args.temperature)) if args.beta else None
         part_loss, part_sums = tompo.objective_loss(
             torch.cat(policy.token_logps(part, args.temperature)),
-            old_logp_T=per_token([o.sampled_logps for o in rollouts]),
+            old_logp_T=torch.tensor(old_logps, device=policy.device),
             ref_logp_T=ref_logp_T,
             advantage_T=per_token([o.advantage for o in rollouts]),
             weight_T=per_token([o.weight for o in rollouts]),
             clip_eps=(args.clip_eps[0], args.clip_eps[-1]),
             beta=args.beta,
-            lengths=[len(o.reply_ids) for o in rollouts],
+            lengths=lengths,
             **{name: objective[name] for name in ("loss", "ratio", "kl")},
         )
         part_loss.backward()
@@ -169,18 +195,14 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
     with training.Loop(args, policy, folder, args.algo.upper(), args.steps, args.lr, stop) as loop:
         memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), loop.open_log("samples")
         loop.keep = lambda: {"memory": memory.best}
-        if loop.done == 0 and ranks.first():
-            tqdm.write("RFT: a policy loss of 0 at step 0 is right: rho is 1, and advantages have mean 0")
         for step in loop:
             with clock("sample"):
-                batch = next_batch(conversations, args.prompts, step, args.seed)
-                mine = ranks.share([(p.record.game, p.record.seat) for p in batch])
-                groups = sample(args, policy, batch, mine, step)
-            for p, group, credit in zip(batch, groups, step_credits(args, batch, groups, step)):
-                judge(args, group, p.target, memory, credit)
+                batch, groups = act(args, policy, conversations, step, memory)
+            kept = [i for i, g in enumerate(groups) if args.idle_groups == "keep" or has_variance(g)]
+            trained, mine = [groups[i] for i in kept], share_of([batch[i] for i in kept])
             with clock("update"):
                 for _ in range(args.inner_epochs):
-                    losses, sums = zip(*ranks.exchange(gradient(args, policy, groups, mine, limit)))
+                    losses, sums = zip(*ranks.exchange(gradient(args, policy, trained, mine, limit)))
                     lr, norm = loop.optimizer_step()
             for p, group in zip(batch, groups):  # only now: within a step all groups see the same memory
                 if p.target.kind == "G":
@@ -192,7 +214,7 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
             loop.end_step(line, live_line(line))
     if loop.finished and ranks.first():
         of_sft = adapters.read_chain(args.sft_adapter or folder / "sft" / "adapter")
-        stacked = adapters.stack_adapters(*of_sft, lora.adapter_state(policy.model), config)
+        stacked = adapters.stack_adapters(*of_sft, adapters.adapter_state(policy.model), config)
         adapters.write_adapter(folder / "adapter", *stacked)
     return loop.finished
 
@@ -202,7 +224,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement and evaluation in one run.")
     training.add_training_arguments(parser, "runs/tompo")
     add_rft_arguments(parser)
-    held_out.add_eval_arguments(parser, "--eval-seat")
+    held_out.add_eval_arguments(parser, seat=False, fewest=0)
     ranks.start()
     args = training.parse(parser, "train_rft.py", argv)
     check_rft_arguments(args)
@@ -226,14 +248,17 @@ def main(argv=None) -> None:
             lora.merge(policy.model)
             with clock("RFT"):
                 finished = rft(policy, args, records, folder, stop)
+    if ranks.first():
+        plot_curves(folder)
     if not finished:
         print(f"stopped and saved; continue with: python train_rft.py --resume {folder}")
         raise SystemExit(130)
-    with clock("evaluation"):
-        results = held_out.evaluate_run(args, policy, folder)
+    if args.eval_games:
+        with clock("evaluation"):
+            results = held_out.evaluate_run(args, policy, folder)
     if ranks.first():
-        plot_curves(folder)
-        print("\n" + metrics.report(results, args.rounds))
+        if args.eval_games:
+            print("\n" + metrics.report(results, args.rounds))
         print("\n" + diagnose.summary(folder))
         dataset.print_report()
         print_times(folder, clock)

@@ -76,9 +76,7 @@ def sft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
     if there is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
     config = training.new_adapter(policy, args, purpose=1)
     trained = training.in_trained_seats(args, records)
-    rates, style = dict(zip("GE", args.label_noise)), dataset.style_of(args)
-    weak = dataset.with_label_noise(trained, rates, args.seed, style)
-    data = conversations(policy, weak, args.train_on)
+    data = conversations(policy, dataset.weak_labels(args, records, trained), args.train_on)
     held_out = dataset.simulate_args(args, HELD_OUT_GAMES, args.seed, "held-out")
     test = conversations(policy, training.in_trained_seats(args, held_out), "both")
     with training.Loop(args, policy, folder, "SFT", args.sft_steps, args.sft_lr, stop) as loop:
@@ -124,7 +122,7 @@ def sft_separately(policy: Policy, args, records: list[Record], folder: Path, st
     before a resume is kept. Returns False if it was stopped before the end."""
     for kind in ("graph", "effort"):
         if not (folder / kind / "adapter" / adapters.CONFIG_FILE).exists():
-            of_kind = argparse.Namespace(**vars(args) | {"train_on": kind})
+            of_kind = argparse.Namespace(**vars(args) | {"train_on": kind, "probes": 0})
             if not sft(policy, of_kind, records, folder / kind, stop):
                 return False
             lora.remove(policy.model)

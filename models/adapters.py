@@ -14,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 
 import lora
-from lora import PREFIX, LoRAConfig
+from lora import LoRAConfig
 from run.files import write_atomic
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # PEFT names a tensor by the path of its module inside PEFT's two wrappers
 State = dict[str, torch.Tensor]  # all A (r, in) and B (out, r) under PEFT's names
 
 # What a config says of every plain adapter, in the order in which it is written.
@@ -30,6 +31,37 @@ HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "r", "lora_alph
 HARMLESS |= {"lora_dropout", "inference_mode", "revision", "auto_mapping", "peft_version", "megatron_core"}
 HARMLESS |= {"qalora_group_size", "ensure_weight_tying"}
 HARMLESS_VALUES = {"bias": ["none"], "init_lora_weights": [True, "gaussian"]}  # others change W: "pissa"
+
+
+def _named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of every layer by their names in PEFT."""
+    layers = lora.require_layers(model).items()
+    return {
+        f"{PREFIX}{name}.lora_{letter}.weight": getattr(layer, letter)
+        for name, layer in layers
+        for letter in "AB"
+    }
+
+
+def adapter_state(model: nn.Module) -> State:
+    """Copies of all A (r, in) and B (out, r), fp32 on the CPU, under PEFT's names. ValueError without an
+    adapter."""
+    return {key: p.detach().to("cpu", copy=True) for key, p in _named_parameters(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: State) -> None:
+    """Copies a state with PEFT's names into the model's adapter. All is checked before anything is changed;
+    ValueError names the first key that is missing or unexpected, or whose shape differs."""
+    own = _named_parameters(model)
+    for key in [*own, *state]:
+        if key not in own or key not in state:
+            raise ValueError(f"adapter weights {'lack' if key in own else 'have an unexpected'} {key}")
+    for key, p in own.items():
+        if state[key].shape != p.shape:
+            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, this model needs {tuple(p.shape)}")
+    for key, p in own.items():
+        p.copy_(state[key])
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -51,7 +83,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, config: LoRAConfig
     """Writes the model's adapter and its base's fingerprint. ValueError: config is of another adapter."""
     if any(layer.scaling != config.scaling for layer in lora.require_layers(model).values()):
         raise ValueError(f"alpha / r = {config.scaling} is not the scaling that the adapter was made with")
-    write_adapter(folder, lora.adapter_state(model), replace(config, base_fingerprint=fingerprint(model)))
+    write_adapter(folder, adapter_state(model), replace(config, base_fingerprint=fingerprint(model)))
 
 
 def write_adapter(folder: str | os.PathLike, state: State, config: LoRAConfig) -> None:
@@ -136,7 +168,7 @@ def load_adapter(model: nn.Module, folder, generator=None, layer: type = lora.Lo
     state, config = read_adapter(folder)
     try:
         lora.inject(model, config, generator or torch.Generator(), layer)
-        lora.load_adapter_state(model, state)
+        load_adapter_state(model, state)
         if config.base_fingerprint not in (None, fingerprint(model)):
             raise ValueError(
                 "the base weights differ (was it trained on top of another adapter, as RFT is on SFT? Write "

@@ -26,27 +26,19 @@ EVAL_SEED = 0
 # -------------------- games and seats
 
 
-def add_eval_arguments(parser: argparse.ArgumentParser, seat_flag: str | None = "--seat") -> None:
-    """seat_flag: training has a --seat of its own, which is then the default; None: no flag."""
+def add_eval_arguments(parser: argparse.ArgumentParser, seat: bool = True, fewest: int = 1) -> None:
+    """seat: with --seat, which a training script has of its own; fewest: 0 where evaluation may be left
+    out."""
     group = parser.add_argument_group("evaluation", "Held-out games, the same for all policies.")
     add = group.add_argument
     add("--eval-agents", type=positive_int, default=4, help="agents of the evaluation games")
-    add("--eval-games", type=positive_int, default=60, help="games of the grid (evenly spread; 60 = all)")
+    told = "games of the grid (evenly spread; 60 = all" + (")" if fewest else "; 0: no evaluation)")
+    add("--eval-games", type=number(int, fewest), default=60, help=told)
     add("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
-    if seat_flag is None:
-        return
-    default, more = (0, "") if seat_flag == "--seat" else (None, " (default: that of --seat, 0 for all)")
-    told = "the policy's seat, from 0 [source: 0]; random: one drawn for each game; all: self-play" + more
-    seat = dict(type=seat_choice("random", "all"), metavar="SEAT|random|all")
-    add(seat_flag, **seat, default=default, help=told)
-
-
-def seat_of(args) -> int | str:
-    """The policy's seat; a run that trains on every seat is evaluated in the first."""
-    evaluated = getattr(args, "eval_seat", args.seat)
-    if evaluated is None:
-        return 0 if args.seat == "all" else args.seat
-    return evaluated
+    if seat:
+        told = "the policy's seat, from 0 [source: 0]; random: one drawn for each game; all: self-play"
+        choice = seat_choice("random", "all")
+        add("--seat", type=choice, metavar="SEAT|random|all", default=0, help=told)
 
 
 def seed_of(args) -> int:
@@ -68,7 +60,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def held_out_instances(args) -> list[Game]:
-    seat = seat_of(args)
+    seat = args.seat
     if not 3 <= args.eval_agents <= games.MAX_AGENTS:
         raise InputError(f"--eval-agents must be 3 to {games.MAX_AGENTS}, got {args.eval_agents}")
     if isinstance(seat, int) and not 0 <= seat < args.eval_agents:
@@ -107,7 +99,7 @@ def play_held_out(
     """One kind of player on the held-out games of these arguments, in its seat or seats and experts in the
     others."""
     instances = held_out_instances(args)
-    seats = seats_in(instances, seat_of(args) if seat is None else seat, seed_of(args))
+    seats = seats_in(instances, args.seat if seat is None else seat, seed_of(args))
 
     def play_part(part):
         of_part = [instances[i] for i in part], make_player(), [seats[i] for i in part]
@@ -116,25 +108,26 @@ def play_held_out(
     return by_stages(instances, play_part)
 
 
-def evaluate_policy(args, policy: Policy, label: str) -> dict:
-    settings = dataset.style_of(args), args.max_new_tokens, temperature_of(args), seed_of(args)
-    return summarise(play_held_out(args, lambda: policy_player(policy, *settings), label))
-
-
-def evaluate_expert(args, name: str) -> dict:
-    settings = dataset.expert_of(args, name), dataset.style_of(args), seed_of(args)
-    return summarise(play_held_out(args, lambda: expert_player(*settings), f"expert:{name}"))
-
-
 def evaluate_run(args, policy: Policy, folder: Path) -> dict[str, dict]:
     """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
-    model, the other seats' expert and random play, on the same games. Takes the policy's adapter off."""
-    results = {args.algo: evaluate_policy(args, policy, args.algo)}
+    model, the other seats' expert and random play, on the same games. Takes the policy's adapter off. A run
+    that trains on every seat is evaluated in the first."""
+    seat, results = 0 if args.seat == "all" else args.seat, {}
+
+    def row(make_player, label):
+        results[label] = summarise(play_held_out(args, make_player, label, seat))
+
+    def policy_row(policy, label):
+        settings = dataset.style_of(args), args.max_new_tokens, temperature_of(args), seed_of(args)
+        row(lambda: policy_player(policy, *settings), label)
+
+    policy_row(policy, args.algo)
     lora.remove(policy.model)  # what is left is the SFT policy
-    results["sft"] = evaluate_policy(args, policy, "sft")
-    results["base"] = evaluate_policy(args, training.load_policy_of_rank(args), "base")
+    policy_row(policy, "sft")
+    policy_row(training.load_policy_of_rank(args), "base")
     for name in (args.expert, "random"):
-        results[f"expert:{name}"] = evaluate_expert(args, name)
+        settings = dataset.expert_of(args, name), dataset.style_of(args), seed_of(args)
+        row(lambda settings=settings: expert_player(*settings), f"expert:{name}")
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": vars(args), "results": results})
     return results

@@ -104,7 +104,7 @@ def policy_player(
 def adapter_on(policy: Policy, state: dict, config: lora.LoRAConfig):
     lora.inject(policy.model, config, torch.Generator(), policy.layer)
     try:
-        lora.load_adapter_state(policy.model, state)
+        adapters_on_disk.load_adapter_state(policy.model, state)
         yield
     finally:
         lora.remove(policy.model)

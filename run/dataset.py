@@ -103,27 +103,52 @@ def read_records(path: str) -> list[Record]:
     return records
 
 
+def weak_labels(args, records: list[Record], seen: list[Record]) -> list[Record]:
+    """What SFT imitates: the labels of `seen`, a part of the records, or those of a weaker teacher
+    (--sft-expert) in the same states; a share of them replaced (--label-noise). What was played, and so every
+    prompt, stays as it is, and RFT's rewards do not read these labels."""
+    style = style_of(args)
+    if args.sft_expert:
+        chosen, calls = targets(records, seen), []
+        for r, target in chosen:
+            past = [m["content"] for m in r.prompt if m["role"] == "assistant"]
+            rng = np.random.default_rng([args.seed, 13, r.game, r.stage, r.seat])
+            calls.append((target.state, r.seat, rng, past))
+        answers = experts.decide(expert_of(args, args.sft_expert), calls)
+        seen = [replace(r, label=format_reply(d, style)) for (r, _), d in zip(chosen, answers)]
+    return with_label_noise(seen, dict(zip("GE", args.label_noise)), args.seed, style)
+
+
 def with_label_noise(
     records: list[Record], rates: dict[str, float], seed: int, style: PromptStyle
 ) -> list[Record]:
-    """Weak demonstrations: a share of the labels, by kind of decision, becomes a random compliant reply.
-
-    What was played, and so every prompt, stays as it is. RFT's rewards do not read these labels. Which labels
-    are replaced belongs to (seed, game, stage, seat) alone.
-    """
+    """Weak demonstrations: in a share of the labels, by kind of decision, the decision becomes a random
+    compliant one. The Belief line stays the expert's: learned from random lines it would rot, and no reward
+    of the default run mends it. Which labels are replaced belongs to (seed, game, stage, seat) alone."""
     found = []
     for r in records:
         rng = np.random.default_rng([seed, 10, r.game, r.stage, r.seat])
         if rng.random() < rates.get(r.kind, 0.0):
             drawn = experts.random_decision(game_from_json(r.instance), r.kind, r.seat, rng)
+            drawn = replace(drawn, belief=expert_games.label_decision(r).belief)
             r = replace(r, label=format_reply(drawn, style))
         found.append(r)
     return found
 
 
-def targets(records: list[Record]) -> list[tuple[Record, Target]]:
-    """Every decision with the state in which it is taken and what the experts of all agents do there, sorted
-    by game, stage and seat. Raises InputError for a data set that lacks seats or stages."""
+def check_kinds(records: list[Record], prompts: tuple[int, int]) -> None:
+    """Raises InputError where a game lacks a kind of decision that the steps of RFT ask for."""
+    for kind, count in zip("GE", prompts):
+        if count and {r.game for r in records} != {r.game for r in records if r.kind == kind}:
+            lack = f"the data set has games without {kind} decisions"
+            raise InputError(f"{lack}; set their count in --prompts to 0")
+
+
+def targets(records: list[Record], seen: list[Record] | None = None) -> list[tuple[Record, Target]]:
+    """Every decision (or those of `seen`, a part of the records) with the state in which it is taken and what
+    the experts of all agents do there, sorted by game, stage and seat. Raises InputError for a data set that
+    lacks seats or stages."""
+    wanted = {(r.game, r.stage, r.seat) for r in (records if seen is None else seen)}
     stages: dict[tuple[int, int], list[Record]] = {}
     for r in records:
         stages.setdefault((r.game, r.stage), []).append(r)
@@ -137,7 +162,7 @@ def targets(records: list[Record]) -> list[tuple[Record, Target]]:
         played = seats[0].proposals if seats[0].kind == "G" else seats[0].efforts
         histories[game] = (*state.history, np.array(played))
         actions = np.array([expert_games.label_decision(r).action for r in seats])
-        found += [(r, Target(state, r.seat, actions)) for r in seats]
+        found += [(r, Target(state, r.seat, actions)) for r in seats if (game, stage, r.seat) in wanted]
     return found
 
 

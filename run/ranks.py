@@ -105,11 +105,11 @@ def whole(mine: list[int], values: list) -> list:
 
 def sum_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Every process's .grad becomes the sum of all of them; one that has had no item counts as 0."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if world() == 1:
         return
-    flat = torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-    ).cpu()
+    flat = torch.cat([p.grad.flatten() for p in parameters]).cpu()
     with _collective():
         dist.all_reduce(flat)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):

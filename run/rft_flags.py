@@ -31,14 +31,12 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     told = ", ".join(f"{name}={WEIGHTS.get(name, 0)}" for name in {**WEIGHTS, **TERMS})
     add("--reward", nargs="+", metavar="NAME=WEIGHT", help=f"weights of optional terms ({told})")
-    add("--w-sample", type=weight, default=0.8, help="weight of A^S in graph decisions [source: 0.8]")
-    add("--w-graph", type=weight, default=0.2, help="weight of A^G [source: 0.2]")
-    add(
-        "--graph-score",
-        choices=GRAPH_SCORES,
-        default="hamming",
-        help="s: like the expert graph, or its welfare",
-    )
+    levels = dict(nargs=2, type=weight, default=(0.8, 0.2), metavar=("SAMPLE", "GRAPH"))
+    add("--level-weights", **levels, help="of A^S and A^G in graph decisions [source: 0.8 0.2]")
+    told = "s: likeness to the expert graph, or the graph's welfare"
+    add("--graph-score", choices=GRAPH_SCORES, default="hamming", help=told)
+    told = "groups without variance: train on them (their KL is left), leave them out, ask others instead"
+    add("--idle-groups", choices=("keep", "skip", "redraw"), default="keep", help=told)
     told = "credit by returns, not by likeness (variants/credit.py): [gamma=G] per round, [zeta=Z]"
     add("--credit", nargs="*", metavar="NAME=VALUE", help=told)
     told = "clip range of the ratio; two numbers: below and above 1"

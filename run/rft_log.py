@@ -69,7 +69,9 @@ def add_sums(parts: list[dict[str, float]]) -> dict[str, float]:
 
 def diagnostics(sums: dict[str, float]) -> dict[str, float | None]:
     """Per token: KL to pi_ref (None if it was not measured), how far this step has moved from pi_old, where
-    it clips."""
+    it clips. Nothing was measured in a step that trained on no group."""
+    if not sums:
+        return dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))
     per_token = {
         key: None if sums[key] is None else sums[key] / sums["tokens"] for key in ("kl", "approx_kl")
     }

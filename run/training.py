@@ -5,6 +5,7 @@
 import argparse
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,11 +26,13 @@ from run.files import (
     JsonLines,
     StopSignal,
     new_run_folder,
+    number,
     positive_int,
     resumed_arguments,
     seed_int,
     share,
 )
+from run.probe import Probe
 
 MAX_GRAD_NORM = 1.0
 
@@ -67,7 +70,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     )
     add, choices = group.add_argument, ("effort", "graph", "both", "separate")
     add("--train-on", choices=choices, default="both", help="decisions; separate: an adapter for each kind")
-    told = "share of the labels that are random, of graph [and of effort] decisions: weak demonstrations"
+    add("--sft-expert", metavar="NAME", help="a teacher for SFT alone (default: --expert)")
+    told = "share of the labels whose decision is random, of graph [and of effort] labels"
     add("--label-noise", nargs="+", type=share, default=[0.0], metavar="RATE", help=told)
     add("--sft-steps", type=positive_int, default=50, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
@@ -81,6 +85,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--resume", metavar="RUN", help="continue this run with its own settings")
     add("--seed", type=seed_int, default=0, help="of data, adapters, order and sampling")
     add("--max-steps", type=positive_int, help="end every stage after this many steps")
+    add("--probes", type=number(int, 0), default=4, help="how often each stage answers held-out prompts")
     add("--micro-batch", type=positive_int, default=4, help="rows per forward pass (memory, not maths)")
     add("--save-every", type=positive_int, default=20, help="steps between checkpoints")
 
@@ -220,15 +225,18 @@ class Loop:
         self.optimizer, self.peak_lr, self.planned = make_optimizer(policy), peak_lr, steps
         self.steps = min(steps, args.max_steps or steps)
         self.done, self.extra, self.untouched, self.stopping = 0, {}, True, False
+        self.seconds = 0.0  # that the steps have taken, probes left out
         self.keep: Callable[[], dict] = dict  # what a checkpoint holds besides; `extra` is what it held
         saved = checkpoint.latest_checkpoint(folder / "checkpoints")
         if saved:
             self.done, adapter, self.extra = checkpoint.load_checkpoint(saved, self.optimizer)
-            lora.load_adapter_state(policy.model, adapter)
+            adapters.load_adapter_state(policy.model, adapter)
+            self.seconds = self.extra.pop("seconds", 0.0)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = self.open_log("metrics")
         shown = dict(total=self.steps, initial=self.done, desc=name, unit="step", disable=not ranks.first())
         self.bar = tqdm(**shown)
+        self.probe = Probe(args, policy, name, self.steps, self.done) if args.probes else None
 
     def open_log(self, name: str) -> JsonLines:
         """FOLDER/name.jsonl without the lines of steps that will be done again; the first process writes."""
@@ -250,7 +258,10 @@ class Loop:
             raise InputError(f"{error}; {advice}") from None
 
     def __iter__(self):
+        if self.probe and self.done == 0:
+            self.probe(0, 0.0)
         while self.done < self.steps and not self.stopping:
+            self.started = time.perf_counter()
             yield self.done
 
     def optimizer_step(self) -> tuple[float, float]:
@@ -269,6 +280,10 @@ class Loop:
         stop."""
         self.log.write({"step": self.done} | line)
         self.done, self.untouched = self.done + 1, True
+        self.seconds += time.perf_counter() - self.started
+        if self.probe:
+            self.probe(self.done, self.seconds)
+            live += self.probe.text
         self.bar.set_postfix_str(live)
         self.bar.update()
         self.stopping = any(ranks.exchange(self.stop.requested))
@@ -279,7 +294,11 @@ class Loop:
 
     def save(self) -> None:
         if ranks.first():
-            state = lora.adapter_state(self.policy.model)
+            state = adapters.adapter_state(self.policy.model)
             checkpoint.save_checkpoint(
-                self.folder / "checkpoints", self.done, state, self.optimizer, self.keep()
+                self.folder / "checkpoints",
+                self.done,
+                state,
+                self.optimizer,
+                self.keep() | {"seconds": self.seconds},
             )

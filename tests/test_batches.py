@@ -145,7 +145,7 @@ def test_records_are_not_changed_by_what_is_made_of_them(policy):
 # --- advantages of a group
 
 
-FLAGS = dict(w_sample=0.6, w_graph=0.7, graph_score="welfare", reward=["local=0.3", "belief=0.25"])
+FLAGS = dict(level_weights=(0.6, 0.7), graph_score="welfare", reward=["local=0.3", "belief=0.25"])
 
 
 @pytest.mark.parametrize(
@@ -175,6 +175,6 @@ def test_a_graph_group_by_hand(policy, flags):
     expected = dict(r_S=r_S, s=s, R_G=R_G, A_S=A_S, A_G=A_G)
     for name, values in expected.items():
         assert [o.rewards[name] for o in group] == pytest.approx(values, abs=1e-3), name
-    A = A_S if flags == dict(algo="grpo") else args.w_sample * A_S + args.w_graph * A_G
+    w_sample, w_graph = (0.6, 0.7) if flags is FLAGS else (0.8, 0.2)
+    A = A_S if flags == dict(algo="grpo") else w_sample * A_S + w_graph * A_G
     assert [o.advantage for o in group] == pytest.approx(A, abs=1e-3)
-    assert (args.w_sample, args.w_graph) == ((0.6, 0.7) if flags is FLAGS else (0.8, 0.2))

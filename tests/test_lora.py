@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora
 from lora import LoRAConfig, LoRALinear
+from models import adapters
 
 CONFIG = LoRAConfig(r=4, alpha=8, base_model="tiny")
 TOKENS_BT = torch.arange(14).reshape(2, 7) * 5 % 64
@@ -221,12 +222,12 @@ def test_targets_are_matched_as_peft_does(targets, count):
             tiny(), peft.LoraConfig(target_modules=theirs, r=4, task_type="CAUSAL_LM")
         )
     assert len(lora.lora_layers(model)) == count
-    assert set(lora.adapter_state(model)) == set(peft.get_peft_model_state_dict(other))
+    assert set(adapters.adapter_state(model)) == set(peft.get_peft_model_state_dict(other))
 
 
 def test_adapter_state_is_a_copy():
     model = adapted()
-    state = lora.adapter_state(model)
+    state = adapters.adapter_state(model)
     before = {key: tensor.clone() for key, tensor in state.items()}
     for p in lora.lora_parameters(model):
         p.data += 1
@@ -258,21 +259,21 @@ def test_inject_refusals():
 
 
 def test_no_adapter_refusals():
-    for function in (lora.merge, lora.adapter_state):
+    for function in (lora.merge, adapters.adapter_state):
         refused(ValueError, "has no adapter", function, tiny())
-    refused(ValueError, "has no adapter", lora.load_adapter_state, tiny(), {})
+    refused(ValueError, "has no adapter", adapters.load_adapter_state, tiny(), {})
     refused(ValueError, "has no adapter", lora.adapter_off(tiny()).__enter__)
 
 
 def test_load_adapter_state_refusals_change_nothing():
     model = adapted()
-    before, good = logits(model), lora.adapter_state(adapted(seed=2))
+    before, good = logits(model), adapters.adapter_state(adapted(seed=2))
     key = f"base_model.model.{Q}.lora_B.weight"
     lacking = {k: v for k, v in good.items() if k != key}
-    refused(ValueError, f"lack {re.escape(key)}", lora.load_adapter_state, model, lacking)
-    refused(ValueError, "unexpected other", lora.load_adapter_state, model, {**good, "other": good[key]})
+    refused(ValueError, f"lack {re.escape(key)}", adapters.load_adapter_state, model, lacking)
+    refused(ValueError, "unexpected other", adapters.load_adapter_state, model, {**good, "other": good[key]})
     refused(ValueError, r"q_proj.lora_B.weight has shape \(32, 5\), this model needs \(32, 4\)",
-            lora.load_adapter_state, model, {**good, key: torch.ones(32, 5)})  # fmt: skip
+            adapters.load_adapter_state, model, {**good, key: torch.ones(32, 5)})  # fmt: skip
     assert torch.equal(logits(model), before)
-    lora.load_adapter_state(model, good)
+    adapters.load_adapter_state(model, good)
     assert torch.equal(logits(model), logits(adapted(seed=2)))

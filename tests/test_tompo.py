@@ -81,7 +81,7 @@ def test_two_levels_by_hand():
     close(A_S, A_S_hand)
     close(A_G, A_G_hand)
     close(A, 0.8 * A_S_hand + 0.2 * A_G_hand)  # the paper's weights are the defaults
-    A, _, _ = dual_level_advantages(tensor(*r_S), tensor(*R_G), w_sample=0.25, w_graph=3.0)
+    A, _, _ = dual_level_advantages(tensor(*r_S), tensor(*R_G), weights=(0.25, 3.0))
     close(A, 0.25 * A_S_hand + 3 * A_G_hand)
 
 

@@ -306,8 +306,8 @@ def test_a_constant_denominator_is_the_longest_reply_allowed(
     """In a step whose replies are shorter and, without --max-new-tokens, whose game is not the largest."""
     weights, games, real_sample, real_loss = [], [], train_rft.sample, tompo.objective_loss
 
-    def cut(args, policy, batch, mine, step):
-        groups = real_sample(args, policy, batch, mine, step)
+    def cut(args, policy, batch, generator):
+        groups = real_sample(args, policy, batch, generator)
         games.extend(prompt.target.game.N for prompt in batch)
         for o in (o for group in groups for o in group):
             o.reply_ids, o.sampled_logps = o.reply_ids[:5], o.sampled_logps[:5]
@@ -396,7 +396,7 @@ def test_the_papers_preset_runs_with_its_values(model_dir, tmp_path):
     paper = dict(
         rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, train_on="effort", lr=1e-5, agents=[4, 8]
     )
-    paper |= dict(m=8, w_sample=0.8, w_graph=0.2, seat=0, dtype="bfloat16", micro_batch=2, games=5)
+    paper |= dict(m=8, level_weights=[0.8, 0.2], seat=0, dtype="bfloat16", micro_batch=2, games=5)
     assert {key: config[key] for key in paper} == paper
     assert adapter_files.read_adapter(folder / "adapter")[1].r == 128  # SFT and RFT
     samples = lines_of(folder / "samples.jsonl")
@@ -420,17 +420,79 @@ def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
 
 
-def test_training_in_a_random_seat(model_dir, sft_adapter, tmp_path):
-    """And evaluation in self-play: 3 seats and 2 stages are 6 replies of the policy in every game."""
-    changes = dict(seat="random", eval_seat="all", games=6, eval_games=2)
+@pytest.mark.parametrize("seat", ["random", "all"])
+def test_training_in_other_seats(model_dir, sft_adapter, tmp_path, seat):
+    """Evaluation is in the same seat of each game, or in the first: 2 stages are 2 replies in every game."""
+    changes = dict(seat=seat, games=6, eval_games=4)
     _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", max_steps=3, **changes)
     assert len({s["seat"] for s in samples}) > 1
-    assert len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})
+    of_games = len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})
+    assert of_games or seat == "all"
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
     for name, summary in results.items():
-        assert [len(of_game) for of_game in summary["replies"]] == [6, 6]
+        assert [len(of_game) for of_game in summary["replies"]] == [2, 2, 2, 2]
         experts_words = ["Decision: " in reply for of_game in summary["replies"] for reply in of_game]
         assert all(experts_words) if name.startswith("expert:") else not any(experts_words)
+    replies = results["expert:second-best"]["replies"]
+    in_first = [reply.split("Decision: [")[1][0] == "0" for reply, _ in replies]
+    assert all(in_first) or seat == "random"  # the own position
+
+
+# -------------------- groups without variance
+
+
+def test_idle_groups_are_left_out_of_the_update(model_dir, sft_adapter, tmp_path, monkeypatch):
+    """The gradient is then that of the others alone."""
+    given, real = [], train_rft.gradient
+
+    def noted(args, policy, groups, mine, limit):
+        given.append([[o.advantage for o in group] for group in groups])
+        return real(args, policy, groups, mine, limit)
+
+    monkeypatch.setattr(train_rft, "gradient", noted)
+    changes = dict(m=2, prompts=[4, 0], max_steps=3, games=12)
+    for choice in ("keep", "skip"):
+        _, samples = short_run(model_dir, sft_adapter, tmp_path / choice, idle_groups=choice, **changes)
+        sampled = [[s["advantage"] for s in samples[i : i + 2]] for i in range(0, len(samples), 2)]
+        live = [group for group in sampled if group != [0, 0]]
+        assert len(sampled) == 12 and 0 < len(live) < 12
+        assert sum(given, []) == (sampled if choice == "keep" else live)
+        given.clear()
+
+
+def test_redraw_asks_for_other_prompts_until_the_step_has_its_groups(model_dir, sft_adapter, tmp_path):
+    changes = dict(idle_groups="redraw", m=2, prompts=[3, 1], games=12, max_steps=4)
+    metrics, samples = short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
+    further = 0
+    for step, line in enumerate(metrics):
+        of_step = [s for s in samples if s["step"] == step]
+        groups = [of_step[i : i + 2] for i in range(0, len(of_step), 2)]
+        live = [[s["advantage"] for s in group] != [0, 0] for group in groups]
+        assert line["zero_variance_groups"] == pytest.approx(1 - sum(live) / len(live))
+        for kind, wanted in (("G", 3), ("E", 1)):
+            of_kind = [alive for group, alive in zip(groups, live) if group[0]["kind"] == kind]
+            lacking = wanted - sum(of_kind[:wanted])  # after the first draw
+            assert wanted <= len(of_kind) <= 3 * wanted and sum(of_kind) <= wanted
+            assert len(of_kind) == wanted if not lacking else len(of_kind) >= wanted + lacking
+            assert sum(of_kind) == wanted or len(of_kind) >= wanted + 2 * (wanted - sum(of_kind))
+            further += len(of_kind) - wanted
+    assert further > 0
+
+
+@pytest.mark.parametrize("choice", ["skip", "redraw"])
+def test_a_step_without_any_variance_teaches_nothing(model_dir, tmp_path, choice):
+    """No reply of the random model is compliant, so all rewards are the same."""
+    folder = tmp_path / "run"
+    changes = dict(idle_groups=choice, max_steps=2, eval_games=1, games=4, objective=["aggregation=token"])
+    train_rft.main(rft_flags(model_dir, folder, **changes))
+    for line in lines_of(folder / "metrics.jsonl"):
+        assert line["zero_variance_groups"] == 1 and line["loss"] == 0 == line["grad_norm"]
+        assert line["kl"] is None and line["max_ratio_error"] is None
+    of_rft, of_sft = (adapter_files.read_adapter(folder / name)[0] for name in ("adapter", "sft/adapter"))
+    for name, tensor in of_sft.items():
+        both = of_rft[name]  # the ranks of SFT and RFT side by side; B of RFT is still 0
+        if "lora_B" in name:
+            assert both[:, tensor.shape[1] :].abs().max() == 0 < tensor.abs().max()
 
 
 # -------------------- the end of a run

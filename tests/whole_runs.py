@@ -27,7 +27,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import lora
 import train_rft
 from prompts import Decision
-from run import checkpoint, files
+from run import checkpoint, files, probe
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_s", "sample_s", "update_s")
@@ -38,9 +38,15 @@ SHARED = dict(
 )
 SHARED |= dict(expert="second-best", information="full", games=4, agents=3, noise=0.3, seat="all")
 SHARED |= dict(rank=4, lora_alpha=8, targets=lora.DEFAULT_TARGETS, train_on="both", sft_steps=6, sft_batch=3)
-SHARED |= dict(sft_lr=1e-3, seed=3, micro_batch=2, save_every=2, label_noise=[0.0])
+SHARED |= dict(sft_lr=1e-3, seed=3, micro_batch=2, save_every=2, label_noise=[0.0], probes=2)
 RFT_ONLY = dict(algo="tompo", steps=6, prompts=[2, 2], m=4, lr=5e-3, inner_epochs=1, temperature=1.0)
-RFT_ONLY |= dict(w_sample=0.8, w_graph=0.2, reward=["local=0.5", "global=0.5"], clip_eps=[0.2], beta=0.02)
+RFT_ONLY |= dict(
+    level_weights=[0.8, 0.2],
+    idle_groups="keep",
+    reward=["local=0.5", "global=0.5"],
+    clip_eps=[0.2],
+    beta=0.02,
+)
 RFT_ONLY |= dict(objective=["aggregation=sequence"], eval_agents=3, eval_games=2, max_new_tokens=14)
 GENTLE = 2e-4  # a learning rate of RFT at which rounding does not grow until it turns a sampled token
 
@@ -79,6 +85,7 @@ def run_rft(argv, curves=False):
         patch.setattr(train_rft, "parse_reply", fake_parse)
         if not curves:
             patch.setattr(train_rft, "plot_curves", lambda *args: None)
+            patch.setattr(probe, "plot_curves", lambda *args: None)
         train_rft.main(argv)
 
 
@@ -192,6 +199,8 @@ def assert_same_run(run, full):
         a, b = without_timings(run.lines(name)), without_timings(full.lines(name))
         assert len(a) == len(b) == count
         assert a == b
+    asked = [[line | {"seconds": 0} for line in r.lines("probe.jsonl")] for r in (run, full)]
+    assert asked[0] == asked[1] and len(asked[0]) == 6  # the levels; SFT at 0, 3, 6; RFT at 3, 6
     results = [json.loads((r.folder / "eval.json").read_text())["results"] for r in (run, full)]
     assert results[0] == results[1] and sum(len(r["instances"]) for r in results[0].values()) == 10
 
@@ -217,7 +226,8 @@ def assert_same_up_to_rounding(run, gentle):
                     pytest.approx(other[key], rel=1e-2, abs=1e-4) if key in other else None
                 )
     final = [checkpoint.latest_checkpoint(r.folder / "checkpoints") / "state.json" for r in (run, gentle)]
-    assert final[0].read_text() == final[1].read_text()  # the memory of every game too
+    memories = [json.loads(path.read_text())["extra"]["memory"] for path in final]
+    assert memories[0] == memories[1] != {}
 
 
 def whole_run(model_dir, folder):

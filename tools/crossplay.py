@@ -88,7 +88,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Every player against every other on the held-out games.")
     add_model_arguments(parser)
     dataset.add_style_arguments(parser)
-    add_eval_arguments(parser, seat_flag=None)
+    add_eval_arguments(parser, seat=False)
     add = parser.add_argument
     add("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
     add_sampling_arguments(parser)

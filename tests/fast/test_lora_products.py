@@ -66,7 +66,7 @@ def test_the_working_copy_follows_every_change_of_its_parts():
         model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
         optimizer.step()
         copies.append(copy_of())
-    lora.load_adapter_state(model, {key: 2 * p for key, p in lora.adapter_state(model).items()})
+    adapters.load_adapter_state(model, {key: 2 * p for key, p in adapters.adapter_state(model).items()})
     copies.append(copy_of())
     with torch.no_grad():
         layer.base.weight.mul_(2)

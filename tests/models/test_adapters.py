@@ -28,7 +28,7 @@ def test_save_and_load_round_trip_is_bit_exact(tmp_path):
         sorted(config.targets) == sorted(lora.DEFAULT_TARGETS)
         and config == adapters.read_adapter(tmp_path)[1]
     )
-    ours, theirs = lora.adapter_state(model), lora.adapter_state(other)
+    ours, theirs = adapters.adapter_state(model), adapters.adapter_state(other)
     assert list(ours) == list(theirs) and len(ours) == 28
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert torch.equal(logits(model), logits(other))
@@ -142,7 +142,7 @@ def test_stacked_adapters_are_merge_then_adapt(tmp_path, targets1, targets2):
 
 
 def test_stacking_across_base_models_is_refused():
-    state1, state2 = (lora.adapter_state(adapted(model=tiny(hidden_size=size))) for size in (32, 48))
+    state1, state2 = (adapters.adapter_state(adapted(model=tiny(hidden_size=size))) for size in (32, 48))
     with pytest.raises(ValueError, match="different base models"):
         adapters.stack_adapters(state1, CONFIG, state2, CONFIG)
 

@@ -6,17 +6,17 @@ import pytest
 from tables import constant
 
 from play import held_out
-from play.held_out import held_out_instances, seat_of, seats_in
+from play.held_out import held_out_instances, seats_in
 from play.players import play
 from run import dataset
 from run.files import InputError
 from world.draws import held_out_grid, split_of
 
 
-def arguments(*argv, training=False):
+def arguments(*argv):
     parser = argparse.ArgumentParser()
-    (dataset.add_data_arguments if training else dataset.add_style_arguments)(parser)
-    held_out.add_eval_arguments(parser, "--eval-seat" if training else "--seat")
+    dataset.add_style_arguments(parser)
+    held_out.add_eval_arguments(parser)
     return parser.parse_args([str(text) for text in argv])
 
 
@@ -47,19 +47,3 @@ def test_random_seats_belong_to_the_game_and_the_seed():
     noted = lambda asks: asked.extend((a.game, a.seat) for a in asks) or constant("no")(asks)
     play(grid, noted, seats, "nash", 0)
     assert asked == [(i, j) for i, (j,) in enumerate(seats)] * 2
-
-
-def test_the_seat_of_evaluation_is_that_of_training_unless_another_is_named():
-    """train_rft.py has --seat for the data and --eval-seat; eval.py has --seat alone."""
-    for trained, argv, seat in (
-        ("2", [], 2),
-        ("2", ["--eval-seat", "1"], 1),
-        ("2", ["--eval-seat", "all"], "all"),
-        ("2", ["--eval-seat", "0"], 0),
-        ("all", [], 0),
-        ("random", [], "random"),
-    ):
-        args = arguments("--seat", trained, *argv, training=True)
-        assert seat_of(args) == seat and len(held_out_instances(args)) == 60
-    with pytest.raises(InputError):
-        held_out_instances(arguments("--eval-seat", "4", training=True))

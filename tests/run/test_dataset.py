@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experts import make_expert
 from play.expert_games import Record, label_decision
-from prompts import PromptStyle, parse_reply
+from prompts import PromptStyle, format_reply, parse_reply
 from run import dataset
 from run.dataset import read_records, simulate_many, targets, write_records
 from run.files import InputError
@@ -208,20 +209,42 @@ def test_a_bad_flag_as_a_command(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_label_noise_replaces_its_share_of_the_labels_and_nothing_else():
+def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():
     records = simulate_many(60, "second-best", 0, PromptStyle())
     noisy = dataset.with_label_noise(records, {"G": 0.5, "E": 0.0}, 3, PromptStyle())
     changed = {"G": 0, "E": 0}
     for before, after in zip(records, noisy, strict=True):
         assert asdict(before) | {"label": after.label} == asdict(after)  # prompts and play stay as they are
         assert label_decision(after) is not None  # a random label is compliant
+        assert after.label.splitlines()[0] == before.label.splitlines()[0]  # the Belief line is the expert's
         changed[before.kind] += before.label != after.label
     graph = sum(r.kind == "G" for r in records)
     assert changed["E"] == 0
-    # half are drawn, and a drawn row and belief are the expert's by chance in 1 of 64: 4 standard deviations
-    share = 0.5 * 63 / 64
+    # half are drawn, and a drawn row is the expert's by chance in 1 of 8: 4 standard deviations
+    share = 0.5 * 7 / 8
     assert abs(changed["G"] / graph - share) < 4 * (share * (1 - share) / graph) ** 0.5
     few = dataset.with_label_noise(records[:10], {"G": 0.5}, 3, PromptStyle())
     assert few == noisy[:10]  # which labels are replaced does not depend on what else is in the data
     assert dataset.with_label_noise(records, {"G": 0.0, "E": 0.0}, 3, PromptStyle()) == records
     assert dataset.with_label_noise(records, {"G": 0.5}, 4, PromptStyle()) != noisy
+
+
+def test_a_weaker_teacher_labels_the_states_that_arose():
+    """In two rounds with replaced decisions, so states differ from those of the teacher's own games."""
+    records = simulate_many(8, "second-best", 0, PromptStyle(), families=(Family("bcz", "GE", 2),), noise=0.4)
+    seen = [r for r in records if r.seat == 1]
+    args = argparse.Namespace(sft_expert="myopic", label_noise=[0.0], seed=0, information="full")
+    args.belief = args.hints = True
+    args.ask = None
+    labels = dataset.weak_labels(args, records, seen)
+    teacher, states = (
+        make_expert("myopic"),
+        {(r.game, r.stage, r.seat): t for r, t in dataset.targets(records)},
+    )
+    for before, after in zip(seen, labels, strict=True):
+        assert asdict(before) | {"label": after.label} == asdict(after)
+        decision = teacher(states[before.game, before.stage, 1].state, 1, None)
+        assert after.label == format_reply(decision, PromptStyle())
+    assert sum(a.label != b.label for a, b in zip(seen, labels)) > 8
+    args.sft_expert = None
+    assert dataset.weak_labels(args, records, seen) == seen

@@ -1,0 +1,241 @@
+"""The statistics, tables and figures of a study (tools/study.py), from its results file alone.
+
+Decided before the runs: the unit is the training seed. A seed's value is the mean over the held-out grid; two
+arms are compared by the differences of the seeds that both have (same games, same experts' draws, same SFT
+stage where their flags allow it). Intervals are 95 % t intervals over seeds; p is the exact sign-flip test of
+the mean difference, two-sided (with 8 seeds at least 2/256), and Holm's correction is over the arms of a
+family. Primary: ToMPO minus GRPO in U1 x U3, U3, U2 and row. Every unit of the results file is reported.
+"""
+
+import itertools
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from play.metrics import mean_interval
+from run.curves import read_lines
+from run.files import InputError, write_atomic
+
+SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
+COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
+REFERENCE = {"seats": "seat 0"}  # else the family's own tompo, or tompo
+
+
+# -------------------- statistics
+
+
+def sign_flip(differences: list[float]) -> float:
+    """The two-sided p-value of the mean: the share of all sign patterns that reach it. 1 for no seeds."""
+    x = np.array(differences)
+    signs = np.array(list(itertools.product((1, -1), repeat=len(x))))
+    return float((np.abs(signs @ x) >= abs(x.sum()) - 1e-12).mean())
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Adjusted for all of them (Holm 1979)."""
+    order, adjusted, largest = np.argsort(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def levels_of(samples: list[dict]) -> dict[str, float] | None:
+    """How far the two levels of advantage differ in the graph groups of a run, from its samples.jsonl: the
+    shares of groups in which A^S, A^G and the memory bonus (of compliant replies) say nothing; in groups in
+    which both speak, the correlation of A^S and A^G and the share of replies where their signs differ."""
+    place = ("step", "game", "stage", "seat")
+    graph = [s for s in samples if s["kind"] == "G"]
+    groups = [list(g) for _, g in itertools.groupby(graph, key=lambda s: [s[key] for key in place])]
+    if not groups:
+        return None
+    A_S, A_G = ([[s[name] for s in g] for g in groups] for name in ("A_S", "A_G"))
+    both = [i for i in range(len(groups)) if any(A_S[i]) and any(A_G[i])]
+    x, y = (np.array([a for i in both for a in A[i]]) for A in (A_S, A_G))
+    bonuses = [{s["global"] for s in g if s["compliance"] > 0} for g in groups]
+    share = {
+        "A_S idle": np.mean([not any(a) for a in A_S]),
+        "A_G idle": np.mean([not any(a) for a in A_G]),
+        "memory the same": np.mean([len(bonus) <= 1 for bonus in bonuses]),
+        "correlation": np.corrcoef(x, y)[0, 1] if len(both) else math.nan,
+        "signs differ": np.mean(x * y < 0) if len(both) else math.nan,
+    }
+    return {name: None if math.isnan(value) else round(float(value), 4) for name, value in share.items()}
+
+
+def seed_values(line: dict) -> dict[str, float]:
+    """A unit's value of every metric. speed: the mean of the probe's row over RFT, SFT's end included."""
+    found = {}
+    for metric, of_games in line["values"].items():
+        known = [v for v in of_games if v is not None]
+        if known:
+            found[metric] = float(np.mean(known))
+    if "U3" in found:
+        found["U1 x U3"] = found["U1"] * found["U3"]
+    if line.get("probe"):
+        steps, row = ([entry[key] for entry in line["probe"]] for key in ("step", "row"))
+        if len(steps) > 1:
+            found["speed"] = float(np.trapezoid(row, steps) / (steps[-1] - steps[0]))
+    return found
+
+
+# -------------------- the report
+
+
+def write(results: Path, folder: Path) -> str:
+    """Writes FOLDER/study.md, study-forest.png and study-curves.png. Returns what to print."""
+    lines = read_lines(results)
+    if not lines:
+        raise InputError(f"{results} holds no results yet; run python -m tools.study first")
+    arms: dict[str, dict[int, dict]] = defaultdict(dict)  # [arm][seed]: a line of the file
+    for line in lines:
+        arms[line["arm"]][line["seed"]] = line
+    values = {name: {seed: seed_values(line) for seed, line in of.items()} for name, of in arms.items()}
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, of in arms.items():
+        families[next(iter(of.values()))["family"]].append(name)
+    text, compared = [__doc__.split("\n\n", 1)[1].strip(), "", about(lines)], {}
+    for family, names in families.items():
+        reference = REFERENCE.get(family) or next((n for n in names if n.startswith("tompo")), "tompo")
+        text += ["", f"## {family}", "", *table_of_means(names, values, arms)]
+        differences = compare([n for n in names if n != reference], reference, values)
+        compared |= {name: (reference, of) for name, of in differences.items()}
+        text += ["", *table_of_differences(differences, reference)] if differences else []
+    text += ["", "## The two levels", "", *table_of_levels(arms)]
+    write_atomic(folder / "study.md", ("\n".join(text) + "\n").encode())
+    draw_forest(compared, folder / "study-forest.png")
+    draw_curves(arms, folder / "study-curves.png")
+    return "\n".join(text) + f"\n\nwritten: {folder}/study.md, study-forest.png, study-curves.png"
+
+
+def about(lines: list[dict]) -> str:
+    machines = sorted({line["machine"] for line in lines})
+    commits, minutes = sorted({line["commit"] for line in lines}), sum(line["minutes"] for line in lines)
+    packages = ", ".join(f"{name} {number}" for name, number in lines[-1]["packages"].items())
+    where = f"on {'; '.join(machines)}; {packages}; commits {', '.join(commits)}"
+    return f"{len(lines)} units, {minutes / 60:.1f} hours of single runs, {where}."
+
+
+def cell(interval: dict, sign: str = "") -> str:
+    if interval["mean"] is None:
+        return "-"
+    low, high = interval["low"], interval["high"]
+    return f"{interval['mean']:{sign}.3f}" + (
+        f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None else ""
+    )
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    head, *body = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+
+
+def table_of_means(names, values, arms) -> list[str]:
+    rows = [["arm", "flags", "seeds", *SHOWN]]
+    for name in names:
+        flags = next(iter(arms[name].values()))["flags"]
+        told = "SFT alone" if flags is None else f"`{flags}`" if flags else "default"
+        of_metric = [mean_interval([v.get(m) for v in values[name].values()]) for m in SHOWN]
+        rows.append([name, told, str(len(values[name])), *map(cell, of_metric)])
+    return markdown(rows)
+
+
+def compare(names, reference: str, values) -> dict[str, dict[str, dict]]:
+    """[arm][metric]: mean and interval of the arm minus the reference over common seeds, p and Holm's p."""
+    found: dict[str, dict[str, dict]] = {}
+    for name in names:
+        seeds = sorted(values[name].keys() & values.get(reference, {}).keys())
+        for metric in COMPARED if seeds else ():
+            pairs = [(values[name][s].get(metric), values[reference][s].get(metric)) for s in seeds]
+            d = [a - b for a, b in pairs if a is not None and b is not None]
+            if d:
+                found.setdefault(name, {})[metric] = mean_interval(d) | {"p": sign_flip(d), "seeds": len(d)}
+        if seeds:
+            both = [[values[arm][s].get("U1 x U3", 0) for arm in (name, reference)] for s in seeds]
+            logs = mean_interval([math.log(a / b) for a, b in both if a > 0 < b])
+            ends = {end: logs[end] for end in ("mean", "low", "high")}
+            found[name]["ratio"] = {k: None if v is None else math.exp(v) for k, v in ends.items()}
+    for metric in COMPARED:
+        having = [name for name in found if metric in found[name]]
+        for name, p in zip(having, holm([found[name][metric]["p"] for name in having])):
+            found[name][metric]["holm"] = p
+    return found
+
+
+def table_of_differences(differences, reference: str) -> list[str]:
+    rows = [[f"minus {reference}", *COMPARED, "U1 x U3, ratio"]]
+    for name, of_metric in differences.items():
+        row = [name]
+        for metric in COMPARED:
+            d = of_metric.get(metric)
+            row.append(f"{cell(d, '+')}, p {d['p']:.3f} ({d['holm']:.3f})" if d else "-")
+        rows.append([*row, cell(of_metric["ratio"])])
+    return markdown(rows) + [
+        "",
+        "In brackets 95 % t intervals; p by sign flips, after Holm in round brackets.",
+    ]
+
+
+def table_of_levels(arms) -> list[str]:
+    rows = [["arm", "A_S idle", "A_G idle", "memory the same", "correlation", "signs differ"]]
+    for name, of_seeds in arms.items():
+        levels = [line["levels"] for line in of_seeds.values() if line.get("levels")]
+        if levels:
+            rows.append([name, *(cell(mean_interval([of[key] for of in levels])) for key in rows[0][1:])])
+    return markdown(rows)
+
+
+# -------------------- figures
+
+
+def _figure(*shape, size):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(*shape, figsize=size, layout="constrained")
+
+
+def draw_forest(compared: dict, path: Path) -> None:
+    """Every arm's difference to its reference."""
+    figure, axes = _figure(1, 3, size=(13, 1.2 + 0.26 * max(4, len(compared))))
+    names = list(compared)[::-1]
+    for axis, metric in zip(axes, ("row", "U2", "U1 x U3")):
+        for y, name in enumerate(names):
+            d = compared[name][1].get(metric)
+            if d and d["low"] is not None:
+                axis.plot([d["low"], d["high"]], [y, y], "k-", linewidth=1)
+            if d:
+                axis.plot(d["mean"], y, "ks", markersize=4)
+        axis.axvline(0, color="C7", linewidth=1)
+        axis.set(title=f"{metric}: difference", yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
+        axis.set_yticklabels(
+            [f"{n} - {compared[n][0]}" for n in names] if axis is axes[0] else [], fontsize=8
+        )
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(arms: dict, path: Path, shown=("tompo", "grpo")) -> None:
+    """The probe during RFT: mean over seeds, and a 95 % t interval as a band."""
+    figure, axes = _figure(1, 3, size=(13, 3.6))
+    for axis, metric in zip(axes, ("row", "U2", "belief")):
+        for colour, name in enumerate(name for name in shown if name in arms):
+            of_step: dict[int, list[float]] = defaultdict(list)
+            for line in arms[name].values():
+                for entry in line.get("probe") or ():
+                    of_step[entry["step"]].append(entry[metric])
+            steps = sorted(of_step)
+            intervals = [mean_interval(of_step[step]) for step in steps]
+            style = dict(color=f"C{colour}", linestyle=("-", "--")[colour % 2])
+            axis.plot(steps, [i["mean"] for i in intervals], label=name, marker="o", markersize=3, **style)
+            if all(i["low"] is not None for i in intervals):
+                low, high = ([i[end] for i in intervals] for end in ("low", "high"))
+                axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
+        axis.set(title=f"Probe, {metric}", xlabel="step of RFT")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
