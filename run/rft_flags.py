@@ -35,8 +35,8 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     add("--level-weights", **levels, help="of A^S and A^G in graph decisions [source: 0.8 0.2]")
     told = "s: likeness to the expert graph, or the graph's welfare"
     add("--graph-score", choices=GRAPH_SCORES, default="hamming", help=told)
-    told = "groups without variance: train on them (their KL is left), leave them out, ask others instead"
-    add("--idle-groups", choices=("keep", "skip", "redraw"), default="keep", help=told)
+    told = "groups without variance: leave them out, train on them (their KL is left), ask others instead"
+    add("--idle-groups", choices=("skip", "keep", "redraw"), default="skip", help=told)
     told = "credit by returns, not by likeness (variants/credit.py): [gamma=G] per round, [zeta=Z]"
     add("--credit", nargs="*", metavar="NAME=VALUE", help=told)
     told = "clip range of the ratio; two numbers: below and above 1"

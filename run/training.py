@@ -38,9 +38,9 @@ MAX_GRAD_NORM = 1.0
 
 # The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
-PAPER |= dict(agents=(4, 8), train_on="effort")
+PAPER |= dict(agents=(4, 8), train_on="effort", label_noise=[0.0])
 PAPER |= dict(lr=1e-5)  # ours, since the paper leaves the rate of RFT open
-PAPER |= dict(dtype="bfloat16", micro_batch=2)  # ours, so that the 7B model fits into one GPU of 80 GB
+PAPER |= dict(dtype="bfloat16")  # ours, so that the 7B model fits into one GPU of 80 GB
 
 
 # -------------------- flags
@@ -72,8 +72,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--train-on", choices=choices, default="both", help="decisions; separate: an adapter for each kind")
     add("--sft-expert", metavar="NAME", help="a teacher for SFT alone (default: --expert)")
     told = "share of the labels whose decision is random, of graph [and of effort] labels"
-    add("--label-noise", nargs="+", type=share, default=[0.0], metavar="RATE", help=told)
-    add("--sft-steps", type=positive_int, default=50, help="optimizer steps")
+    add("--label-noise", nargs="+", type=share, default=[0.5], metavar="RATE", help=told)
+    add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
     add("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
     add = parser.add_argument_group(
@@ -86,7 +86,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--seed", type=seed_int, default=0, help="of data, adapters, order and sampling")
     add("--max-steps", type=positive_int, help="end every stage after this many steps")
     add("--probes", type=number(int, 0), default=4, help="how often each stage answers held-out prompts")
-    add("--micro-batch", type=positive_int, default=4, help="rows per forward pass (memory, not maths)")
+    add("--micro-batch", type=positive_int, default=2, help="rows per forward pass (memory, not maths)")
     add("--save-every", type=positive_int, default=20, help="steps between checkpoints")
 
 

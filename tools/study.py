@@ -247,7 +247,9 @@ class Study:
             keys = ("step", "seconds", "U1", "row", "s", "U2", "belief")
             probe = [entry for entry in read_lines(own / "probe.jsonl") if "stage" in entry]
             line["probe"] = [{key: round(entry[key], 4) for key in keys} for entry in probe]
-            line["levels"] = study_report.levels_of(read_lines(own / "samples.jsonl"))
+            samples = read_lines(own / "samples.jsonl")
+            line["levels"] = study_report.levels_of(samples)
+            line["belief followed"] = study_report.belief_followed(samples)
             line["idle"] = [round(e["zero_variance_groups"], 3) for e in read_lines(own / "metrics.jsonl")]
         return line | {"minutes": round(seconds / 60, 1)} | self.machine
 

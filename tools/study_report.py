@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from play.metrics import mean_interval
+from prompts import last_line
 from run.curves import read_lines
 from run.files import InputError, write_atomic
 
@@ -63,6 +64,21 @@ def levels_of(samples: list[dict]) -> dict[str, float] | None:
         "signs differ": np.mean(x * y < 0) if len(both) else math.nan,
     }
     return {name: None if math.isnan(value) else round(float(value), 4) for name, value in share.items()}
+
+
+def belief_followed(samples: list[dict]) -> list[float | None]:
+    """The share of compliant graph replies that choose whom their Belief line expects to be chosen by, in the
+    first and in the last quarter of the steps; None without Belief lines."""
+    steps = max((s["step"] for s in samples), default=0) + 1
+    quarters: tuple[list, list] = [], []
+    for s in samples:
+        if s["kind"] == "G" and s["compliance"] > 0 and last_line(s["reply"], "Belief:"):
+            said = last_line(s["reply"], "Belief:") == last_line(s["reply"], "Decision:")
+            if s["step"] < steps / 4:
+                quarters[0].append(said)
+            if s["step"] >= steps * 3 / 4:
+                quarters[1].append(said)
+    return [round(float(np.mean(of)), 4) if of else None for of in quarters]
 
 
 def seed_values(line: dict) -> dict[str, float]:
@@ -179,11 +195,14 @@ def table_of_differences(differences, reference: str) -> list[str]:
 
 
 def table_of_levels(arms) -> list[str]:
-    rows = [["arm", "A_S idle", "A_G idle", "memory the same", "correlation", "signs differ"]]
+    keys = ["A_S idle", "A_G idle", "memory the same", "correlation", "signs differ"]
+    rows = [["arm", *keys, "belief followed, first quarter", "last quarter"]]
     for name, of_seeds in arms.items():
-        levels = [line["levels"] for line in of_seeds.values() if line.get("levels")]
-        if levels:
-            rows.append([name, *(cell(mean_interval([of[key] for of in levels])) for key in rows[0][1:])])
+        having = [line for line in of_seeds.values() if line.get("levels")]
+        if having:
+            levels = [[line["levels"][key] for line in having] for key in keys]
+            followed = zip(*(line["belief followed"] for line in having))
+            rows.append([name, *(cell(mean_interval(of)) for of in (*levels, *followed))])
     return markdown(rows)
 
 

@@ -62,6 +62,18 @@ def test_levels_by_hand():
     assert study_report.levels_of(idle)["correlation"] is None and study_report.levels_of([]) is None
 
 
+def test_belief_followed_by_hand():
+    def reply(step, belief, decision, kind="G", compliance=0.5):
+        text = f"Belief: {belief}\nDecision: {decision}" if belief else f"Decision: {decision}"
+        return {"step": step, "kind": kind, "compliance": compliance, "reply": text}
+
+    a, b = "[0, 1, 0]", "[0, 1, 1]"
+    first = [reply(0, a, a), reply(1, a, b), reply(1, a, b), reply(1, b, a), reply(0, a, a, compliance=-0.5)]
+    last = [reply(6, b, b), reply(7, b, b), reply(7, "[1]", "1.2", "E"), reply(7, "", a)]
+    assert study_report.belief_followed([*first, reply(3, a, b), *last]) == [0.25, 1.0]
+    assert study_report.belief_followed([reply(0, "", a)]) == [None, None]
+
+
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_something_that_the_scripts_take(arm, tmp_path):
     arms = {a.name: a for a in ARMS}
