@@ -23,7 +23,7 @@ from run.files import write_atomic
 from world.draws import families, held_out_grid
 
 FILE = "probe.jsonl"
-GAMES = 20  # of the evaluation's held-out grid, evenly spread
+GAMES = 12  # of the evaluation's held-out grid, evenly spread
 KEYS = ("U1", "row", "s", "U2", "belief")
 
 

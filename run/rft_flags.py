@@ -20,7 +20,7 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     add("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
     told = "start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one"
     add("--sft-adapter", metavar="FOLDER", help=told)
-    add("--steps", type=positive_int, default=16, help="optimizer steps (sampling rounds)")
+    add("--steps", type=positive_int, default=20, help="optimizer steps (sampling rounds)")
     told = "graph and effort decisions per step"
     add("--prompts", nargs=2, type=number(int, 0), default=(8, 2), metavar=("GRAPH", "EFFORT"), help=told)
     add("--m", type=positive_int, default=8, help="replies per prompt: the group")
