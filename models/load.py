@@ -15,10 +15,7 @@ def load_policy(name: str, dtype: str = "float32", device: str = "cpu", engine: 
     if engine == "plain":
         policy_class = Policy
     else:
-        # Here: whoever reads or runs the plain engine needs nothing of fast/
-        from fast.cpu import (
-            prepare_cpu,
-        )
+        from fast.cpu import prepare_cpu  # here: whoever runs the plain engine needs nothing of fast/
         from fast.engine import FastPolicy as policy_class
 
         if torch.device(device).type == "cpu":

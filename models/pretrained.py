@@ -28,9 +28,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from run.files import InputError, reports_errors
 
@@ -71,6 +69,8 @@ def load(model_name_or_path, cache=None, dtype=torch.float32, device="cpu"):
     # Code shipped with a model is never run, and never asked about on the terminal.
     options = {"local_files_only": local, "trust_remote_code": False}
     with _one_line_errors(f"could not load {where}", f" -- {advice}"), _quiet():
+        from transformers import AutoTokenizer  # here and below: --help need not wait a second for it
+
         # The tokenizer comes first, so that a model without a template is refused before its download.
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if not tokenizer.chat_template:
@@ -81,6 +81,8 @@ def load(model_name_or_path, cache=None, dtype=torch.float32, device="cpu"):
 
 def _whole_model(where, **options):
     """Refuse weights that do not fill the model: transformers warns, and leaves the missing ones random."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(where, output_loading_info=True, **options)
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"the weights of {where} lack {len(lacking)} tensors, first {lacking[0]}")
@@ -177,6 +179,9 @@ def _download(source, work):
 
 def _convert(gguf, folder):
     """Write the model and the tokenizer of a SmolLM2 GGUF file into folder, as float32."""
+    import tokenizers
+    from transformers import AutoTokenizer
+
     with _quiet():
         options = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)

@@ -172,23 +172,17 @@ class Study:
         self.stopped = threading.Event()
 
     def units(self) -> list[tuple[Arm, int]]:
-        """The arms in their order, and within a family seed by seed."""
-        chosen = [
-            a for a in ARMS if not self.args.arms or a.family in self.args.arms or a.name in self.args.arms
-        ]
-        known = {name for a in ARMS for name in (a.name, a.family)}
-        for name in self.args.arms or ():
+        """What is not done yet, arm by arm: the first arm's seeds make the SFT stages, and no two jobs wait
+        for the same one."""
+        wanted, known = self.args.arms, {name for a in ARMS for name in (a.name, a.family)}
+        for name in wanted or ():
             if name not in known:
                 raise InputError(
-                    f"--arms {name}: there is no such arm or family; choose from {sorted(known)}"
+                    f"--arms {name}: no such arm or family; choose from {', '.join(sorted(known))}"
                 )
-        families = list(dict.fromkeys(a.family for a in chosen))
-        seeds = self.args.seeds
-        every = [
-            (a, seed) for family in families for seed in seeds for a in chosen
-            if a.family == family and (seed < a.seeds or self.args.all_seeds)
-        ]  # fmt: skip
-        return [(a, seed) for a, seed in every if (a.name, seed) not in self.done]
+        chosen = [a for a in ARMS if not wanted or a.family in wanted or a.name in wanted]
+        every = [(a, n) for a in chosen for n in self.args.seeds if n < a.seeds or self.args.all_seeds]
+        return [(a, n) for a, n in every if (a.name, n) not in self.done]
 
     def run(self, unit: tuple[Arm, int]) -> None:
         try:
