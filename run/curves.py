@@ -52,7 +52,9 @@ def plot_curves(folder: Path) -> None:
     for axis in (*above, *below):
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=8)
+            # (the names of the stages stand at the bottom of the upper row)
+            place = dict(loc="lower right", bbox_to_anchor=(1, 0.07)) if axis in above else {}
+            axis.legend(fontsize=8, **place)
     figure.savefig(folder / "curves.png", dpi=110)
     plt.close(figure)
 

@@ -244,6 +244,7 @@ class Study:
             samples = read_lines(own / "samples.jsonl")
             line["levels"] = study_report.levels_of(samples)
             line["belief followed"] = study_report.belief_followed(samples)
+            line["rule"] = rules_of(own, samples)
             line["idle"] = [round(e["zero_variance_groups"], 3) for e in read_lines(own / "metrics.jsonl")]
         return line | {"minutes": round(seconds / 60, 1)} | self.machine
 
@@ -254,6 +255,18 @@ class Study:
         )
         packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
         return {"commit": commit.stdout.strip(), "machine": cpu_name(), "packages": packages}
+
+
+def rules_of(run: Path, samples: list[dict]) -> dict:
+    """The threshold rule of the expert in the run's training games, of its SFT policy and of its last
+    quarter."""
+    config = argparse.Namespace(**read_json(run / "config.json"))
+    worth = study_report.worked_numbers(training.load_records(config))
+    first = [s for s in samples if s["step"] == 0]
+    final = [s for s in samples if s["step"] >= 0.75 * config.steps]
+    expert = [s | {"reply": s["expert"], "compliance": 0.5} for s in samples]
+    parts = {"expert": expert, "sft": first, "final": final}
+    return {name: study_report.threshold_rule(of, worth) for name, of in parts.items()}
 
 
 def cpu_name() -> str:

@@ -8,7 +8,9 @@ family. Primary: ToMPO minus GRPO in U1 x U3, U3, U2 and row. Every unit of the 
 """
 
 import itertools
+import json
 import math
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -81,6 +83,35 @@ def belief_followed(samples: list[dict]) -> list[float | None]:
     return [round(float(np.mean(of)), 4) if of else None for of in quarters]
 
 
+def threshold_rule(samples: list[dict], worth: dict[tuple, list[float]]) -> list[float] | None:
+    """(t, share): the best rule of the kind "link iff the worked number is at least t" for what compliant
+    graph replies chose, and the share of their choices that it explains. worth: the worked numbers in the
+    prompt of each (game, stage, seat). None where prompts have none."""
+    pairs = []
+    for s in samples:
+        numbers = worth.get((s["game"], s["stage"], s["seat"]))
+        if s["kind"] == "G" and s["compliance"] > 0 and numbers:
+            row = json.loads(last_line(s["reply"], "Decision:"))
+            pairs += [(numbers[j], row[j]) for j in range(len(row)) if j != s["seat"]]
+    if not pairs:
+        return None
+    x, chosen = np.array(pairs).T
+    candidates = [*np.unique(x), x.max() + 0.01]
+    shares = [float(((x >= t) == chosen).mean()) for t in candidates]
+    best = int(np.argmax(shares))
+    return [round(float(candidates[best]), 2), round(shares[best], 4)]
+
+
+def worked_numbers(records: list) -> dict[tuple, list[float]]:
+    """What the prompts of graph decisions say that each link earns, by (game, stage, seat)."""
+    found = {}
+    for r in records:
+        told = re.findall(r"\[([\d., -]+)\] c", r.prompt[-1]["content"]) if r.kind == "G" else None
+        if told:
+            found[r.game, r.stage, r.seat] = [float(number) for number in told[-1].split(",")]
+    return found
+
+
 def seed_values(line: dict) -> dict[str, float]:
     """A unit's value of every metric. speed: the mean of the probe's row over RFT, SFT's end included."""
     found = {}
@@ -120,6 +151,7 @@ def write(results: Path, folder: Path) -> str:
         compared |= {name: (reference, of) for name, of in differences.items()}
         text += ["", *table_of_differences(differences, reference)] if differences else []
     text += ["", "## The two levels", "", *table_of_levels(arms)]
+    text += ["", "## Link iff the worked number is at least t", "", *table_of_rules(arms)]
     write_atomic(folder / "study.md", ("\n".join(text) + "\n").encode())
     draw_forest(compared, folder / "study-forest.png")
     draw_curves(arms, folder / "study-curves.png")
@@ -192,6 +224,22 @@ def table_of_differences(differences, reference: str) -> list[str]:
         "",
         "In brackets 95 % t intervals; p by sign flips, after Holm in round brackets.",
     ]
+
+
+def table_of_rules(arms) -> list[str]:
+    """Thresholds seed by seed, since their mean says little."""
+    names = {"expert": "the expert", "sft": "SFT (first step)", "final": "last quarter of RFT"}
+    rows = [["arm", *(f"{told}: threshold, share explained" for told in names.values())]]
+    for name, of_seeds in arms.items():
+        rules = [line["rule"] for _, line in sorted(of_seeds.items()) if line.get("rule")]
+        row = []
+        for key in names:
+            known = [rule[key] for rule in rules if rule[key]]
+            thresholds = ", ".join(f"{t:.2f}" for t, _ in known)
+            row.append(f"{thresholds}; {cell(mean_interval([share for _, share in known]))}")
+        if rules:
+            rows.append([name, *row])
+    return markdown(rows)
 
 
 def table_of_levels(arms) -> list[str]:

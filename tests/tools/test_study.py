@@ -7,6 +7,8 @@ import math
 import pytest
 from whole_runs import lines_of
 
+from prompts import PromptStyle
+from run import dataset
 from run.rft_flags import check_rft_arguments
 from tools import study, study_report
 from tools.study import ARMS, Arm, chunks, commands, parsers, part
@@ -72,6 +74,37 @@ def test_belief_followed_by_hand():
     last = [reply(6, b, b), reply(7, b, b), reply(7, "[1]", "1.2", "E"), reply(7, "", a)]
     assert study_report.belief_followed([*first, reply(3, a, b), *last]) == [0.25, 1.0]
     assert study_report.belief_followed([reply(0, "", a)]) == [None, None]
+
+
+def test_threshold_rules_by_hand():
+    worth = {(0, 0, 0): [0, 0.5, 1.5, 2.5], (1, 0, 1): [0.9, 0, 1.1, 3.0]}
+
+    def reply(game, seat, row, kind="G", compliance=0.5):
+        place = {"game": game, "stage": 0, "seat": seat, "kind": kind, "compliance": compliance}
+        return place | {"reply": f"Decision: {row}"}
+
+    clean = [reply(0, 0, [0, 0, 1, 1]), reply(1, 1, [0, 0, 1, 1]), reply(1, 1, "all", compliance=-0.5)]
+    assert study_report.threshold_rule(clean, worth) == [1.1, 1.0]
+    odd = [*clean, reply(0, 0, [0, 1, 1, 1])]  # one of nine choices that the rule does not explain
+    assert study_report.threshold_rule(odd, worth) == [1.1, pytest.approx(8 / 9, abs=1e-4)]
+    nobody = [reply(0, 0, [0, 0, 0, 0])]
+    assert study_report.threshold_rule(nobody, worth) == [2.51, 1.0]
+    assert study_report.threshold_rule(clean, {}) is None
+
+
+def test_worked_numbers_are_those_of_the_prompts():
+    records = dataset.simulate_many(3, "second-best", 0, PromptStyle())
+    found = study_report.worked_numbers(records)
+    assert len(found) == 3 * 4
+    for r in records:
+        if r.kind == "G":
+            numbers = found[r.game, r.stage, r.seat]
+            assert len(numbers) == 4 and numbers[r.seat] == 0
+            assert all(f"{x:.2f}" in r.prompt[-1]["content"] for x in numbers if x)
+    assert (
+        study_report.worked_numbers(dataset.simulate_many(3, "second-best", 0, PromptStyle(hints=False)))
+        == {}
+    )
 
 
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
