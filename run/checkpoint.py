@@ -71,11 +71,6 @@ def save_checkpoint(
     return final
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a folder, None if there is none."""
-    return max(Path(folder).glob("step-??????"), default=None)
-
-
 def _checksum(tensors: bytes, state: dict) -> str:
     checksum = hashlib.sha256(tensors)
     checksum.update(json.dumps([state["step"], state["extra"]]).encode())

@@ -91,7 +91,8 @@ def read_records(path: str) -> list[Record]:
             said = [isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt]
             if not said or not all(said):
                 raise ValueError("`prompt` must be a list of chat messages")
-            roles = [m["role"] for m in record.prompt if m["content"].encode() is not None]  # text, as UTF-8
+            "".join(m["content"] for m in record.prompt).encode()  # half a character has no place in UTF-8
+            roles = [m["role"] for m in record.prompt]
             if roles[roles[0] == "system" :] != ["user", *["assistant", "user"] * record.stage]:
                 raise ValueError("`prompt` must be a conversation with a question and a reply per `stage`")
             where = divmod(record.stage, len(game.stages))

@@ -158,10 +158,11 @@ def refuse_existing(path) -> None:
 def lock(path: str | os.PathLike, taken: str):
     """Holds a lock on a file of this name, which the death of the process frees too. A context manager;
     raises InputError, which says `taken`, where another process has it."""
-    try:
-        return filelock.FileLock(path).acquire(timeout=0)
-    except filelock.Timeout:
-        raise InputError(taken) from None
+    with library_errors(f"cannot lock {path}"):
+        try:
+            return filelock.FileLock(path).acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(taken) from None
 
 
 @contextmanager

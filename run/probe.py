@@ -116,7 +116,7 @@ class Probe:
         policy.check_length(max(map(len, self.prompts)), self.limit)
         self.at = {round(steps * k / args.probes) for k in range(1, args.probes + 1)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        before = lambda e: e.get("stage") != stage or e["step"] <= done
+        before = lambda e: e.get("stage") != stage or (type(e.get("step")) is int and e["step"] <= done)
         self.log = JsonLines(self.folder / FILE, before, ranks.first())
         if not any(
             "stage" in e for e in self.log.rows

@@ -79,9 +79,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--label-noise", nargs="+", type=share, default=[0.5], metavar="RATE", help=told)
     add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
-    add(
-        "--sft-lr", type=number(float, 0), default=1e-3, help="peak learning rate (warm-up, then cosine to 0)"
-    )
+    add("--sft-lr", type=number(float, 0), default=1e-3, help="peak learning rate (warm-up, cosine to 0)")
     add = parser.add_argument_group(
         "run", "Seeds, memory, saving. None of these changes the method."
     ).add_argument

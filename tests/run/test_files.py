@@ -98,6 +98,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(disk):
     adapters.write_adapter(disk / "adapter", old, config)
     log = JsonLines(disk / "log.jsonl", lambda row: True)
     log.write({"step": 0})
+    (disk / "other").write_bytes(b"x" * 8192)
     before = {k: v for k, v in tree(disk).items() if k != "log.jsonl"}
 
     writers = {
@@ -118,6 +119,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing(disk):
     assert torch.equal(
         *(s["base_model.model.x.lora_A.weight"] for s in (adapters.read_adapter(disk / "adapter")[0], old))
     )
+    (disk / "other").unlink()
     again = JsonLines(disk / "log.jsonl", lambda row: row["step"] < 1)  # what a resume does, with room again
     again.write({"step": 1})
     assert [json.loads(line)["step"] for line in (disk / "log.jsonl").read_text().splitlines()] == [0, 1]

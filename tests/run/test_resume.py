@@ -12,6 +12,7 @@ from whole_runs import (
     assert_same_run,
     ended,
     interrupted,
+    latest_checkpoint,
     lines_of,
     rft_flags,
     run_rft,
@@ -32,7 +33,7 @@ def stopped(model_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = interrupted(patch, rft_flags(model_dir, folder), folder / "metrics.jsonl", 3)
     assert f"--resume {folder}" in said and not (folder / "adapter").exists()
-    assert checkpoint.latest_checkpoint(folder / "checkpoints").name == "step-000003"
+    assert latest_checkpoint(folder).name == "step-000003"
     return Run(folder, said=said)
 
 
@@ -70,7 +71,7 @@ def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, 
     log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
     said = interrupted(monkeypatch, rft_flags(model_dir, run.folder), log, 4)
     assert "stopping after this step" not in said and f"--resume {run.folder}" in said
-    assert checkpoint.latest_checkpoint(run.folder / "sft" / "checkpoints").name == "step-000003"
+    assert latest_checkpoint(run.folder / "sft").name == "step-000003"
     assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "sft" / "adapter").exists()
     assert_same_run(resume(run), full)
 
@@ -100,12 +101,9 @@ def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_ignored(tmp_path):
-    for name in ("step-000002", "step-000004.tmp"):
-        (tmp_path / name).mkdir()
-    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000002"
-    (tmp_path / "step-000002").rmdir()
-    assert checkpoint.latest_checkpoint(tmp_path) is None
-    assert checkpoint.latest_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "step-000004.tmp").mkdir()
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert checkpoint.restore(folder, None) is None
 
 
 def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
@@ -118,7 +116,7 @@ def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
         checkpoint.save_checkpoint(tmp_path, step, adapter, optimizer, {"memory": {"a": 1 / 3}}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000010"]
     fresh = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in parameters], lr=0.1)
-    step, adapter, extra = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), fresh)
+    step, adapter, extra = checkpoint.restore(tmp_path, fresh)
     assert step == 10 and extra == {"memory": {"a": 1 / 3}}
     assert all(torch.equal(adapter[f"p{i}"], p) for i, p in enumerate(parameters))
     old, new = optimizer.state_dict()["state"], fresh.state_dict()["state"]

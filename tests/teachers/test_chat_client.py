@@ -295,7 +295,7 @@ def test_files_that_are_no_record(monkeypatch, tmp_path):
 def test_a_record_has_one_writer(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     path = str(tmp_path / "r.jsonl")
-    code = f"import sys; from teachers.chat_client import AnswerFile; AnswerFile({path!r})"
+    code = f"import sys; from teachers.chat_client import AnswerFile; f = AnswerFile({path!r})"
     code += "; print('open', flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
