@@ -55,12 +55,14 @@ class Prompt:
 
 
 def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Prompt]]:
-    """The decisions in the trained seats, by conversation (an agent in a game)."""
+    """The decisions in the trained seats, by conversation (an agent in a game). Checks all that RFT needs."""
     seen, conversations = training.in_trained_seats(args, records), {}
     dataset.check_kinds(seen, args.prompts)
     for r, target in dataset.targets(records, seen):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
         conversations.setdefault((r.game, r.seat), []).append(prompt)
+    prompts = sum(conversations.values(), [])
+    policy.check_length(max(len(p.ids) for p in prompts), reply_limit(args, prompts))
     return list(conversations.values())
 
 
@@ -184,14 +186,11 @@ def gradient(
     return loss, add_sums(sums)
 
 
-def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
+def rft(policy: Policy, args, conversations: list[list[Prompt]], folder: Path, stop: StopSignal) -> bool:
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns
     False if it was stopped before the end (after saving a checkpoint)."""
     config = training.new_adapter(policy, args, purpose=3)
-    conversations = make_prompts(policy, records, args)
-    prompts = [p for of_one in conversations for p in of_one]
-    limit = reply_limit(args, prompts)
-    policy.check_length(max(len(p.ids) for p in prompts), limit)
+    limit = reply_limit(args, sum(conversations, []))
     with training.Loop(args, policy, folder, args.algo.upper(), args.steps, args.lr, stop) as loop:
         memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), loop.open_log("samples")
         loop.keep = lambda: {"memory": memory.best}
@@ -203,7 +202,7 @@ def rft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
             with clock("update"):
                 for _ in range(args.inner_epochs):
                     losses, sums = zip(*ranks.exchange(gradient(args, policy, trained, mine, limit)))
-                    lr, norm = loop.optimizer_step()
+                    lr, norm = loop.optimizer_step(sum(losses))
             for p, group in zip(batch, groups):  # only now: within a step all groups see the same memory
                 if p.target.kind == "G":
                     memory.update(p.target.game.key, [o.rewards["s"] for o in group])
@@ -235,8 +234,8 @@ def main(argv=None) -> None:
         policy = training.load_policy_of_rank(args)
         if args.sft_adapter:
             put_adapter(policy, args.sft_adapter)
-    folder = training.run_folder(args)
-    with StopSignal() as stop:
+        conversations = make_prompts(policy, records, args)
+    with training.run_folder(args) as folder, StopSignal() as stop:
         finished = True
         if not args.sft_adapter:
             with clock("SFT"):
@@ -247,7 +246,7 @@ def main(argv=None) -> None:
         if finished:
             lora.merge(policy.model)
             with clock("RFT"):
-                finished = rft(policy, args, records, folder, stop)
+                finished = rft(policy, args, conversations, folder, stop)
     if ranks.first():
         plot_curves(folder)
     if not finished:

@@ -95,7 +95,7 @@ def sft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSig
                     part_loss.backward()
                     loss += part_loss.item()
                 loss = sum(ranks.exchange(loss))
-                lr, norm = loop.optimizer_step()
+                lr, norm = loop.optimizer_step(loss)
             speed = sum(len(row.ids) for of_one in rows for row in of_one) / clock.last["step"]
             line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": speed}
             loop.end_step(line, f"loss {loss:.3f}, {speed:.0f} tok/s")
@@ -137,8 +137,7 @@ def main(argv=None) -> None:
     args = training.parse(parser, "train_sft.py", argv)
     records = training.load_records(args)
     policy = training.load_policy_of_rank(args)
-    folder = training.run_folder(args)
-    with StopSignal() as stop:
+    with training.run_folder(args) as folder, StopSignal() as stop:
         separate = args.train_on == "separate"
         finished = (sft_separately if separate else sft)(policy, args, records, folder, stop)
     dataset.print_report()

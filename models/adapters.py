@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 
 import lora
 from lora import LoRAConfig
-from run.files import write_atomic
+from run.files import InputError, library_errors, write_atomic
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT names a tensor by the path of its module inside PEFT's two wrappers
@@ -94,7 +94,7 @@ def write_adapter(folder: str | os.PathLike, state: State, config: LoRAConfig) -
     tensors), and weights beside another config are refused. The fingerprint stands there too, since PEFT
     warns of a key of the config that it does not know.
     """
-    _check_rank(state, config, folder)
+    _check(state, config, folder)
     targets = config.targets if isinstance(config.targets, str) else list(config.targets)
     base = config.base_model or None
     fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base}
@@ -120,13 +120,13 @@ def read_adapter(folder: str | os.PathLike) -> tuple[State, LoRAConfig]:
     """The (state, config) of an adapter folder, written here or by PEFT; the tensors are on the CPU.
 
     FileNotFoundError: one of the two files is missing. ValueError: a file is damaged, the two do not belong
-    together, or the adapter is more than plain LoRA.
+    together, some weight is no finite number, or the adapter is more than plain LoRA.
     """
     config_path, weights_path = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
     for path in (config_path, weights_path):
         if not path.is_file():
             raise FileNotFoundError(f"{folder} has no {path.name}: is it the folder of a finished adapter?")
-    try:
+    with library_errors(f"{config_path}", " (is it the whole config of a LoRA adapter?)"):
         fields = json.loads(config_path.read_text(encoding="utf-8"))
         if fields["peft_type"] != "LORA":
             raise ValueError(f"peft_type is {fields['peft_type']!r}, only LORA is supported")
@@ -136,21 +136,27 @@ def read_adapter(folder: str | os.PathLike) -> tuple[State, LoRAConfig]:
         targets, base = fields["target_modules"], fields.get("base_model_name_or_path") or ""
         targets = targets if isinstance(targets, str) else tuple(sorted(targets))  # PEFT's are in any order
         config = LoRAConfig(fields["r"], fields["lora_alpha"], targets, base)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{config_path}: {error} (is it the whole config of a LoRA adapter?)") from None
-    try:
+    with library_errors(f"{weights_path} is damaged, copy or save it again"):
         with safe_open(weights_path, framework="pt") as file:
             header, state = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{weights_path} is damaged, copy or save it again: {error}") from None
-    _check_rank(state, config, folder)
-    alpha = float(header.get("lora_alpha", config.alpha))
+        alpha = float(header.get("lora_alpha", config.alpha))
+    _check(state, config, folder)
+    if isinstance(targets, str):  # a stranger's regex can run for ever, and the tensors name the layers too
+        named = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in state}
+        config = replace(config, targets=tuple(sorted(named)))
     if alpha != config.alpha:
         raise ValueError(f"{folder}: its weights have alpha = {alpha}, its config {config.alpha}")
     return state, replace(config, base_fingerprint=header.get("base_fingerprint"))
 
 
-def _check_rank(state: State, config: LoRAConfig, folder) -> None:
+def require_finite(state: State, where) -> None:
+    for key, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{where}: {key} holds values that are no finite numbers")
+
+
+def _check(state: State, config: LoRAConfig, folder) -> None:
+    require_finite(state, folder)
     for key, tensor in state.items():
         rank = tensor.shape[1 if key.endswith("lora_B.weight") else 0] if tensor.ndim == 2 else config.r
         if rank != config.r:  # a tensor of another form is left to the check of the keys

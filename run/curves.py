@@ -5,25 +5,13 @@ has taken, with the levels of others dashed. The lower row is what the steps log
 full, the steps' own values, each of other prompts, are light.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 
+from run.files import read_lines
+
 DASHES = {"expert": (0, (6, 2)), "best constant answer": (0, (3, 2)), "random play": (0, (1, 2))}
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Of a JSONL file, the lines that are whole: a picture must not cost the user the end of a long run."""
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 def plot_curves(folder: Path) -> None:

@@ -15,7 +15,7 @@ from play import expert_games
 from play.expert_games import Record, simulate
 from prompts import PromptStyle, format_reply, parse_reply
 from rewards import Target
-from run.files import InputError, parse_range, positive_int, seat_choice, share, write_atomic
+from run.files import InputError, library_errors, parse_range, positive_int, seat_choice, share, write_atomic
 from world.draws import Family, add_game_arguments, draw_game, families
 
 
@@ -91,6 +91,13 @@ def read_records(path: str) -> list[Record]:
             said = [isinstance(m["content"], str) and isinstance(m["role"], str) for m in record.prompt]
             if not said or not all(said):
                 raise ValueError("`prompt` must be a list of chat messages")
+            "".join(m["content"] for m in record.prompt).encode()  # half a character has no place in UTF-8
+            roles = [m["role"] for m in record.prompt]
+            if roles[roles[0] == "system" :] != ["user", *["assistant", "user"] * record.stage]:
+                raise ValueError("`prompt` must be a conversation with a question and a reply per `stage`")
+            where = divmod(record.stage, len(game.stages))
+            if (record.round - 1, record.kind) != (where[0], game.stages[where[1]]) or record.stage < 0:
+                raise ValueError("`round` and `kind` must be those of the `stage`")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise InputError(
                 f"{path} line {number} is not a valid record: {' '.join(str(e).split())}"
@@ -160,7 +167,8 @@ def targets(records: list[Record], seen: list[Record] | None = None) -> list[tup
             missing = f"the data set lacks decisions of game {game}, stage {stage}"
             raise InputError(f"{missing}: RFT needs all seats and stages")
         played = seats[0].proposals if seats[0].kind == "G" else seats[0].efforts
-        histories[game] = (*state.history, np.array(played))
+        with library_errors(f"the data set, game {game}, stage {stage}"):
+            histories[game] = state.step(np.array(played)).history
         actions = np.array([expert_games.label_decision(r).action for r in seats])
         found += [(r, Target(state, r.seat, actions)) for r in seats if (game, stage, r.seat) in wanted]
     return found

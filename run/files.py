@@ -9,9 +9,12 @@ import math
 import os
 import signal
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 from games import MAX_AGENTS, GameError
 
@@ -20,22 +23,43 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line that says what, and how to mend it."""
 
 
+def one_line(text, longest: int = 300) -> str:
+    """What an error or a server says, on one line. Control characters, with which a file or a server could
+    steer the user's terminal, become ?."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
+    return (line or type(text).__name__) if len(line) <= longest else line[: longest - 3] + "..."
+
+
+@contextmanager
+def library_errors(what: str, advice: str = "", kind: type[InputError] = InputError):
+    """Whatever a library raises inside, of whatever type, becomes an InputError: WHAT, its words, ADVICE."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as e:
+        raise kind(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
+
+
 def reports_errors(main):
-    """Decorator for a script's main: an InputError or GameError ends it with one line and exit status 2."""
+    """Decorator for a script's main: an error that is no fault of the code ends it with one line and exit
+    status 2. OSError is for what no library_errors has named, such as standard output on a full disk."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
-        except (InputError, GameError) as e:
-            print(f"error: {e}", file=sys.stderr)
-            raise SystemExit(2) from None
+            main(*args, **kwargs)
+            print(end="", flush=True)  # what is left in the buffer may not fit on the disk either
         except KeyboardInterrupt:
-            print("\ninterrupted; what was saved before can be continued with --resume", file=sys.stderr)
+            advice = "training goes on with --resume, other scripts with the same command"
+            print(f"\ninterrupted; what was saved before is kept: {advice}", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:  # for example `eval.py | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
+        except (InputError, GameError, OSError) as e:
+            print(f"error: {one_line(e, 2000)}", file=sys.stderr)
+            raise SystemExit(2) from None
 
     return wrapped
 
@@ -54,16 +78,17 @@ def parse_range(text: str) -> tuple[int, int]:
     return a, b
 
 
-def number(kind: type, low: float, high: float = math.inf):
-    """An argparse type: an int or float from low to high."""
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An argparse type: an int or float from low (or, with `above`, from anything above it) to high."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            least = f"{'above' if above else 'at least'} {low}"
+            bounds = least if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
             )
@@ -83,22 +108,20 @@ def seat_choice(*words: str):
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes the whole file or leaves the old one as it was."""
+    """Writes the whole file or leaves the old one as it was. The file that is renamed at the end always has
+    the same name, so what a kill leaves of it is taken over by the next write."""
     path = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent or ".", prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
+    with library_errors(f"cannot write {path}"):
         try:
-            with os.fdopen(handle, "wb") as f:
+            with open(temporary, "wb") as f:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
-    except OSError as e:
-        raise InputError(f"cannot write {path}: {e.strerror}") from None
 
 
 def write_json(path, value) -> None:
@@ -107,10 +130,20 @@ def write_json(path, value) -> None:
 
 def read_json(path):
     """Raises InputError for a file that is missing or not JSON."""
-    try:
+    with library_errors(f"cannot read {path}"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise InputError(f"cannot read {path}: {' '.join(str(e).split())}") from None
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Of a JSONL file, the lines that are whole objects: a kill may leave half a line, and a picture or a
+    resume must not cost the user a long run."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def refuse_existing(path) -> None:
@@ -122,22 +155,33 @@ def refuse_existing(path) -> None:
         raise InputError(f"the folder of {path} does not exist; make it first")
 
 
-def new_run_folder(folder: str, arguments: dict) -> Path:
-    """Makes the folder of a new run and writes config.json into it. Refuses a folder that holds anything."""
+def lock(path: str | os.PathLike, taken: str):
+    """Holds a lock on a file of this name, which the death of the process frees too. A context manager;
+    raises InputError, which says `taken`, where another process has it."""
+    with library_errors(f"cannot lock {path}"):
+        try:
+            return filelock.FileLock(path).acquire(timeout=0)
+        except filelock.Timeout:
+            raise InputError(taken) from None
+
+
+@contextmanager
+def run_folder(folder: str, arguments: dict | None):
+    """Inside, the run folder is this process's alone. arguments: what config.json says of a new run, whose
+    folder is made and may hold nothing; None for one that is resumed."""
     path = Path(folder)
-    # (A folder with nothing but a config.json is that of a run that failed before its first step: nothing is
-    # lost.)
-    if path.exists() and (not path.is_dir() or any(entry.name != "config.json" for entry in path.iterdir())):
-        raise InputError(
-            f"{folder} already holds something and is not overwritten; name another --out, or continue a run "
-            f"with --resume {folder}"
-        )
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"cannot make the run folder {folder}: {e.strerror}") from None
-    write_json(path / "config.json", arguments)
-    return path
+    # (A run that failed before its first step leaves no more than these, and nothing is lost with them.)
+    early = {"config.json", "config.json.tmp", ".lock"}
+    if arguments is not None:
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
+            advice = f"name another --out, or continue a run with --resume {folder}"
+            raise InputError(f"{folder} already holds something and is not overwritten; {advice}")
+        with library_errors(f"cannot make the run folder {folder}"):
+            path.mkdir(parents=True, exist_ok=True)
+    with lock(path / ".lock", f"another process is training in {folder}; wait until it has ended"):
+        if arguments is not None:
+            write_json(path / "config.json", arguments)
+        yield path
 
 
 def resumed_arguments(folder: str, script: str) -> dict:
@@ -146,6 +190,23 @@ def resumed_arguments(folder: str, script: str) -> dict:
     if not isinstance(config, dict) or config.get("script") != script:
         raise InputError(f"{folder} is not a run of {script}: its config.json is not of that script")
     return config
+
+
+def argv_of(parser: argparse.ArgumentParser, values: dict) -> list[str]:
+    """The command line that gives these values, so that those of a file pass the checks of flags."""
+    argv = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if action.dest not in values or (value is None and action.default is None):
+            continue
+        if type(value) is bool and action.nargs == 0:
+            argv.append(action.option_strings[not value])  # --belief, --no-belief
+        elif action.nargs in (None, 0):
+            text = "-".join(map(str, value)) if isinstance(value, list) else value  # a range of agents
+            argv.append(f"{action.option_strings[0]}={text}")
+        else:
+            argv += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
+    return argv
 
 
 def peak_memory_gib() -> float | None:
@@ -159,27 +220,29 @@ def peak_memory_gib() -> float | None:
 
 
 class JsonLines:
-    """An append-only log. After a resume the lines of steps that will be done again are dropped, so that no
-    step stands in the log twice. `writes` is False in all but one of several processes."""
+    """An append-only log. Of the lines that it has already, those are kept that `keeps` says; so after a
+    resume no step stands in it twice. `writes` is False in all but one of several processes."""
 
-    def __init__(self, path: Path, next_step: int = 0, writes: bool = True):
-        self.file, kept = None, []
-        if not writes:
-            return
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] < next_step:
-                        kept.append(line + "\n")
-                except (ValueError, KeyError):  # the half line of a run that was killed while writing
-                    pass
-        write_atomic(path, "".join(kept).encode())
-        self.file = open(path, "a", encoding="utf-8")
+    def __init__(self, path: Path, keeps: Callable[[dict], bool], writes: bool = True):
+        self.path, self.file = path, None
+        self.rows = [row for row in read_lines(path) if keeps(row)]
+        self.count = len(self.rows)
+        if writes:
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
+            self.file = open(path, "ab", buffering=0)
 
     def write(self, value: dict) -> None:
         if self.file:
-            self.file.write(json.dumps(value) + "\n")
-            self.file.flush()
+            data = (json.dumps(value) + "\n").encode()
+            with library_errors(f"cannot write {self.path}"):
+                while data:  # a disk that is almost full takes a part
+                    data = data[self.file.write(data) :]
+            self.count += 1
+
+    def sync(self) -> None:
+        """What was written is on the disk when it returns."""
+        if self.file:
+            os.fsync(self.file.fileno())
 
 
 class StopSignal:

@@ -6,7 +6,6 @@ its own random stream and changes nothing in training. Its levels (the expert's,
 constant answer's) say what a value is worth.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from policy import Policy
 from prompts import Decision, format_reply, messages, parse_reply, reply_tokens
 from rewards import Target, accuracy, belief_accuracy, graph_score
 from run import checkpoint, dataset, ranks
-from run.curves import plot_curves, read_lines
-from run.files import write_atomic
+from run.curves import plot_curves
+from run.files import JsonLines
 from world.draws import families, held_out_grid
 
 FILE = "probe.jsonl"
@@ -116,17 +115,16 @@ class Probe:
         self.limit = given or reply_tokens(max(t.game.N for t in self.targets))
         policy.check_length(max(map(len, self.prompts)), self.limit)
         self.at = {round(steps * k / args.probes) for k in range(1, args.probes + 1)}
-        earlier = read_lines(self.folder / FILE)
-        kept = [e for e in earlier if e.get("stage") != stage or e["step"] <= done]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        before = lambda e: e.get("stage") != stage or (type(e.get("step")) is int and e["step"] <= done)
+        self.log = JsonLines(self.folder / FILE, before, ranks.first())
         if not any(
-            "stage" in e for e in kept
-        ):  # else the stage before has ended in what this one begins with
+            "stage" in e for e in self.log.rows
+        ):  # else this begins with what the stage before ended in
             self.at.add(0)
         self.text = ""  # of the newest values, for the progress bar
-        if ranks.first():
-            kept = kept or [{"levels": levels(self.targets)}]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / FILE, "".join(json.dumps(e) + "\n" for e in kept).encode())
+        if ranks.first() and not self.log.rows:
+            self.log.write({"levels": levels(self.targets)})
 
     def __call__(self, step: int, seconds: float) -> None:
         """Asks if it is time to."""
@@ -139,7 +137,5 @@ class Probe:
         values = measure(decisions, self.targets)
         self.text = f", probe: row {values['row']:.2f}, U2 {values['U2']:.2f}"
         if ranks.first():
-            with open(self.folder / FILE, "a", encoding="utf-8") as file:
-                line = {"stage": self.stage, "step": step, "seconds": round(seconds, 2)} | values
-                file.write(json.dumps(line) + "\n")
+            self.log.write({"stage": self.stage, "step": step, "seconds": round(seconds, 2)} | values)
             plot_curves(self.folder)

@@ -23,7 +23,7 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive_int, default=20, help="optimizer steps (sampling rounds)")
     told = "graph and effort decisions per step"
     add("--prompts", nargs=2, type=number(int, 0), default=(8, 2), metavar=("GRAPH", "EFFORT"), help=told)
-    add("--m", type=positive_int, default=8, help="replies per prompt: the group")
+    add("--m", type=number(int, 2), default=8, help="replies per prompt: the group")
     add("--lr", type=weight, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
     add("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     add("--temperature", type=weight, default=1.0, help="of sampling and of every log-probability")

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,17 @@ from tqdm import tqdm
 import experts
 import lora
 from models import adapters
-from models.load import ENGINES, load_policy
+from models.load import ENGINES, device, load_policy
 from models.pretrained import DEFAULT_MODEL
 from play.expert_games import Record
 from policy import Policy
-from run import checkpoint, dataset, ranks
+from run import checkpoint, dataset, files, ranks
 from run.files import (
     InputError,
     JsonLines,
     StopSignal,
-    new_run_folder,
+    argv_of,
+    library_errors,
     number,
     positive_int,
     resumed_arguments,
@@ -50,7 +52,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model", "Which model, and how it is computed.")
     add = group.add_argument
     add("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder of a causal chat model")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=device, default=here, help="torch device")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
     add("--engine", choices=ENGINES, default="fast", help="plain: policy.py as it stands, slow and short")
 
@@ -63,7 +66,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "LoRA", "The adapter of each stage: h = W x + (alpha / r) B A x."
     ).add_argument
     add("--rank", type=positive_int, default=32, help="LoRA rank r")
-    add("--lora-alpha", type=float, default=64.0, help="LoRA alpha; the scaling is alpha / r")
+    above_0 = number(float, 0, above=True)
+    add("--lora-alpha", type=above_0, default=64.0, help="LoRA alpha; the scaling is alpha / r")
     add("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
     group = parser.add_argument_group(
         "supervised fine-tuning", "The first stage: imitate the expert's replies."
@@ -75,7 +79,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--label-noise", nargs="+", type=share, default=[0.5], metavar="RATE", help=told)
     add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
-    add("--sft-lr", type=float, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
+    add("--sft-lr", type=number(float, 0), default=1e-3, help="peak learning rate (warm-up, cosine to 0)")
     add = parser.add_argument_group(
         "run", "Seeds, memory, saving. None of these changes the method."
     ).add_argument
@@ -94,22 +98,20 @@ def parse(parser: argparse.ArgumentParser, script: str, argv=None) -> argparse.N
     """Parses the flags, with the paper's values as defaults under --preset paper; under --resume they are
     those of the run (a flag that is newer than the run has its default)."""
     known, _ = parser.parse_known_args(argv)
-    if known.preset == "paper":
-        flags = {action.dest for action in parser._actions}
-        parser.set_defaults(**{name: value for name, value in PAPER.items() if name in flags})
-    if known.resume:
-        print(f"continuing {known.resume} with the settings in its config.json (other flags do not count)")
-        defaults = vars(parser.parse_args([])) | {"script": script, "resumed": True}
-        of_run = resumed_arguments(known.resume, script) | {"out": known.resume, "resumed": True}
-        gone = sorted(set(of_run) - set(defaults))
+    folder, flags = known.resume, {action.dest for action in parser._actions}
+    if folder:
+        print(f"continuing {folder} with the settings in its config.json (other flags do not count)")
+        of_run = resumed_arguments(folder, script) | {"out": folder}
+        gone = sorted(set(of_run) - flags - {"script", "resumed"})
         if gone:
             advice = "continue it with the version of the code that it was made with"
-            raise InputError(
-                f"{known.resume} was made with settings that are gone ({', '.join(gone)}); {advice}"
-            )
-        return argparse.Namespace(**defaults | of_run)
+            raise InputError(f"{folder} was made with settings that are gone ({', '.join(gone)}); {advice}")
+        argv = argv_of(parser, of_run)  # someone may have edited the file
+        known, _ = parser.parse_known_args(argv)
+    if known.preset == "paper":
+        parser.set_defaults(**{name: value for name, value in PAPER.items() if name in flags})
     args = parser.parse_args(argv)
-    args.script, args.resumed = script, False
+    args.script, args.resumed = script, bool(folder)
     if isinstance(args.seat, int) and args.seat >= args.agents[0]:
         agents = f"the number of agents, which is {args.agents[0]} in some games"
         raise InputError(f"--seat {args.seat} must be below {agents}")
@@ -137,12 +139,14 @@ def load_policy_of_rank(args) -> Policy:
         return load_policy(args.model, args.dtype, ranks.device(args.device), args.engine)
 
 
-def run_folder(args) -> Path:
-    """The folder of this run, made unless it is resumed."""
-    with ranks.first_goes_first():
-        if ranks.first() and not args.resumed:
-            new_run_folder(args.out, vars(args))
-    return Path(args.out)
+@contextmanager
+def run_folder(args):
+    """The folder of this run, made unless it is resumed, and inside kept from other runs."""
+    with ExitStack() as held:
+        with ranks.first_goes_first():
+            if ranks.first():
+                held.enter_context(files.run_folder(args.out, None if args.resumed else vars(args)))
+        yield Path(args.out)
 
 
 def load_records(args) -> list[Record]:
@@ -227,20 +231,36 @@ class Loop:
         self.done, self.extra, self.untouched, self.stopping = 0, {}, True, False
         self.seconds = 0.0  # that the steps have taken, probes left out
         self.keep: Callable[[], dict] = dict  # what a checkpoint holds besides; `extra` is what it held
-        saved = checkpoint.latest_checkpoint(folder / "checkpoints")
-        if saved:
-            self.done, adapter, self.extra = checkpoint.load_checkpoint(saved, self.optimizer)
-            adapters.load_adapter_state(policy.model, adapter)
-            self.seconds = self.extra.pop("seconds", 0.0)
+        self.logs: list[JsonLines] = []
+        with library_errors(f"the checkpoint in {folder} is of other settings than its config.json"):
+            saved = checkpoint.restore(folder / "checkpoints", self.optimizer)
+            if saved:
+                self.done, adapter, self.extra = saved
+                adapters.load_adapter_state(policy.model, adapter)
+                self.seconds = self.extra.pop("seconds", 0.0)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = self.open_log("metrics")
         shown = dict(total=self.steps, initial=self.done, desc=name, unit="step", disable=not ranks.first())
         self.bar = tqdm(**shown)
         self.probe = Probe(args, policy, name, self.steps, self.done) if args.probes else None
+        if self.probe:
+            self.watch(self.probe.log)
 
     def open_log(self, name: str) -> JsonLines:
         """FOLDER/name.jsonl without the lines of steps that will be done again; the first process writes."""
-        return JsonLines(self.folder / f"{name}.jsonl", self.done, ranks.first())
+        done = lambda row: type(row.get("step")) is int and row["step"] < self.done
+        return self.watch(JsonLines(self.folder / f"{name}.jsonl", done, ranks.first()))
+
+    def watch(self, log: JsonLines) -> JsonLines:
+        """Counts the lines of a log in every checkpoint, and says if it has fewer than at the one before. It
+        is no reason to stop: no weight depends on a log, and the lines would not come back."""
+        had = self.extra.get("lines", {}).get(log.path.name, 0)
+        if log.count < had:
+            tqdm.write(
+                f"{log.path} has lost {had - log.count} of its {had} lines; the weights are not touched"
+            )
+        self.logs.append(log)
+        return log
 
     @property
     def finished(self) -> bool:
@@ -264,11 +284,15 @@ class Loop:
             self.started = time.perf_counter()
             yield self.done
 
-    def optimizer_step(self) -> tuple[float, float]:
-        """Steps with the gradients of all processes, clipped, and clears them. Returns (the learning rate
-        that was used, the gradient norm before clipping)."""
+    def optimizer_step(self, loss: float) -> tuple[float, float]:
+        """Steps with the gradients of all processes, clipped, and clears them. loss: of all of them. Returns
+        (the learning rate that was used, the gradient norm before clipping)."""
         lr = learning_rate(self.done, self.planned, self.peak_lr)
         norm = clip_gradient(self.optimizer, MAX_GRAD_NORM)
+        for what, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                kept = f"the checkpoints in {self.folder} are from before; try a lower learning rate"
+                raise InputError(f"step {self.done}: the {what} is {value}, and training ends here; {kept}")
         self.untouched = False
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
@@ -295,10 +319,9 @@ class Loop:
     def save(self) -> None:
         if ranks.first():
             state = adapters.adapter_state(self.policy.model)
-            checkpoint.save_checkpoint(
-                self.folder / "checkpoints",
-                self.done,
-                state,
-                self.optimizer,
-                self.keep() | {"seconds": self.seconds},
-            )
+            adapters.require_finite(state, f"after step {self.done - 1}, not saved")
+            for log in self.logs:
+                log.sync()  # so that no checkpoint is newer than what a power cut leaves of the logs
+            extra = self.keep() | {"seconds": self.seconds}
+            extra["lines"] = {log.path.name: log.count for log in self.logs}
+            checkpoint.save_checkpoint(self.folder / "checkpoints", self.done, state, self.optimizer, extra)

@@ -31,12 +31,13 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
-from run.files import InputError
+from run.files import InputError, lock, one_line
 
 BACKOFF = 1.0  # seconds before the first repetition; doubles with each, and is spread by half of itself
 LONGEST_BACKOFF = 60.0
 LONGEST_WAIT = 600.0  # a server that asks for more patience (Retry-After) ends the run
 LARGEST_BODY = 2**24
+LARGEST_COUNT = 10**9  # of tokens; a server that claims more is not believed
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 2.3, 1.3  # per token, by SmolLM2's tokenizer; for estimates alone
 
 
@@ -56,22 +57,14 @@ class AnswerFile:
 
     def __init__(self, path: str):
         self.path, self.lock = path, threading.Lock()
+        advice = "wait, or name another with --ask record=FILE"
         try:
+            self.held = lock(f"{path}.lock", f"another run is writing answers to {path}; {advice}")
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             with open(self.file, "rb", closefd=False) as f:
                 lines = f.read().split(b"\n")
         except OSError as e:
             raise InputError(f"cannot open the record of answers {path}: {e.strerror}") from None
-        try:
-            import fcntl  # here, since Windows has none
-
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another run is writing answers to {path}; wait, or name another with --ask record=FILE"
-            ) from None
-        except (ImportError, OSError):  # a file system without locks
-            pass
         self.answers: dict[str, dict] = {}
         for line in lines:
             try:
@@ -94,6 +87,7 @@ class AnswerFile:
     def close(self) -> None:
         AnswerFile._open.pop(os.path.abspath(self.path), None)
         os.close(self.file)
+        self.held.lock.release()
 
     def append(self, answer: dict) -> None:
         """On the disk when it returns."""
@@ -229,7 +223,7 @@ def post(server: Server, body: dict, timeout: float) -> dict:
         usage.get(name) if isinstance(usage, dict) else None
         for name in ("prompt_tokens", "completion_tokens")
     ]
-    good = all(type(n) is int and n >= 0 for n in counts)
+    good = all(type(n) is int and 0 <= n <= LARGEST_COUNT for n in counts)
     # (No content: a refusal, or all tokens were spent on reasoning. It was paid for, and it cannot be read.)
     finish = choice.get("finish_reason")
     finish = server.clean(finish) if isinstance(finish, str) else None
@@ -291,7 +285,7 @@ class ChatClient:
         self.settings = {"temperature": temperature, "max_tokens": max_tokens}
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.price, self.budget = price, budget
-        self.lock, self.stop = threading.Lock(), threading.Event()
+        self.lock, self.stop = threading.Condition(), threading.Event()
         self.limit_name = "max_tokens"
         self.quiet_until = 0.0  # a server that asks one question to wait is left alone by all
         self.noted: set[str] = set()
@@ -310,7 +304,8 @@ class ChatClient:
     def _tokens(answer: dict) -> tuple[int, int]:
         """As the server counted them, or an estimate."""
         usage = answer.get("usage")
-        if isinstance(usage, list) and len(usage) == 2 and all(type(n) is int and n >= 0 for n in usage):
+        good = isinstance(usage, list) and len(usage) == 2 and all(type(n) is int for n in usage)
+        if good and 0 <= min(usage) and max(usage) <= LARGEST_COUNT:
             return tuple(usage)
         said = sum(len(m["content"]) for m in answer.get("messages", ()))
         return round(said / PROMPT_CHARACTERS), round(len(answer["text"]) / ANSWER_CHARACTERS)
@@ -341,7 +336,7 @@ class ChatClient:
 
     def _ask(self, key: str, messages: list[dict], draw: str, attempt: int) -> None:
         try:
-            self._begin()
+            self._begin(messages)
             started = time.monotonic()
             line = {"key": key, "model": self.model, "messages": messages, "settings": self.settings}
             line |= {"draw": draw, "attempt": attempt, **self._try_until_answered(messages)}
@@ -360,21 +355,28 @@ class ChatClient:
             self.tokens = [a + b for a, b in zip(self.tokens, tokens)]
             self.spent += self.cost(*tokens)
             self.dearest = max(self.dearest, self.cost(*tokens))
+            self.lock.notify_all()
 
-    def _begin(self) -> None:
-        """Stops before a question that would go beyond the budget, if it and those under way cost as much as
-        the dearest so far."""
+    def _begin(self, messages: list[dict]) -> None:
+        """Waits until a question fits into the budget, if it and those under way cost as much as the dearest
+        that one may: max_tokens, or what one has cost. (A token is a byte at least.) Raises InputError where
+        it does not fit alone."""
         with self.lock:
-            if self.stop.is_set():
-                raise _Stopped
-            expected = self.spent + (self.under_way + 1) * self.dearest
-            if self.budget is not None and (expected > self.budget or self.spent >= self.budget):
-                raise InputError(
-                    f"the budget of ${self.budget:g} is used up: the answers in {self.file.path} cost "
-                    f"${self.spent:.4f}; they are kept, and the same command goes on with a higher "
-                    "--ask budget=USD"
-                )
-            self.under_way += 1
+            longest = self.cost(len(json.dumps(messages)), self.settings["max_tokens"] or 0)
+            self.dearest = max(self.dearest, longest)
+            while not self.stop.is_set():
+                expected = self.spent + (self.under_way + 1) * self.dearest
+                if self.budget is None or (expected <= self.budget and self.spent < self.budget):
+                    self.under_way += 1
+                    return
+                if not self.under_way:
+                    cost = f"cost ${self.spent:.4f}, and one more may cost ${self.dearest:.4f}"
+                    raise InputError(
+                        f"the budget of ${self.budget:g} is used up: the answers in {self.file.path} {cost}; "
+                        "they are kept, and the same command goes on with a higher --ask budget=USD"
+                    )
+                self.lock.wait(0.2)
+        raise _Stopped
 
     def _try_until_answered(self, messages: list[dict]) -> dict:
         tries = 0
@@ -418,7 +420,7 @@ class ChatClient:
             if reason in self.noted:
                 return
             self.noted.add(reason)
-        tqdm.write(f"{self.server.host}: {reason}; trying again")
+        tqdm.write(f"{self.server.host}: {one_line(reason)}; trying again")
 
     def report(self) -> str:
         text = (

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ import tompo
 import train_rft
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
-from run import training
+from prompts import PromptStyle
+from run import dataset, training
 from tools import merge
 from variants import credit
 
@@ -549,6 +551,21 @@ def test_a_damaged_log_costs_the_diagnosis_and_not_the_run(
 def test_settings_that_make_no_sense_are_refused(model_dir, tmp_path, refused, changes, words):
     assert words in refused(train_rft.main, rft_flags(model_dir, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused):
+    records = dataset.simulate_many(2, "second-best", 0, PromptStyle(), (3, 3))
+    cases = [
+        (records[1:], {}, "lacks decisions of game 0, stage 0"),
+        (records[:-3], {}, "without E decisions"),
+    ]
+    cases += [([replace(records[0], proposals=None), *records[1:]], {}, "game 0, stage 0: proposals must be")]
+    cases += [(records, dict(max_new_tokens=9999), "9999 reply tokens do not fit")]
+    for number, (kept, changes, words) in enumerate(cases):
+        data = tmp_path / f"{number}.jsonl"
+        dataset.write_records(data, kept)
+        said = refused(train_rft.main, rft_flags(model_dir, tmp_path / "run", data=data, **changes))
+        assert words in said and not (tmp_path / "run").exists()
 
 
 def test_a_belief_reward_without_beliefs_is_refused(model_dir, tmp_path, refused):

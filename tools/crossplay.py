@@ -100,6 +100,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     for path in filter(None, (args.json, args.png)):
         refuse_existing(path)
+    if args.png and not args.png.endswith(".png"):
+        raise InputError(f"--png {args.png}: name a file that ends in .png")
     names = list(dict.fromkeys(args.player))
     if len(names) < 2:
         raise InputError("--player: cross-play needs at least two different players")

@@ -29,8 +29,7 @@ from tqdm import tqdm
 
 from play.held_out import add_eval_arguments
 from run import dataset, training
-from run.curves import read_lines
-from run.files import InputError, positive_int, read_json, reports_errors
+from run.files import InputError, positive_int, read_json, read_lines, reports_errors
 from run.rft_flags import add_rft_arguments
 from tools import study_report
 

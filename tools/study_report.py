@@ -18,8 +18,7 @@ import numpy as np
 
 from play.metrics import mean_interval
 from prompts import last_line
-from run.curves import read_lines
-from run.files import InputError, write_atomic
+from run.files import InputError, read_lines, write_atomic
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")

@@ -351,6 +351,29 @@ def test_more_than_plain_lora_is_refused(folder, changes):
     refused(ValueError, message, adapters.load_adapter, tiny(), folder)
 
 
+def test_weights_that_are_no_numbers_are_refused(folder, tmp_path):
+    path, model = folder / "adapter_model.safetensors", adapted()
+    for bad in (float("nan"), float("inf")):
+        state = load_file(path)
+        state[next(iter(state))][0, 0] = bad
+        save_file(state, path, {"lora_alpha": "8.0"})
+        refused(ValueError, "holds values that are no finite numbers", adapters.load_adapter, tiny(), folder)
+        adapters.load_adapter_state(model, state)
+        refused(ValueError, "no finite", adapters.save_adapter, model, tmp_path / "new", CONFIG)
+        save_file(adapters.adapter_state(adapted()), path, {"lora_alpha": "8.0"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_config_of_a_stranger_cannot_hang_or_crash(folder):
+    """The layers are those of the weights, so that a regex is never asked for them."""
+    edit_config(folder, target_modules=r"(a|a|a)*$|(.*.*.*.*)*x")
+    model = tiny()
+    adapters.load_adapter(model, folder)
+    assert torch.equal(logits(model), logits(adapted()))
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    refused(ValueError, "adapter_config.json.*recursion", adapters.load_adapter, tiny(), folder)
+
+
 def test_extra_tensors_are_refused(folder):
     path = folder / "adapter_model.safetensors"
     state = load_file(path)

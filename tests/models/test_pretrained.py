@@ -79,6 +79,15 @@ def test_truncated_weights(tiny_model_dir, tmp_path):
     assert f"could not load {folder}" in message_of(pretrained.load, folder)
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no system message') }}", "{% if %}", "{{ 1 / 0 }}"]
+)
+def test_a_chat_template_that_raises_is_one_line(tiny_model_dir, tmp_path, template):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(template)
+    assert "the chat template of" in message_of(pretrained.load, folder)
+
+
 def test_a_chat_template_is_required(tiny_model_dir, tmp_path):
     folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
     (folder / "chat_template.jinja").unlink()

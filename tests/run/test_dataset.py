@@ -4,7 +4,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +104,12 @@ BAD_CHANGES = {  # of a record about links; what is changed in it
     "instance": [None, {}],
     "prompt": [None, ["hello"], [{"content": "hello"}], [{"role": "user", "content": None}], []],
     "game": ["0"],
-    "stage": [0.5],
+    "stage": [0.5, -1, 4, 1],  # there are four stages, and the next one is of efforts
+    "round": [0, 2, None],
 }
+U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
+BAD_CHANGES["prompt"] += [[A], [S, S], [U, A], [U, A, U], [{"role": "tool", "content": "x"}]]
+BAD_CHANGES["prompt"] += [[{"role": "user", "content": "\ud800"}]]  # half a character, which JSON can hold
 BAD_INSTANCES = {"alpha": ["1111", [1, 1, 1, -1], [1, 1, 1, float("nan")], [1]]}
 BAD_INSTANCES |= {"stages": ["EE"], "rounds": [0]}
 BAD_EFFORTS = {"label": ["Decision: 1000", "Decision: nan"], "seat": [0.5]}
@@ -133,7 +137,7 @@ def test_a_bad_line_is_named(few, tmp_path):
         message = str(caught.value)
         assert str(path) in message and "line 3" in message and "\n" not in message, line[:200]
         count += 1
-    assert count == 8 + 24 + 3 + 6 + len(fields(Record)) + 1
+    assert count == 8 + 36 + 3 + 6 + len(fields(Record)) + 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe\x00\x9fPK\x03\x04", "folder"], ids=str)
@@ -170,6 +174,21 @@ def test_a_data_set_without_a_seat_or_a_stage_has_no_targets(few, lost):
     del kept[lost]
     with pytest.raises(InputError, match="lacks decisions of game 0, stage"):
         targets(kept)
+
+
+ROW = [0, 1, 1, 1]
+NO_PROPOSALS = [None, "hi", [[1]], [[2] * 4] * 4, [[1] * 4] * 4, [ROW, ROW[1:]], [["a"] * 4] * 4, {"a": 1}]
+NO_EFFORTS = [None, "hi", 1, [-1, 1, 1, 1], [float("nan")] * 4, [1e9] * 4, [1, 1], ["a"] * 4]
+
+
+@pytest.mark.parametrize("index, field, values", [(0, "proposals", NO_PROPOSALS), (4, "efforts", NO_EFFORTS)])
+def test_states_that_never_were_are_refused(few, index, field, values):
+    for value in values:
+        bad = list(few)
+        bad[index] = replace(bad[index], **{field: value})
+        with pytest.raises(InputError, match=f"game 0, stage {index // 4}") as caught:
+            targets(bad)
+        assert "\n" not in str(caught.value)
 
 
 # --- tools/expert_games.py

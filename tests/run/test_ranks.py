@@ -15,6 +15,7 @@ from whole_runs import (
     Run,
     assert_same_up_to_rounding,
     ended,
+    latest_checkpoint,
     lines_of,
     rft_flags,
     run_rft,
@@ -22,7 +23,7 @@ from whole_runs import (
     wait_for_lines,
 )
 
-from run import checkpoint, ranks
+from run import ranks
 
 UNDER_TORCHRUN = f"""
 import os, sys
@@ -74,7 +75,7 @@ def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(gentle, m
     (line,) = [line for line in output.splitlines() if told in line]
     assert f"with --resume {folder}" in line
     assert not (folder / "adapter").exists(), "the run was over before the process died"
-    saved = int(checkpoint.latest_checkpoint(folder / "checkpoints").name.removeprefix("step-"))
+    saved = int(latest_checkpoint(folder).name.removeprefix("step-"))
     done = len(lines_of(folder / "metrics.jsonl"))
     assert saved == done if dies else saved in (done - 1, done)  # rank 0 dead: the last periodic one
     run_rft(["--resume", str(folder)])  # with another number of processes
@@ -96,7 +97,7 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(gentle, model_dir, tmp_pa
     assert f"continue with: python train_rft.py --resume {folder}" in told
     assert "Error" not in told.split("stopped and saved")[0] and told.count("stopping after this step") == 1
     done = len(lines_of(folder / "metrics.jsonl"))
-    assert checkpoint.latest_checkpoint(folder / "checkpoints").name == f"step-{done:06d}" and done < 6
+    assert latest_checkpoint(folder).name == f"step-{done:06d}" and done < 6
     run_rft(["--resume", str(folder)])
     assert_same_up_to_rounding(Run(folder), gentle)
 

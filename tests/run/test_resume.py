@@ -12,15 +12,18 @@ from whole_runs import (
     assert_same_run,
     ended,
     interrupted,
+    latest_checkpoint,
     lines_of,
     rft_flags,
     run_rft,
     start,
     wait_for_lines,
+    without_timings,
 )
 
 import train_rft
 from run import checkpoint
+from run.files import InputError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def stopped(model_dir, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         said = interrupted(patch, rft_flags(model_dir, folder), folder / "metrics.jsonl", 3)
     assert f"--resume {folder}" in said and not (folder / "adapter").exists()
-    assert checkpoint.latest_checkpoint(folder / "checkpoints").name == "step-000003"
+    assert latest_checkpoint(folder).name == "step-000003"
     return Run(folder, said=said)
 
 
@@ -68,7 +71,7 @@ def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, 
     log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
     said = interrupted(monkeypatch, rft_flags(model_dir, run.folder), log, 4)
     assert "stopping after this step" not in said and f"--resume {run.folder}" in said
-    assert checkpoint.latest_checkpoint(run.folder / "sft" / "checkpoints").name == "step-000003"
+    assert latest_checkpoint(run.folder / "sft").name == "step-000003"
     assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "sft" / "adapter").exists()
     assert_same_run(resume(run), full)
 
@@ -89,6 +92,7 @@ def test_a_run_that_was_killed_ends_the_same(full, model_dir, tmp_path):
         with open(folder / name, "a") as f:
             f.write('{"step": 5, "rew')
     assert_same_run(resume(Run(folder)), full)
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
@@ -97,12 +101,9 @@ def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
 
 
 def test_a_half_written_checkpoint_is_ignored(tmp_path):
-    for name in ("step-000002", "step-000004.tmp"):
-        (tmp_path / name).mkdir()
-    assert checkpoint.latest_checkpoint(tmp_path).name == "step-000002"
-    (tmp_path / "step-000002").rmdir()
-    assert checkpoint.latest_checkpoint(tmp_path) is None
-    assert checkpoint.latest_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "step-000004.tmp").mkdir()
+    for folder in (tmp_path, tmp_path / "missing"):
+        assert checkpoint.restore(folder, None) is None
 
 
 def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
@@ -115,7 +116,7 @@ def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
         checkpoint.save_checkpoint(tmp_path, step, adapter, optimizer, {"memory": {"a": 1 / 3}}, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000010"]
     fresh = torch.optim.AdamW([torch.nn.Parameter(p.detach().clone()) for p in parameters], lr=0.1)
-    step, adapter, extra = checkpoint.load_checkpoint(checkpoint.latest_checkpoint(tmp_path), fresh)
+    step, adapter, extra = checkpoint.restore(tmp_path, fresh)
     assert step == 10 and extra == {"memory": {"a": 1 / 3}}
     assert all(torch.equal(adapter[f"p{i}"], p) for i, p in enumerate(parameters))
     old, new = optimizer.state_dict()["state"], fresh.state_dict()["state"]
@@ -124,10 +125,79 @@ def test_checkpoints_keep_the_newest_and_give_back_all(tmp_path):
         assert old[i].keys() == new[i].keys() and all(torch.equal(old[i][k], new[i][k]) for k in old[i])
 
 
-def test_a_damaged_checkpoint_is_refused(copied, refused):
-    tensors = checkpoint.latest_checkpoint(copied.folder / "checkpoints") / "tensors.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:1000])
-    assert "step-000003" in refused(train_rft.main, ["--resume", copied.folder])
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_lost_lines_are_named(full, copied, capsys):
+    """The run ends in the same adapter; of the log all is there but what was lost."""
+    flip_a_bit(copied.folder / "checkpoints" / "step-000003" / "tensors.safetensors")
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = (copied.folder / name).read_text().splitlines(keepends=True)
+        (copied.folder / name).write_text("".join([*lines[1:], "[" * 5000, "\n[1]\n", '{"step": "a"}\n']))
+    resume(copied)
+    said = capsys.readouterr().out
+    assert "step-000003 is damaged: its checksum is another; going on from step-000002" in said
+    assert f"{copied.folder / 'metrics.jsonl'} has lost 1 of its 2 lines" in said
+    assert f"{copied.folder / 'samples.jsonl'} has lost 1 of its 32 lines" in said
+    assert "probe.jsonl has lost" not in said
+    assert copied.weights() == full.weights()
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        a, b = without_timings(copied.lines(name)), without_timings(full.lines(name))
+        assert a == b[1:] and len(a) > 4
+
+
+def edited(**changes):
+    return lambda folder: (folder / "state.json").write_text(
+        json.dumps(json.loads((folder / "state.json").read_text()) | changes)
+    )
+
+
+DAMAGE = {
+    "a bit of a weight": lambda folder: flip_a_bit(folder / "tensors.safetensors"),
+    "half of the weights": lambda folder: os.truncate(folder / "tensors.safetensors", 100),
+    "no weights": lambda folder: (folder / "tensors.safetensors").unlink(),
+    "a step that is a word": edited(step="3"),
+    "a step before the first": edited(step=-1),
+    "no memory": edited(extra={}),
+    "no checksum": edited(sha256=None),
+    "a list": lambda folder: (folder / "state.json").write_text("[]"),
+    "no end": lambda folder: (folder / "state.json").write_text("[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_every_damage_of_a_checkpoint_is_noticed(damage, tmp_path, capsys):
+    """The one before is taken; where there is none, the run is not begun anew but refused."""
+    p = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([p], lr=0.1)
+    assert checkpoint.restore(tmp_path, optimizer) is None
+    for step in (1, 2):
+        p.grad = torch.ones(3)
+        optimizer.step()
+        checkpoint.save_checkpoint(tmp_path, step, {"p": p}, optimizer, {"memory": {"a": 1 / 3}})
+    assert checkpoint.restore(tmp_path, optimizer)[0] == 2 and capsys.readouterr().out == ""
+    damage(tmp_path / "step-000002")
+    step, adapter, extra = checkpoint.restore(tmp_path, optimizer)
+    assert step == 1 and extra == {"memory": {"a": 1 / 3}}
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "step-000002" in line and line.endswith("going on from step-000001, the newest one that is whole")
+    damage(tmp_path / "step-000001")
+    with pytest.raises(InputError, match="step-000002") as caught:
+        checkpoint.restore(tmp_path, optimizer)
+    assert "\n" not in str(caught.value)
+    checkpoint.save_checkpoint(tmp_path, 2, {"p": p}, optimizer, {})  # it takes the damaged one's place
+    assert checkpoint.restore(tmp_path, optimizer)[0] == 2
+
+
+def test_a_checkpoint_of_other_settings_is_refused(copied, refused):
+    config = json.loads((copied.folder / "config.json").read_text()) | {"rank": 3}
+    (copied.folder / "config.json").write_text(json.dumps(config))
+    (copied.folder / "sft" / "adapter" / "adapter_config.json").unlink()
+    said = refused(train_rft.main, ["--resume", copied.folder])
+    assert "is of other settings than its config.json" in said and "has shape" in said
 
 
 def test_a_run_with_settings_that_are_gone_is_refused_not_changed(copied, refused):

@@ -187,13 +187,36 @@ def test_order_and_records_do_not_depend_on_concurrency(ask):
     assert most[0] == 1 and 8 < most[1] <= 16
 
 
-def test_the_first_answers_under_way_may_go_beyond_the_budget_by_no_more(client):
-    """Nothing is known of what an answer costs before the first one."""
-    with ChatServer(delay=lambda: 0.05) as server:
-        c = client(server, price=(10.0, 40.0), budget=0.001, concurrency=4)
-        with pytest.raises(InputError, match="budget"):
+@pytest.mark.parametrize("budget, answers", [(0.01, 0), (0.05, 1), (0.11, 4)])
+def test_questions_under_way_together_stay_within_the_budget(client, budget, answers):
+    """Every answer is as dear as one may be, $0.0225; a question waits until the others cannot use it up."""
+    with ChatServer(delay=lambda: 0.05, usage=(0, 1000)) as server:
+        c = client(server, price=(2.5, 22.5), budget=budget, concurrency=16, max_tokens=1000)
+        with pytest.raises(InputError, match=f"the budget of .{budget} is used up"):
             c.ask_all(questions(20), 1)
-    assert 1 <= len(server.questions) <= 4 and len(lines("r.jsonl")) == len(server.questions)
+    assert answers <= len(server.questions) == len(lines("r.jsonl")) <= budget / 0.0225
+    assert c.spent == pytest.approx(len(server.questions) * 0.0225) and c.spent <= budget
+
+
+def test_counts_that_no_answer_has_are_not_believed(client, forget):
+    """They were an error after the answer was recorded, and so in every later run."""
+    settings = dict(price=(10.0, 40.0), budget=1.0, max_tokens=100)
+    with ChatServer(usage=(10**400, 20)) as server:
+        spent = [client(server, **settings)]
+        spent[0].ask_all(questions(1), 1)
+        (line,) = lines("r.jsonl")
+        assert line["usage"] is None and 0 < spent[0].spent < 0.1
+        forget()
+        Path("r.jsonl").write_text(json.dumps(line | {"usage": [10**400, 10**400]}) + "\n")
+        assert client(server, **settings).spent == spent[0].spent
+
+
+def test_what_a_server_says_cannot_steer_the_terminal(client, capsys):
+    evil = json.dumps({"error": {"message": "\x1b]0;owned\x07"}}).encode()
+    with ChatServer(lambda body, n: ("status", 500, {}, evil) if n == 1 else None) as server:
+        client(server).ask_all(questions(1), 1)
+    said = capsys.readouterr().out
+    assert "owned" in said and "\x1b" not in said and "\x07" not in said
 
 
 def test_a_server_that_does_not_count_tokens(client):
@@ -272,7 +295,7 @@ def test_files_that_are_no_record(monkeypatch, tmp_path):
 def test_a_record_has_one_writer(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     path = str(tmp_path / "r.jsonl")
-    code = f"import sys; from teachers.chat_client import AnswerFile; AnswerFile({path!r})"
+    code = f"import sys; from teachers.chat_client import AnswerFile; f = AnswerFile({path!r})"
     code += "; print('open', flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
