@@ -299,7 +299,7 @@ def play_tables(
                 of_seat.append(a)
             states[i] = state.step(actions)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
-    return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
+    return [Played(g, t, w, s.history) for g, t, w, s in zip(instances, turns, welfares, states)]
 
 
 def _turn(

@@ -13,7 +13,6 @@ is named and does not stop the rest; a study that was killed goes on where it wa
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from play.held_out import add_eval_arguments
 from run import dataset, training
 from run.curves import read_lines
-from run.files import InputError, positive_int, read_json, reports_errors
+from run.files import InputError, cpu_name, positive_int, read_json, reports_errors
 from run.rft_flags import add_rft_arguments
 from tools import study_report
 
@@ -260,14 +259,6 @@ class Study:
         )
         packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
         return {"commit": commit.stdout.strip(), "machine": cpu_name(), "packages": packages}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def parse_seeds(text: str) -> list[int]:
