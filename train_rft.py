@@ -37,7 +37,7 @@ from run.curves import plot_curves
 from run.files import StopSignal, Stopwatch, print_times, reports_errors
 from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
 from run.rft_log import SampleLog, add_sums, live_line, step_metrics, timing
-from tools import diagnose
+from tools import diagnose, view
 from train_sft import sft
 from variants.credit import step_credits
 from world.draws import named_numbers
@@ -263,6 +263,7 @@ def main(argv=None) -> None:
         print_times(folder, clock)
         print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
         print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
+        print(view.of_run(folder))
 
 
 if __name__ == "__main__":

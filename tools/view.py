@@ -114,7 +114,7 @@ def of_run(folder: Path) -> str:
         write_page([Path(folder)], Path(folder) / "run.html")
     except Exception as e:  # whatever it is, it must not cost the user the end of a long run
         return f"no page of the run: {' '.join(str(e).split()) or type(e).__name__}"
-    return f"look at it: {Path(folder) / 'run.html'}"
+    return f"the run as a page: {Path(folder) / 'run.html'}"
 
 
 @reports_errors
