@@ -12,7 +12,7 @@ from tools.page.games import decision_of
 from tools.page.text import LONGEST, clean, escaped, rounded, tell_game, thinned
 from world.draws import named_numbers
 
-COLUMNS = "text broken action belief f1 accuracy compliance sample r_S s local global R_G A_S A_G advantage"
+COLUMNS = "text broken action expected f1 accuracy compliance sample r_S s local global R_G A_S A_G advantage"
 
 
 def prompts_of(folder: Path, samples: list[dict]) -> dict[tuple, dict]:
@@ -59,8 +59,8 @@ def reply_row(s: dict, prompt: dict, weights: dict) -> list:
         if expert:
             f1_, agree = (score(decision.action, expert.action, seat) for score in (f1, accuracy))
         action = "".join(map(str, action))
-    belief = read_belief(text, kind, seat, N) if decision else None
-    read = {"text": clean(text), "action": action, "belief": belief, "f1": f1_, "accuracy": agree}
+    expected = read_belief(text, kind, seat, N) if decision else None
+    read = {"text": clean(text), "action": action, "expected": expected, "f1": f1_, "accuracy": agree}
     values = s | read
     return rounded([values.get(name) for name in (*COLUMNS.split(), *weights)])
 
@@ -78,8 +78,14 @@ def groups_of(config: dict, samples: list[dict], prompts: dict[tuple, dict], bud
             groups.append({"step": s["step"], "prompt": numbers[key], "replies": []})
         last = s["step"], key
         groups[-1]["replies"].append(reply_row(s, prompts[key], optional))
-    kept = thinned([len(escaped(groups)) for groups in steps.values()], budget)
-    shown = [list(steps.values())[i] for i in kept]
+    told = [rounded({k: v for k, v in p.items() if k not in ("state", "cap")}) for p in prompts.values()]
+    sizes = [
+        len(escaped(groups)) + sum(len(escaped(told[k])) for k in {group["prompt"] for group in groups})
+        for groups in steps.values()
+    ]
+    kept = thinned(sizes, budget)
+    shown = [group for i in kept for group in list(steps.values())[i]]
+    used = {group["prompt"] for group in shown}
     objective = dict(text.split("=", 1) for text in config.get("objective") or ())
     return {
         "columns": [*COLUMNS.split(), *optional],
@@ -90,9 +96,7 @@ def groups_of(config: dict, samples: list[dict], prompts: dict[tuple, dict], bud
             "advantage": objective.get("advantage", "std"),
             "credit": config.get("credit") is not None,
         },
-        "groups": [group for groups in shown for group in groups],
-        "steps": [len(shown), len(steps)],
-        "prompts": [
-            rounded({k: v for k, v in p.items() if k not in ("state", "cap")}) for p in prompts.values()
-        ],
+        "groups": shown,
+        "steps": [len(kept), len(steps)],
+        "prompts": [p if k in used else None for k, p in enumerate(told)],
     }
