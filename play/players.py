@@ -278,9 +278,10 @@ def play_tables(
     replies: list[list[list[str]]] = [[[] for _ in table] for table in tables]
     turns: list[list[Turn]] = [[] for _ in instances]
     stages = len(instances[0].stages) * instances[0].rounds
-    for _ in tqdm(
-        range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()
-    ):
+    told_at_end = [tell for player in players if (tell := getattr(player, "game_over", None))]
+    # No progress bar in a person's dialogue
+    hidden = bool(told_at_end) or not ranks.first()
+    for _ in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=hidden):
         asked = [[Ask(first + i, s, j, replies[i][j]) for j in range(s.game.N)] for i, s in enumerate(states)]
         answers = {}
         for player in players:
@@ -308,7 +309,7 @@ def play_tables(
             for of_seat, a in zip(replies[i], of_game):
                 of_seat.append(a)
             states[i] = state.step(actions)
-    for tell in filter(None, (getattr(player, "game_over", None) for player in players)):
+    for tell in told_at_end:
         for state in states:
             tell(state)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]

@@ -68,6 +68,7 @@ def games_of(results: dict, budget: int) -> dict:
         best = {"links": links_NN, "efforts": efforts_N, "payoffs": game.payoffs(links_NN, efforts_N), "W": W}
         seen = {"instance": tell_game(game), "types": game.types, "type": game.type_name, "N": game.N}
         players = {name: played_of(game, s, i) for name, s in results.items() if i < len(s["instances"])}
-        found.append(rounded(seen | {"best": best, "players": players}, 4))
-    kept = thinned([len(escaped(game)) for game in found], budget)
+        found.append(rounded(seen | {"best": best, "players": players}))
+    sizes = [len(escaped(game)) for game in found]
+    kept = thinned(len(found), lambda kept: sum(sizes[i] for i in kept), budget)
     return {"games": [found[i] | {"number": i} for i in kept], "count": len(found)}

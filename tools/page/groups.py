@@ -79,13 +79,17 @@ def groups_of(config: dict, samples: list[dict], prompts: dict[tuple, dict], bud
         last = s["step"], key
         groups[-1]["replies"].append(reply_row(s, prompts[key], optional))
     told = [rounded({k: v for k, v in p.items() if k not in ("state", "cap")}) for p in prompts.values()]
-    sizes = [
-        len(escaped(groups)) + sum(len(escaped(told[k])) for k in {group["prompt"] for group in groups})
-        for groups in steps.values()
-    ]
-    kept = thinned(sizes, budget)
-    shown = [group for i in kept for group in list(steps.values())[i]]
-    used = {group["prompt"] for group in shown}
+    groups, of_prompt = list(steps.values()), [len(escaped(p)) for p in told]
+    of_step = [(len(escaped(of_one)), {group["prompt"] for group in of_one}) for of_one in groups]
+
+    def size(kept):
+        return sum(of_step[i][0] for i in kept) + sum(of_prompt[k] for k in asked(kept))
+
+    def asked(kept):
+        return set().union(*(of_step[i][1] for i in kept))
+
+    kept = thinned(len(groups), size, budget)
+    shown, used = [group for i in kept for group in groups[i]], asked(kept)
     objective = dict(text.split("=", 1) for text in config.get("objective") or ())
     return {
         "columns": [*COLUMNS.split(), *optional],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -43,12 +44,12 @@ def tell_game(game: Game) -> str:
     return f"{game.label}{rounds}, {game.type_name} {tell_short(game.types)}, {parameters}"
 
 
-def thinned(sizes: list[int], budget: int) -> list[int]:
-    """Which of these items fit: all, or the newest quarter and every k-th older one, or every k-th."""
-    n = len(sizes)
-    for newest in (n - n // 4, n):
+def thinned(n: int, size: Callable[[list[int]], int], budget: int) -> list[int]:
+    """Which of n items fit, by number: all, or the newest quarter and every k-th older one, or every k-th and
+    the last. size: of these items together."""
+    for newest in (n - n // 4, n - 1):
         for k in range(1, n + 1):
             kept = [i for i in range(n) if i >= newest or i % k == 0]
-            if sum(sizes[i] for i in kept) <= budget:
+            if size(kept) <= budget:
                 return kept
     return []
