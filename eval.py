@@ -4,13 +4,14 @@
     python eval.py --policy runs/tompo/adapter --seat all    # self-play; random: one seat drawn per game
     python eval.py --policy runs/tompo/adapter --by-seat     # the same games once for every seat
     python eval.py --table runs/tompo/adapter base expert:nash expert:nash      # a player for each seat
+    python eval.py --table human runs/tompo/adapter expert:nash expert:nash     # you among them
     python eval.py --policy base --few-shot 3 --repair     # what prompting and lenient reading do
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
---policy takes `base` (the model without an adapter), adapter folders, `few-shot:K` and `expert:NAME`. The
-rows `expert:random` and that of the other seats' expert are always added. Every policy plays the same
-instances (the fixed held-out grid), in the same seat, against the same draws of the experts, so rows can be
-compared game by game.
+--policy takes `base` (the model without an adapter), adapter folders, `few-shot:K`, `expert:NAME` and `human`
+(play/human.py). The rows `expert:random` and that of the other seats' expert are always added. Every policy
+plays the same instances (the fixed held-out grid), in the same seat, against the same draws of the experts,
+so rows can be compared game by game.
 
 --repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant,
 what can be read in them is played (play/repair.py). U1 is the strict one there too. The strict row
@@ -21,6 +22,7 @@ Metrics: play/metrics.py. In self-play s, row and the experts' graph are those o
 
 import argparse
 
+from play import human
 from play.held_out import (
     add_eval_arguments,
     add_sampling_arguments,
@@ -42,8 +44,8 @@ def evaluate_names(args) -> dict[str, dict]:
     names = list(dict.fromkeys([*names, f"expert:{args.expert}", "expert:random"]))
     results = {}
     for name, make_player in make_cast(args, names, seed_of(args)).items():
-        results[name] = summarise(play_held_out(args, make_player, name))
-        if args.repair and not name.startswith("expert:"):
+        results[name] = summarise(play_held_out(args, make_player, name, person=name == human.NAME))
+        if args.repair and name != human.NAME and not name.startswith("expert:"):
             row = f"{name} repaired"
             results[row] = summarise(play_held_out(args, make_player, row, repair=True))
     return results
@@ -52,7 +54,7 @@ def evaluate_names(args) -> dict[str, dict]:
 def evaluate_by_seat(args, make_player, name: str) -> tuple[dict[str, dict], dict]:
     """({`seat I`: summary of the policy in that seat}, their mean)."""
     played = {
-        f"seat {i}": play_held_out(args, make_player, f"{name} in seat {i}", i)
+        f"seat {i}": play_held_out(args, make_player, f"{name} in seat {i}", i, person=name == human.NAME)
         for i in range(args.eval_agents)
     }
     return {seat: summarise(p) for seat, p in played.items()}, mean_over_seats(list(played.values()))
@@ -63,13 +65,13 @@ def evaluate_table(args) -> dict[str, dict]:
     one player."""
     makers, instances = make_cast(args, args.table, seed_of(args), "--table"), held_out_instances(args)
 
-    def play_part(part):
+    def play_part(part, first):
         cast = {name: make(stream=100 + k) for k, (name, make) in enumerate(makers.items())}
         table, seats = [cast[name] for name in args.table], tuple(range(args.eval_agents))
         of_part = [instances[i] for i in part], [table] * len(part), [seats] * len(part)
-        return play_tables(*of_part, dataset.expert_of(args), seed_of(args), "the table")
+        return play_tables(*of_part, dataset.expert_of(args), seed_of(args), "the table", first=first)
 
-    played = by_stages(instances, play_part)
+    played = by_stages(instances, play_part, human.NAME in args.table)
     return {f"seat {i} {name}": summarise(of_seat(played, i)) for i, name in enumerate(args.table)}
 
 
@@ -83,7 +85,7 @@ def main(argv=None) -> None:
     add_eval_arguments(parser)
     add = parser.add_argument
     add_sampling_arguments(parser)
-    told = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME"
+    told = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=told)
     add("--few-shot", type=positive_int, metavar="K", help="add few-shot:K: base after K expert games")
     add("--repair", action="store_true", help="add rows in which replies are read leniently")

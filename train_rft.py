@@ -36,8 +36,8 @@ from run import checkpoint, dataset, ranks, training
 from run.curves import plot_curves
 from run.files import StopSignal, Stopwatch, print_times, reports_errors
 from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
-from run.rft_log import add_sums, live_line, sample_lines, step_metrics, timing
-from tools import diagnose
+from run.rft_log import SampleLog, add_sums, live_line, step_metrics, timing
+from tools import diagnose, view
 from train_sft import sft
 from variants.credit import step_credits
 from world.draws import named_numbers
@@ -192,7 +192,7 @@ def rft(policy: Policy, args, conversations: list[list[Prompt]], folder: Path, s
     config = training.new_adapter(policy, args, purpose=3)
     limit = reply_limit(args, sum(conversations, []))
     with training.Loop(args, policy, folder, args.algo.upper(), args.steps, args.lr, stop) as loop:
-        memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), loop.open_log("samples")
+        memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), SampleLog(loop)
         loop.keep = lambda: {"memory": memory.best}
         for step in loop:
             with clock("sample"):
@@ -208,8 +208,7 @@ def rft(policy: Policy, args, conversations: list[list[Prompt]], folder: Path, s
                     memory.update(p.target.game.key, [o.rewards["s"] for o in group])
             line = step_metrics(batch, groups, add_sums(list(sums)))
             line |= {"loss": sum(losses), "lr": lr, "grad_norm": norm} | timing(groups, clock)
-            for sample_line in sample_lines(step, batch, groups):
-                samples.write(sample_line)
+            samples.write(step, batch, groups)
             loop.end_step(line, live_line(line))
     if loop.finished and ranks.first():
         of_sft = adapters.read_chain(args.sft_adapter or folder / "sft" / "adapter")
@@ -263,6 +262,7 @@ def main(argv=None) -> None:
         print_times(folder, clock)
         print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
         print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
+        print(view.of_run(folder))
 
 
 if __name__ == "__main__":

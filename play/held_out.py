@@ -14,6 +14,7 @@ import numpy as np
 import games
 import lora
 from games import Game
+from play import human
 from play.metrics import Played, summarise
 from play.players import expert_player, play, policy_player
 from policy import Policy
@@ -83,29 +84,37 @@ def seats_in(instances: list[Game], seat: int | str, seed: int) -> list[tuple[in
     return [(seat,)] * len(instances)
 
 
-def by_stages(instances: list[Game], play_part) -> list[Played]:
-    """Plays together the games that have the same stages and rounds. play_part: their indices -> their games
-    played."""
+def by_stages(instances: list[Game], play_part, one_by_one: bool = False) -> list[Played]:
+    """Plays together the games that have the same stages and rounds. play_part: (their indices, the number of
+    the first in its kind) -> their games played. one_by_one: each game for itself, as people play, who may
+    leave after any; then the games that were over are returned."""
     played: dict[int, Played] = {}
     for stages in dict.fromkeys((g.stages, g.rounds) for g in instances):
         part = [i for i, g in enumerate(instances) if (g.stages, g.rounds) == stages]
-        played |= zip(part, play_part(part), strict=True)
-    return [played[i] for i in range(len(instances))]
+        try:
+            for first in range(len(part)) if one_by_one else (0,):
+                now = part[first : first + 1] if one_by_one else part
+                played |= zip(now, play_part(now, first), strict=True)
+        except human.Left:
+            if not played:
+                raise
+            break
+    return [played[i] for i in sorted(played)]
 
 
 def play_held_out(
-    args, make_player, label: str, seat: int | str | None = None, repair: bool = False
+    args, make_player, label: str, seat: int | str | None = None, repair: bool = False, person: bool = False
 ) -> list[Played]:
     """One kind of player on the held-out games of these arguments, in its seat or seats and experts in the
-    others."""
+    others. person: it is one."""
     instances = held_out_instances(args)
     seats = seats_in(instances, args.seat if seat is None else seat, seed_of(args))
 
-    def play_part(part):
+    def play_part(part, first):
         of_part = [instances[i] for i in part], make_player(), [seats[i] for i in part]
-        return play(*of_part, dataset.expert_of(args), seed_of(args), label, repair)
+        return play(*of_part, dataset.expert_of(args), seed_of(args), label, repair, first)
 
-    return by_stages(instances, play_part)
+    return by_stages(instances, play_part, person)
 
 
 def evaluate_run(args, policy: Policy, folder: Path) -> dict[str, dict]:

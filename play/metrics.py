@@ -22,13 +22,14 @@ value is the mean over its seats. All of it is also reported for round 1 alone w
 """
 
 import math
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
 import games
 from games import Game, State
+from play.hindsight import effort_payoff, row_payoff, row_payoffs, tell_history
 from prompts import Decision
 from run.files import InputError, read_json
 
@@ -39,35 +40,18 @@ COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printe
 # -------------------- metrics
 
 
-@lru_cache(maxsize=2**16)
-def _nash_payoffs(game: Game, links: bytes) -> np.ndarray:
-    links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
-    return game.payoffs(links_NN, game.nash_efforts(links_NN))
-
-
 def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
     """U2 of the decision that `seat` took among `actions`, all agents' actions of the stage."""
     game = state.game
     if state.kind == "G":
-
-        def payoff(row_N):
-            proposals_NN = actions.copy()
-            proposals_NN[seat] = row_N
-            return _nash_payoffs(game, games.form_links(proposals_NN).tobytes())[seat]
-
-        u = payoff(actions[seat])
-        all_u = [payoff(row_N) for row_N in games.own_rows(game.N, seat)]
-        best, worst = max(all_u), min(all_u)
+        u, all_u = row_payoff(state, seat, actions, actions[seat]), row_payoffs(state, seat, actions)
+        best, worst = all_u.max(), all_u.min()
     else:
-
-        def payoff(effort):
-            efforts_N = actions.copy()
-            efforts_N[seat] = effort
-            return game.payoffs(state.links, efforts_N)[seat]
-
-        u = payoff(actions[seat])
-        best = payoff(game.best_response(state.links, actions)[seat])
-        worst = min(payoff(0.0), payoff(game.caps[seat]))  # own payoff is concave in the own effort
+        u, nothing, cap = (
+            effort_payoff(state, seat, actions, x) for x in (actions[seat], 0.0, game.caps[seat])
+        )
+        best = effort_payoff(state, seat, actions, game.best_response(state.links, actions)[seat])
+        worst = min(nothing, cap)  # own payoff is concave in the own effort
     return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
@@ -97,11 +81,12 @@ class Turn:
 
 @dataclass
 class Played:
-    """One finished game: the policy's turns, and realised welfare by round."""
+    """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage."""
 
     game: Game
     turns: list[Turn]
     welfares: list[float]
+    history: tuple[np.ndarray, ...] = ()
 
 
 # -------------------- results
@@ -187,7 +172,8 @@ def _compliance(turns: list[Turn], seats: float) -> dict:
 
 def summarise(games_played: list[Played]) -> dict:
     """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same},
-    "instances": per instance, "replies": of some games, evenly spread; "repaired": how many replies}."""
+    "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
+    in each stage), and all agents' "actions" by stage (play/hindsight.py); "repaired": how many replies}."""
     seats = len({t.seat for t in games_played[0].turns})
 
     def table(rows, turns):
@@ -210,14 +196,16 @@ def summarise(games_played: list[Played]) -> dict:
         "round 1": table(first, [t for t in turns if t.round == 1]),
         "games": {label: table_of(part) for label, part in parts.items()},
         "instances": [{"instance": p.game.to_json()} | row for p, row in zip(games_played, rows)],
-        "replies": [[t.reply for t in p.turns] for p in games_played[:: max(1, len(games_played) // 10)]],
+        "replies": [[t.reply for t in p.turns] for p in games_played],
+        "seats": [sorted({t.seat for t in p.turns}) for p in games_played],
+        "actions": [tell_history(p.history) for p in games_played],
         "repaired": sum(t.repaired for t in turns),
     }
 
 
 def of_seat(games_played: list[Played], seat: int) -> list[Played]:
     """The same games with the turns of one seat alone."""
-    return [Played(p.game, [t for t in p.turns if t.seat == seat], p.welfares) for p in games_played]
+    return [replace(p, turns=[t for t in p.turns if t.seat == seat]) for p in games_played]
 
 
 def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:

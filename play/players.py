@@ -7,7 +7,7 @@ all of them.
 
 Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in the
 prompt), an adapter folder (or one with two adapters, graph/adapter and effort/adapter, that take turns),
-`expert:NAME`. All that need the model share one.
+`expert:NAME`, `human`. All that need the model share one.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ import lora
 from games import Game, State
 from models import adapters as adapters_on_disk
 from models.load import put_adapter
-from play import expert_games
+from play import expert_games, human
 from play.metrics import Played, Turn, strategic_efficiency
 from play.repair import repair_reply
 from policy import Policy
@@ -173,9 +173,11 @@ def check_names(args, names: list[str], flag: str) -> None:
                 raise InputError(
                     f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3"
                 )
-        elif name != "base" and not all(Path(folder).is_dir() for folder in adapters_on_disk.chain(name)):
+        elif name not in ("base", human.NAME) and not all(
+            Path(folder).is_dir() for folder in adapters_on_disk.chain(name)
+        ):
             raise InputError(
-                f"{flag} {name}: neither base, nor few-shot:K, nor expert:NAME, nor an adapter folder"
+                f"{flag} {name}: neither base, human, few-shot:K or expert:NAME, nor an adapter folder"
             )
 
 
@@ -204,7 +206,8 @@ def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict
     model is loaded once, and a wrong adapter is found before the first game, not after the last."""
     check_names(args, names, flag)
     style, cast = dataset.style_of(args), {}
-    policy = None if all(name.startswith("expert:") for name in names) else load_policy_of_rank(args)
+    without_model = [name for name in names if name == human.NAME or name.startswith("expert:")]
+    policy = load_policy_of_rank(args) if len(without_model) < len(names) else None
 
     def model_player(stream=100, batch=64, **how):
         settings = style, args.max_new_tokens, args.eval_temperature, seed
@@ -223,6 +226,8 @@ def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict
             cast[name] = lambda stream=100, e=examples, b=smaller: model_player(stream, b, examples=e)
         elif name == "base":
             cast[name] = model_player
+        elif name == human.NAME:
+            cast[name] = lambda stream=100: human.Human(style)
         else:
             both = adapter_folders(name)
             read = {folder: fitting_adapter(policy, folder) for folder in set(both.values())}
@@ -242,13 +247,14 @@ def play(
     seed: int,
     label: str = "",
     repair: bool = False,
+    first: int = 0,
 ) -> list[Played]:
     """The player in one seat, or in each game in the seats that the list names, and the expert in the
     others."""
     seats = [(seat,)] * len(instances) if isinstance(seat, int) else seat
     others = expert_decider(expert, seed)
     tables = [[player if j in own else others for j in range(g.N)] for g, own in zip(instances, seats)]
-    return play_tables(instances, tables, seats, expert, seed, label, repair)
+    return play_tables(instances, tables, seats, expert, seed, label, repair, first)
 
 
 def play_tables(
@@ -259,30 +265,35 @@ def play_tables(
     seed: int,
     label: str = "",
     repair: bool = False,
+    first: int = 0,
 ) -> list[Played]:
     """All games side by side, stage by stage; they must have the same stages and rounds. tables: of each game
     the player in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions
     in all seats a graph decision is compared with (as in training: its row among the expert's others);
-    repair: of replies that are not compliant, play what can be read in them."""
+    repair: of replies that are not compliant, play what can be read in them; first: the number of the first
+    game, to which experts' draws belong. A player that has a `game_over` is told how each game ended."""
     reference = expert_decider(expert, seed)
     players = list({id(p): p for table in tables for p in table}.values())
     states = [State(g) for g in instances]
     replies: list[list[list[str]]] = [[[] for _ in table] for table in tables]
     turns: list[list[Turn]] = [[] for _ in instances]
     stages = len(instances[0].stages) * instances[0].rounds
-    for _ in tqdm(
-        range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=not ranks.first()
-    ):
-        asked = [[Ask(i, s, j, replies[i][j]) for j in range(s.game.N)] for i, s in enumerate(states)]
+    told_at_end = [tell for player in players if (tell := getattr(player, "game_over", None))]
+    # No progress bar in a person's dialogue
+    hidden = bool(told_at_end) or not ranks.first()
+    for _ in tqdm(range(stages), desc=f"playing {label}", unit="stage", leave=False, disable=hidden):
+        asked = [[Ask(first + i, s, j, replies[i][j]) for j in range(s.game.N)] for i, s in enumerate(states)]
         answers = {}
         for player in players:
-            asks = [ask for of_game in asked for ask in of_game if tables[ask.game][ask.seat] is player]
+            asks = [
+                ask for of_game in asked for ask in of_game if tables[ask.game - first][ask.seat] is player
+            ]
             answers |= {(ask.game, ask.seat): a for ask, a in zip(asks, player(asks), strict=True)}
         graph = states[0].kind == "G"
         of_reference = iter(reference([ask for of_game in asked for ask in of_game]) if graph else ())
         for i, state in enumerate(states):
             N, caps, kind = state.game.N, state.game.caps, state.kind
-            of_game = [answers[i, j] for j in range(N)]
+            of_game = [answers[first + i, j] for j in range(N)]
             strict = [
                 a if isinstance(a, Decision) else parse_reply(a, kind, j, N, caps[j])
                 for j, a in enumerate(of_game)
@@ -298,8 +309,11 @@ def play_tables(
             for of_seat, a in zip(replies[i], of_game):
                 of_seat.append(a)
             states[i] = state.step(actions)
+    for tell in told_at_end:
+        for state in states:
+            tell(state)
     welfares = [[float(pay.sum()) for _, _, pay in s.round_results()] for s in states]
-    return [Played(g, t, w) for g, t, w in zip(instances, turns, welfares)]
+    return [Played(g, t, w, s.history) for g, t, w, s in zip(instances, turns, welfares, states)]
 
 
 def _turn(

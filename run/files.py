@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import platform
 import signal
 import sys
 import time
@@ -209,6 +210,14 @@ def argv_of(parser: argparse.ArgumentParser, values: dict) -> list[str]:
     return argv
 
 
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def peak_memory_gib() -> float | None:
     """The most memory that this process has held; None where the system does not say (Windows)."""
     try:
@@ -289,8 +298,10 @@ class Stopwatch:
 
 
 def print_times(folder: Path, clock: Stopwatch) -> None:
-    """The minutes of each stage and the peak memory, on the screen and in FOLDER/timing.json."""
+    """The minutes of each stage and the peak memory, on the screen and, with the machine, in timing.json."""
     minutes = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
     memory = peak_memory_gib()
-    write_json(folder / "timing.json", {"seconds": clock.seconds, "peak_memory_gib": memory})
+    machine = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    timing = {"seconds": clock.seconds, "peak_memory_gib": memory, "machine": machine}
+    write_json(folder / "timing.json", timing)
     print(f"\ntime: {minutes}" + (f"; peak memory {memory:.1f} GiB" if memory else ""))

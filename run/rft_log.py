@@ -1,13 +1,14 @@
-"""What a step of RFT writes down: its line of metrics.jsonl, and one line of samples.jsonl for every sampled
-reply.
+"""What a step of RFT writes down: its line of metrics.jsonl, one line of samples.jsonl for every sampled
+reply, and one of prompts.jsonl for every prompt that is met for the first time.
 """
 
 from collections.abc import Iterator
 
 import rewards
+from play.hindsight import tell_history
 from policy import Rollout
 from prompts import broken_rule
-from run.files import Stopwatch
+from run.files import Stopwatch, read_lines
 
 
 def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float]) -> dict:
@@ -54,6 +55,34 @@ def sample_lines(step: int, batch: list, groups: list[list[Rollout]]) -> Iterato
                 | o.rewards
                 | {"advantage": o.advantage}
             )
+
+
+def prompt_line(step: int, prompt) -> dict:
+    """What the replies to a prompt have in common: the conversation as the model reads it, the instance, what
+    all agents did before and what their experts do now (texts of play/hindsight.py)."""
+    r, target = prompt.record, prompt.target
+    *before, experts = tell_history((*target.state.history, target.actions))
+    where = {"step": step, "game": r.game, "stage": r.stage, "kind": r.kind, "seat": r.seat}
+    return where | {"instance": r.instance, "before": before, "experts": experts, "prompt": r.prompt}
+
+
+class SampleLog:
+    """samples.jsonl and prompts.jsonl. After a resume both lack the steps that will be done again, so a
+    prompt whose first step was among them is written again."""
+
+    def __init__(self, loop):
+        self.samples, self.prompts = loop.open_log("samples"), loop.open_log("prompts")
+        lines = read_lines(loop.folder / "prompts.jsonl")
+        self.told = {(line["game"], line["stage"], line["seat"]) for line in lines}
+
+    def write(self, step: int, batch: list, groups: list[list[Rollout]]) -> None:
+        for prompt in batch:
+            place = prompt.record.game, prompt.record.stage, prompt.record.seat
+            if place not in self.told:
+                self.prompts.write(prompt_line(step, prompt))
+                self.told.add(place)
+        for line in sample_lines(step, batch, groups):
+            self.samples.write(line)
 
 
 def add_sums(parts: list[dict[str, float]]) -> dict[str, float]:

@@ -16,6 +16,7 @@ the same seats and random numbers, so they are paired by game.
 import argparse
 
 from games import Game
+from play import human
 from play.held_out import add_eval_arguments, add_sampling_arguments, by_stages, held_out_instances
 from play.metrics import mean_interval, per_instance
 from play.players import make_cast, play_tables
@@ -32,18 +33,18 @@ def seats_of(instances: list[Game], seat: int | str) -> list[int]:
     return [i % g.N if seat == "rotate" else seat for i, g in enumerate(instances)]
 
 
-def play_pair(args, make_one, make_rest, label: str) -> list[dict]:
-    """The metrics of one player in one seat and another in the others, per game."""
+def play_pair(args, make_one, make_rest, label: str, person: bool = False) -> list[dict]:
+    """The metrics of one player in one seat and another in the others, per game. person: one of them is."""
     instances = held_out_instances(args)
     seats = seats_of(instances, args.seat)
 
-    def play_part(part):
+    def play_part(part, first):
         one, rest = make_one(stream=100), make_rest(stream=101)
         tables = [[one if j == seats[i] else rest for j in range(instances[i].N)] for i in part]
         of_part = [instances[i] for i in part], tables, [(seats[i],) for i in part]
-        return play_tables(*of_part, dataset.expert_of(args), args.eval_seed, label)
+        return play_tables(*of_part, dataset.expert_of(args), args.eval_seed, label, first=first)
 
-    return [per_instance(played) for played in by_stages(instances, play_part)]
+    return [per_instance(played) for played in by_stages(instances, play_part, person)]
 
 
 def format_matrix(names: list[str], values: dict[tuple[str, str], dict]) -> str:
@@ -90,7 +91,9 @@ def main(argv=None) -> None:
     dataset.add_style_arguments(parser)
     add_eval_arguments(parser, seat=False)
     add = parser.add_argument
-    add("--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME")
+    add(
+        "--player", nargs="+", default=DEFAULT, help="base, few-shot:K, an adapter folder, expert:NAME, human"
+    )
     add_sampling_arguments(parser)
     seat = dict(type=seat_choice("rotate"), default=0, metavar="SEAT|rotate")
     add("--seat", **seat, help="the row player's, from 0; rotate: 0, 1, ... over the games")
@@ -108,7 +111,11 @@ def main(argv=None) -> None:
     instances = held_out_instances(args)
     dataset.expert_of(args)
     cast = make_cast(args, names, args.eval_seed, "--player")
-    games = {(a, b): play_pair(args, cast[a], cast[b], f"{a} among {b}") for a in names for b in names}
+    games = {
+        (a, b): play_pair(args, cast[a], cast[b], f"{a} among {b}", human.NAME in (a, b))
+        for a in names
+        for b in names
+    }
     tables = {
         m: {pair: mean_interval([row[m] for row in rows]) for pair, rows in games.items()} for m in SHOWN
     }

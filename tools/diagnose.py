@@ -124,12 +124,12 @@ def changing_links(run: Run) -> Finding:
 
 
 def repeated_link_stages(results: dict[str, dict]) -> list[tuple[str, str]]:
-    """What the policy decided in link stages that follow each other in a round, in the games that eval.json
-    quotes; compliant replies alone."""
+    """What the policy decided in link stages that follow each other in a round, in the games of
+    eval.json; compliant replies alone."""
     pairs = []
     for summary in list(results.values())[:1]:
         instances = [row["instance"] for row in summary["instances"]]
-        for instance, replies in zip(instances[:: max(1, len(instances) // 10)], summary["replies"]):
+        for instance, replies in zip(instances, summary["replies"]):
             game = game_from_json(instance)
             stages, N = game.stages * game.rounds, game.N
             seats = len(replies) // len(stages)  # as many as the policy sat in; which ones is not logged

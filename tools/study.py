@@ -13,7 +13,6 @@ is named and does not stop the rest; a study that was killed goes on where it wa
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from play.held_out import add_eval_arguments
 from run import dataset, training
-from run.files import InputError, positive_int, read_json, read_lines, reports_errors
+from run.files import InputError, cpu_name, positive_int, read_json, read_lines, reports_errors
 from run.rft_flags import add_rft_arguments
 from tools import study_report
 
@@ -266,14 +265,6 @@ def rules_of(run: Path, samples: list[dict]) -> dict:
     expert = [s | {"reply": s["expert"], "compliance": 0.5} for s in samples]
     parts = {"expert": expert, "sft": first, "final": final}
     return {name: study_report.threshold_rule(of, worth) for name, of in parts.items()}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -12,6 +12,7 @@ from tables import TRIO, TRIO_2, by_seat, constant, expert
 import eval as evaluation
 from games import State
 from play import metrics
+from play.hindsight import read_history
 from play.metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
 from play.players import play
 from prompts import Decision
@@ -188,10 +189,20 @@ def test_summary_counts_decisions_and_averages_instances():
     assert [r["U1"] for r in s["instances"]] == [0.75, 0.0] and s["instances"][0]["instance"]["delta"] == 0.1
 
 
-def test_some_games_are_quoted():
-    for count, least, most in ((1, 1, 1), (10, 10, 10), (19, 10, 19), (60, 10, 10)):
-        played = [Played(TRIO, [turn(1, "G", 1.0), turn(1, "E", 1.0)], [2.0])] * count
-        assert least <= len(summarise(played)["replies"]) <= most
+def test_every_game_is_told_whole():
+    """Replies, seats and everybody's actions: from them the game can be played again."""
+    grid = list(held_out_grid(4))[:5]
+    played = play(grid, expert("random"), 1, "noisy:nash:0.5", 3)
+    s = summarise(played)
+    assert [len(of_game) for of_game in s["replies"]] == [2] * 5 and s["seats"] == [[1]] * 5
+    for game, of_game, told, replies in zip(grid, played, s["actions"], s["replies"]):
+        again = read_history(game, told)
+        assert again.done and [a.tolist() for a in again.history] == [a.tolist() for a in of_game.history]
+        assert (
+            "".join(told[0].split()[1]) in replies[0].replace(", ", "")
+            and told[1].split()[1][:3] in replies[1]
+        )
+        assert [float(pay.sum()) for _, _, pay in again.round_results()] == of_game.welfares
 
 
 def test_the_mean_over_seats_leaves_out_what_is_not_there():

@@ -1,0 +1,533 @@
+"""The page of a run: its numbers are those of the files, model text stays text, and it works in a browser.
+
+Browser tests drive headless Chromium (Debian: chromium and chromium-driver) with selenium; they are skipped
+where either is not there. The run is made of real parts without a model: expert games, replies by rule,
+judged and logged by train_rft.py's own functions.
+"""
+
+import argparse
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import experts
+import train_rft
+from games import game_from_json, own_rows
+from play import hindsight
+from play.expert_games import simulate
+from play.held_out import play_held_out
+from play.metrics import strategic_efficiency, summarise
+from play.players import expert_player
+from policy import Rollout
+from prompts import PromptStyle, format_reply, parse_reply
+from rewards import Memory
+from run import dataset, rft_log
+from run.files import JsonLines, write_json
+from tools import view
+from tools.page import learned
+from tools.page.text import clean, escaped, thinned
+from world.draws import draw_game
+
+STYLE, M = PromptStyle(), 4
+HOSTILE = (
+    "<script>document.title = 'owned'; fetch('http://x.org/')</script></script><img src=x onerror=alert(1)>",
+    "\x1b[31mred\x1b[0m \u202eright to left \u2028 \u2029 &amp; ]]> --> \x00",
+    "\ud800 half a pair \udfff",
+    "x" * 2**20,
+)
+CONFIG = dict(
+    script="train_rft.py", model="none", algo="tompo", steps=4, prompts=[3, 1], m=M, expert="second-best"
+)
+CONFIG |= dict(seed=0, reward=["belief=0.5"], graph_score="hamming", level_weights=[0.8, 0.2], objective=None)
+CONFIG |= dict(credit=None, lr=1e-4, label="<b>bold</b>")
+
+
+def made_run(folder, steps=4, prompts=(3, 1), hostile=(), seed=0):
+    """A run folder as training leaves it. Replies are the expert's or random ones, some break the format."""
+    folder.mkdir(parents=True)
+    args = argparse.Namespace(**CONFIG)
+    rng, expert = np.random.default_rng(seed), experts.make_expert("second-best")
+    plays = [(i, draw_game(rng, 4, "train"), np.random.default_rng([seed, i])) for i in range(6)]
+    records = simulate(plays, expert, STYLE, noise=0.2)
+    asked = [
+        train_rft.Prompt(r, [1], t) for r, t in dataset.targets(records, [r for r in records if r.seat == 0])
+    ]
+    log = rft_log.SampleLog(
+        SimpleNamespace(folder=folder, open_log=lambda name: JsonLines(folder / f"{name}.jsonl"))
+    )
+    memory, metrics, left = Memory(), JsonLines(folder / "metrics.jsonl"), list(hostile)
+    for step in range(steps):
+        batch = []
+        for kind, count in zip("GE", prompts):
+            of_kind = [p for p in asked if p.target.kind == kind]
+            batch += [of_kind[k] for k in rng.permutation(len(of_kind))[:count]]
+        groups = [[rollout(p, rng, left) for _ in range(M)] for p in batch]
+        for p, group in zip(batch, groups):
+            train_rft.judge(args, group, p.target, memory, None)
+        log.write(step, batch, groups)
+        metrics.write({"step": step} | rft_log.step_metrics(batch, groups, {}))
+    write_json(folder / "config.json", CONFIG)
+    write_json(
+        folder / "timing.json", {"seconds": {"RFT": 90.0}, "peak_memory_gib": 1.5, "machine": "a <machine>"}
+    )
+    return folder
+
+
+def rollout(prompt, rng, hostile):
+    t = prompt.target
+    text = prompt.record.label
+    if rng.random() < 0.6:
+        text = format_reply(experts.random_decision(t.game, t.kind, t.seat, rng), STYLE)
+    if rng.random() < 0.1 or hostile:
+        text = hostile.pop() if hostile else "Decision: perhaps"
+    return Rollout([1], [2, 3], [-1.0, -1.0], text, True, parse_reply(text, *t.place))
+
+
+def evaluated(folder, games=5, **more):
+    flags = dict(eval_agents=4, eval_games=games, max_new_tokens=None, seat=0, game=["bcz"], stages=["GE"])
+    flags |= dict(rounds=1, types=None, fix=None, expert="second-best", ask=None, information="full")
+    args = argparse.Namespace(**flags | dict(belief=True, hints=True) | more)
+    names = {
+        "tompo": "noisy:second-best:0.2",
+        "sft": "noisy:second-best:0.6",
+        "expert:second-best": "second-best",
+    }
+    results = {}
+    for label, name in names.items():
+        results[label] = summarise(
+            play_held_out(args, lambda name=name: expert_player(name, STYLE, 7), label)
+        )
+    write_json(folder / "eval.json", {"arguments": flags, "results": results})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return evaluated(made_run(tmp_path_factory.mktemp("made") / "a-run"))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def data_of(page):
+    """What stands in the page, read as a browser reads it: up to the first end of a script."""
+    text = page.read_text(encoding="utf-8").split('id="data">')[1].split("</script")[0]
+    return json.loads(text)
+
+
+# -------------------- files
+
+
+def test_every_prompt_is_logged_once_and_says_what_its_replies_have_in_common(made):
+    samples, prompts = lines(made / "samples.jsonl"), lines(made / "prompts.jsonl")
+    place = [(line["game"], line["stage"], line["seat"]) for line in prompts]
+    assert len(set(place)) == len(place) and set(place) == {
+        (s["game"], s["stage"], s["seat"]) for s in samples
+    }
+    for line in prompts:
+        of_one = [
+            s
+            for s in samples
+            if (s["game"], s["stage"], s["seat"]) == (line["game"], line["stage"], line["seat"])
+        ]
+        assert line["step"] == min(s["step"] for s in of_one) and line["prompt"][0]["role"] == "system"
+        game = game_from_json(line["instance"])
+        state = hindsight.read_history(game, line["before"])
+        actions = hindsight.read_history(game, [*line["before"], line["experts"]]).history[-1]
+        label = parse_reply(of_one[0]["expert"], line["kind"], line["seat"], game.N, game.caps[0])
+        assert state.kind == line["kind"] and np.array_equal(actions[line["seat"]], label.action)
+
+
+def test_a_real_run_leaves_a_page_with_all_its_replies(full):
+    page = full.folder / "run.html"
+    assert f"the run as a page: {page}" in full.said and page.stat().st_size < 3e6
+    (run,) = data_of(page)
+    samples, groups = full.lines("samples.jsonl"), run["groups"]
+    at = groups["columns"].index
+    shown = [(g["step"], r) for g in groups["groups"] for r in g["replies"]]
+    assert [r[at("text")] for _, r in shown] == [clean(s["reply"]) for s in samples]
+    for name in ("r_S", "R_G", "A_S", "A_G", "advantage"):
+        assert [r[at(name)] for _, r in shown] == [pytest.approx(s.get(name), abs=1e-6) for s in samples]
+    assert (
+        not run["missing"]
+        and len(run["games"]["games"]) == 2
+        and all(len(g["replies"]) == 4 for g in groups["groups"])
+    )
+
+
+def test_the_values_of_choices_are_exact(made):
+    (run,) = [view.run_data(made, view.PAGE)]
+    results = json.loads((made / "eval.json").read_text())["results"]
+    for game in run["games"]["games"]:
+        for name, player in game["players"].items():
+            instance = game_from_json(results[name]["instances"][game["number"]]["instance"])
+            end = hindsight.read_history(instance, results[name]["actions"][game["number"]])
+            for k, stage in enumerate(player["stages"]):
+                (d,), state = stage["decisions"], end.before(k)
+                assert d["U2"] == pytest.approx(strategic_efficiency(state, 0, end.history[k]), abs=1e-4)
+                assert (
+                    d["regret"] == pytest.approx(d["value"] - d["chosen"], abs=2e-4) and d["regret"] >= -1e-9
+                )
+                if stage["kind"] == "G":
+                    assert len(d["rows"]) == 8 == len({row for row, _, _ in d["rows"]})
+                    for row, value, _ in d["rows"]:
+                        proposals = end.history[k].copy()
+                        proposals[0] = list(map(int, row))
+                        links = proposals & proposals.T
+                        assert value == pytest.approx(
+                            instance.payoffs(links, instance.nash_efforts(links))[0], abs=1e-4
+                        )
+            assert player["stages"][-1]["payoffs"] == pytest.approx(
+                end.round_results()[-1][2].tolist(), abs=1e-4
+            )
+
+
+def test_links_are_counted_by_the_number_in_the_prompt(made):
+    """Independently: the number is read in the prompt, the choice in the reply."""
+    samples = lines(made / "samples.jsonl")
+    prompts = {(p["game"], p["stage"]): p for p in lines(made / "prompts.jsonl")}
+    found = []
+    for s in samples:
+        if s["kind"] == "G" and s["step"] == 0 and not s["broken"]:
+            text = prompts[s["game"], s["stage"]]["prompt"][-1]["content"]
+            worth = json.loads(text.split("a link earns ")[1].split("]")[0] + "]")
+            row = json.loads(s["reply"].split("Decision: ")[1])
+            found += [(worth[j], row[j]) for j in (1, 2, 3)]
+    table = view.run_data(made, view.PAGE)["learned"]["sources"]["groups of training"]
+    bins = table["bins"]["step 0, the SFT policy"]
+    edges = [-np.inf, *learned.EDGES, np.inf]
+    for (linked, n), low, high in zip(bins, edges, edges[1:]):
+        inside = [row for worth, row in found if low <= worth < high]
+        assert (linked, n) == (sum(inside), len(inside))
+    best = table["thresholds"]["step 0, the SFT policy"]
+    assert best["n"] == len(found)
+    agreed = [np.mean([(worth >= t) == row for worth, row in found]) for t in np.linspace(-1, 9, 4001)]
+    assert best["agreed"] == pytest.approx(max(agreed), abs=1e-5)
+
+
+def test_older_runs_open_with_what_they_have(made, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(made, old)
+    (old / "prompts.jsonl").unlink()
+    results = json.loads((old / "eval.json").read_text())
+    for summary in results["results"].values():
+        del summary["actions"], summary["seats"]
+    write_json(old / "eval.json", results)
+    run = view.run_data(old, view.PAGE)
+    assert [text.split(":")[0] for text in run["missing"]] == [
+        "prompts.jsonl",
+        "all agents' choices in eval.json",
+    ]
+    assert len(run["groups"]["groups"]) == 16 and run["games"]["count"] == 5 and not run["learned"]["sources"]
+    (old / "eval.json").unlink()
+    (old / "timing.json").unlink()
+    assert "eval.json: the run has not" in view.run_data(old, view.PAGE)["missing"][1]
+
+
+def test_a_page_that_cannot_be_written_costs_one_line(made, tmp_path, refused):
+    assert view.of_run(tmp_path).startswith("no page of the run: ")
+    assert "is not the folder of a run" in refused(view.main, [tmp_path])
+    assert "cannot write" in refused(view.main, [made, "-o", tmp_path / "nowhere" / "run.html"])
+    broken = tmp_path / "broken"
+    shutil.copytree(made, broken)
+    (broken / "samples.jsonl").write_text('{"step": 0}\n')
+    assert "files that are not those of a run" in refused(view.main, [broken])
+
+
+# -------------------- text
+
+
+def test_no_text_can_end_its_script_or_stay_broken():
+    text = escaped([clean(t) for t in HOSTILE])
+    assert not set("<>&\u2028\u2029") & set(text) and text.isascii() and len(text) < 10_000
+    markup, controls, halves, long = json.loads(text)
+    assert markup == HOSTILE[0] and "\x1b" not in controls and "␛[31mred" in controls
+    assert halves.encode() and "half a pair" in halves
+    assert long.endswith("[... 1,048,576 characters, cut here]") and len(long) < 2_100
+
+
+def test_the_newest_quarter_is_kept_longest():
+    def kept(budget):
+        return thinned(8, lambda kept: 10 * len(kept), budget)
+
+    assert (kept(80), kept(50), kept(30), kept(20), kept(5)) == (
+        *(list(range(8)), [0, 2, 4, 6, 7], [0, 6, 7], [0, 7], []),
+    )
+
+
+def test_many_replies_make_a_small_page_that_says_what_it_left_out(tmp_path):
+    folder = made_run(tmp_path / "long", steps=4, prompts=(3, 1))
+    samples = lines(folder / "samples.jsonl")
+    many = [s | {"step": 4 * k + s["step"]} for k in range(160) for s in samples]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in many))
+    assert len(many) > 10_000
+    assert view.write_page([folder], tmp_path / "run.html") < 3e6
+    (run,) = data_of(tmp_path / "run.html")
+    kept, steps = run["groups"]["steps"]
+    shown = sorted({g["step"] for g in run["groups"]["groups"]})
+    assert kept == len(shown) < steps == 640 and shown[-1] == 639 and shown[0] == 0
+
+
+# -------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="no selenium: pip install -r requirements-test.txt"
+    )
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if not driver or not chromium:
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as browser:
+        yield browser
+
+
+class Page:
+    """A page in the browser; texts are those that a reader sees."""
+
+    def __init__(self, browser, path):
+        self.browser = browser
+        browser.get_log("browser"), browser.get_log("performance")
+        browser.get(path.as_uri())
+
+    def run(self, script, *args):
+        return self.browser.execute_script(script, *args)
+
+    def text(self, selector):
+        return self.run("return document.querySelector(arguments[0])?.innerText", selector)
+
+    def texts(self, selector):
+        return self.run("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText)", selector)
+
+    def options(self, name):
+        return self.run("return [...document.getElementById(arguments[0]).options].map(o => o.text)", name)
+
+    def choose(self, name, value):
+        """As a person does it with the keyboard: the select changes and says so."""
+        self.run(
+            "const e = document.getElementById(arguments[0]); e.value = arguments[1];"
+            "e.dispatchEvent(new Event('change', {bubbles: true}))",
+            *(name, value),
+        )
+
+    def click(self, name):
+        self.browser.find_element("id", name).click()
+
+    def check_quiet(self):
+        """No message in the console, no request but for the page itself."""
+        assert self.browser.get_log("browser") == []
+        events = [json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")]
+        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+        assert [url for url in asked if not url.startswith("file://")] == []
+
+
+@pytest.fixture(scope="module")
+def page_file(made, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "run.html"
+    view.write_page([made], path)
+    return path
+
+
+@pytest.fixture
+def page(browser, page_file):
+    page = Page(browser, page_file)
+    yield page
+    page.check_quiet()
+
+
+def test_the_table_and_the_facts_are_those_of_the_files(page, made):
+    results = json.loads((made / "eval.json").read_text())["results"]
+    cells = page.run(
+        "const rows = [...document.querySelectorAll('#overview-body tr')];"
+        "return rows.map(r => [...r.cells].map(c => c.innerText))"
+    )
+    for name, summary in results.items():
+        row = next(r for r in cells if r[0] == name)
+        for metric, text in zip(view.METRICS, row[1:]):
+            assert text.split("\n")[0] == f"{summary['all rounds'][metric]['mean']:.3f}"
+    assert "a <machine>" in page.text("#overview-body") and "RFT 1.5 min" in page.text("#overview-body")
+
+
+def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
+    samples = lines(made / "samples.jsonl")
+    groups = [samples[k : k + M] for k in range(0, len(samples), M)]
+    assert len(page.options("g-group")) == len(groups) == 16
+    for k, group in enumerate(groups):
+        replies = page.texts(".reply")
+        assert page.text("#group h3").startswith(f"Step {group[0]['step']}, game {group[0]['game']}:")
+        r_S = np.array([s["r_S"] for s in group])
+        for s, text in zip(group, replies, strict=True):
+            sign = "+" if s["advantage"] > 0 and f"{s['advantage']:.3f}" != "0.000" else ""
+            assert f"A {sign}{s['advantage']:.3f}".replace("-0.000", "0.000") in text.split("\n")[0]
+            assert s["reply"].split("\n")[-1] in text and f"= r^S {s['r_S']:.3f}" in text
+            assert f"({s['r_S']:.3f} - {r_S.mean():.3f}) / ({r_S.std():.3f} + 0.0001)" in text
+            total = s["compliance"] + s["sample"] + 0.5 * s["belief"]
+            assert s["r_S"] == pytest.approx(total) and f"+ 0.5 × belief {s['belief']:.3f}" in text
+            if s["kind"] == "G":
+                assert f"local {s['local']:.3f} + global {s['global']:.3f} = R^G {s['R_G']:.3f}" in text
+                assert ("of 8 rows" in text) == (s["broken"] is None)
+        if k < len(groups) - 1:
+            page.click("g-group-after")
+    assert page.run("return document.getElementById('g-group-after').disabled")
+
+
+def test_filters_show_what_they_say(page, made):
+    samples = lines(made / "samples.jsonl")
+    groups = [samples[k : k + M] for k in range(0, len(samples), M)]
+    expected = {
+        "idle": sum(not any(s["advantage"] for s in g) for g in groups),
+        "live": sum(any(s["advantage"] for s in g) for g in groups),
+        "broken": sum(any(s["broken"] for s in g) for g in groups),
+        "apart": sum(any(round(s["A_S"], 6) * round(s["A_G"], 6) < 0 for s in g) for g in groups),
+    }
+    for name, count in expected.items():
+        page.choose("g-show", name)
+        assert len(page.options("g-group")) == count and (page.text("#g-none") is None) == (count > 0)
+    page.choose("g-show", "all")
+    page.choose("g-kind", "E")
+    assert len(page.options("g-group")) == 4 and "effort" in page.text("#group h3")
+    page.choose("g-kind", "all")
+    page.choose("g-step", "2")
+    assert len(page.options("g-group")) == 4
+    page.choose("g-step", "all")
+    page.choose("g-order", "apart")
+    largest = max(max(abs(s["A_S"] - s["A_G"]) for s in g) for g in groups if g[0]["kind"] == "G")
+    assert f"{largest:.2f} apart" in page.options("g-group")[0]
+    label = page.options("g-instance")[1]
+    page.choose("g-instance", page.run("return document.getElementById('g-instance').options[1].value"))
+    number = int(label.split(":")[0].removeprefix("game "))
+    assert len(page.options("g-group")) == sum(g[0]["game"] == number for g in groups)
+    assert "This instance through training" in page.text("#groups-body")
+
+
+def test_games_show_regret_and_the_best_row(page, made):
+    results = json.loads((made / "eval.json").read_text())["results"]
+    assert len(page.options("p-game")) == 5
+    for i in range(5):
+        page.choose("p-game", str(i))
+        players = page.texts(".player")
+        assert [text.split("\n")[0] for text in players] == list(results)
+        game = game_from_json(results["tompo"]["instances"][i]["instance"])
+        end = hindsight.read_history(game, results["tompo"]["actions"][i])
+        worth = hindsight.row_payoffs(end.before(0), 0, end.history[0])
+        got = hindsight.row_payoff(end.before(0), 0, end.history[0], end.history[0][0])
+        assert f"Regret {worth.max() - got:.3f}" in players[0]
+        assert f"worth {worth.max():.3f}" in players[0] and len(own_rows(4, 0)) == 8
+        assert results["tompo"]["replies"][i][0].split("\n")[-1] in players[0]
+    page.click("p-game-before")
+    assert page.text("#game h3").startswith("Game 4:")
+    assert page.run("return document.activeElement.id") == "p-game-before"
+    page.choose("p-order", "low")
+    U2 = [float(text.split("U2 ")[1].split(",")[0]) for text in page.options("p-game")]
+    assert U2 == sorted(U2)
+
+
+def test_what_it_learned_is_a_chart_and_a_table(page):
+    assert page.options("l-source") == ["games of the evaluation", "groups of training"]
+    for name in page.options("l-source"):
+        page.choose("l-source", name)
+        assert "best described by" in page.text("#learned-body") and page.run(
+            "return document.querySelectorAll('#learned-body svg circle').length"
+        )
+
+
+def test_it_can_be_read_without_eyes_or_mouse(page):
+    """Every picture has words, every control a label, and all that takes the focus is in reach."""
+    pictures = page.run(
+        "const words = e => e.getAttribute('aria-label') || e.getAttribute('aria-hidden');"
+        "return [...document.querySelectorAll('svg')].map(words)"
+    )
+    assert len(pictures) > 20 and all(pictures)
+    assert page.run("return [...document.querySelectorAll('select')].every(e => e.labels.length === 1)")
+    assert page.run(
+        "return [...document.querySelectorAll('button')].every(e => e.type === 'button' && e.innerText)"
+    )
+    assert page.run("return [...document.querySelectorAll('table')].every(e => e.getAttribute('aria-label'))")
+
+
+def test_several_runs_share_the_charts_and_take_turns(browser, made, tmp_path):
+    other = made_run(tmp_path / "other", seed=1)
+    view.main([str(made), str(other), "-o", str(tmp_path / "two.html")])
+    page = Page(browser, tmp_path / "two.html")
+    assert "a-run:" in page.text("#overview-body figcaption") and "other:" in page.text(
+        "#overview-body figcaption"
+    )
+    first = page.text("#groups-body")
+    page.choose("run", "1")
+    assert page.text("#groups-body") != first and "No games" in page.text("#games-body")
+    page.check_quiet()
+
+
+def test_hostile_replies_do_nothing(browser, tmp_path):
+    folder = evaluated(made_run(tmp_path / "<img src=x onerror=alert(1)>", hostile=HOSTILE), games=1)
+    results = json.loads((folder / "eval.json").read_text())
+    results["results"]["tompo"]["replies"][0][0] = HOSTILE[0]
+    write_json(folder / "eval.json", results)
+    view.write_page([folder], tmp_path / "run.html")
+    page = Page(browser, tmp_path / "run.html")
+    shown = []
+    for _ in range(len(page.options("g-group")) - 1):
+        shown += page.texts(".reply pre")
+        page.click("g-group-after")
+    assert HOSTILE[0] in shown and HOSTILE[0] in page.texts(".player pre")
+    assert any("1,048,576 characters" in text for text in shown) and any(
+        "half a pair" in text for text in shown
+    )
+    assert page.browser.title == "Run <img src=x onerror=alert(1)>"
+    assert page.run("return [document.images.length, document.scripts.length]") == [0, 2]
+    page.check_quiet()
+
+
+def test_ten_thousand_replies_open_in_two_seconds(browser, tmp_path):
+    folder = made_run(tmp_path / "long")
+    samples = lines(folder / "samples.jsonl")
+    many = [s | {"step": 4 * k + s["step"]} for k in range(160) for s in samples]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in many))
+    view.write_page([folder], tmp_path / "run.html")
+    page = Page(browser, tmp_path / "run.html")
+    assert "the older ones are thinned" in page.text("#groups-body")
+    # Of the page's own work; the machine of the tests may have other work too
+    spent = page.run("return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
+    print(f"opened in {spent:.2f} s")
+    assert spent < 2 * slowness(page)
+    page.check_quiet()
+
+
+def slowness(page):
+    """How many times longer than on a usual machine a fixed piece of work takes now; at least 1."""
+    ms = page.run(
+        "const start = performance.now(); let x = 0; for (let i = 0; i < 1e8; i++) x += i % 7;"
+        "return performance.now() - start"
+    )
+    return max(1.0, ms / 150)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 768, 1280])
+def test_it_fits_every_width_in_light_and_dark(browser, page_file, tmp_path, width, scheme):
+    page = Page(browser, page_file)
+    command = browser.execute_cdp_cmd
+    command("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    command("Emulation.setDeviceMetricsOverride", size)
+    try:
+        assert page.run("return document.documentElement.scrollWidth") <= width
+        colours = page.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
+        back, fore = (sum(map(int, c.strip("rgb()").split(","))) for c in colours)
+        assert (back < fore) == (scheme == "dark") and abs(back - fore) > 400
+        browser.save_screenshot(str(tmp_path / f"{width}-{scheme}.png"))
+        assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 10_000
+    finally:
+        command("Emulation.clearDeviceMetricsOverride", {})
+        command("Emulation.setEmulatedMedia", {"features": []})
+    page.check_quiet()
