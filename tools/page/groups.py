@@ -7,6 +7,7 @@ from games import game_from_json
 from play import hindsight
 from prompts import parse_reply, read_belief
 from rewards import TERMS, WEIGHTS, accuracy, f1
+from run.files import read_lines
 from tools.page.games import decision_of
 from tools.page.text import LONGEST, clean, escaped, rounded, tell_game, thinned
 from world.draws import named_numbers
