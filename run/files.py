@@ -56,13 +56,22 @@ def reports_errors(main):
             print(f"\ninterrupted; what was saved before is kept: {advice}", file=sys.stderr)
             raise SystemExit(130) from None
         except BrokenPipeError:  # for example `eval.py | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             raise SystemExit(1) from None
         except (InputError, GameError, OSError) as e:
             print(f"error: {one_line(e, 2000)}", file=sys.stderr)
+            try:
+                print(end="", flush=True)
+            except OSError:
+                _drop_output()
             raise SystemExit(2) from None
 
     return wrapped
+
+
+def _drop_output() -> None:
+    """Else the end of the process would try once more to write it, and tell of that."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_range(text: str) -> tuple[int, int]:

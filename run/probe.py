@@ -1,8 +1,8 @@
 """The probe: a fixed set of held-out prompts that the policy answers every few steps of SFT and RFT.
 
 Every training batch has other prompts, so its rewards mostly show which prompts were drawn. The probe asks
-the same questions each time with the same uniform random numbers, so its curve shows the policy alone. It has
-its own random stream and changes nothing in training. Its levels (the expert's, random play's, the best
+the same questions each time with the same uniform random numbers (those of the run's seed, so that over seeds
+their luck averages out), and changes nothing in training. Its levels (the expert's, random play's, the best
 constant answer's) say what a value is worth.
 """
 
@@ -22,7 +22,8 @@ from run.files import JsonLines
 from world.draws import families, held_out_grid
 
 FILE = "probe.jsonl"
-GAMES = 12  # of the evaluation's held-out grid, evenly spread
+GAMES = 20  # of the evaluation's held-out grid, evenly spread
+EFFORTS = 4  # of every so many of them the efforts too: SFT already knows those, and a reply costs time
 KEYS = ("U1", "row", "s", "U2", "belief")
 
 
@@ -47,7 +48,8 @@ def probe_targets(args) -> list[tuple[Target, list[dict]]]:
             ]
             decisions = decide(expert, calls)
             target = Target(state, seat, np.array([d.action for d in decisions]))
-            found.append((target, messages(state, seat, replies, style)))
+            if target.kind == "G" or index % EFFORTS == 0:
+                found.append((target, messages(state, seat, replies, style)))
             replies.append(format_reply(decisions[seat], style))
             state = state.step(target.actions)
     return found
@@ -107,7 +109,7 @@ class Probe:
 
     def __init__(self, args, policy: Policy, stage: str, steps: int, done: int):
         """steps: of the stage; done: how many a resumed stage has behind it."""
-        self.policy, self.stage, self.folder = policy, stage, Path(args.out)
+        self.policy, self.stage, self.folder, self.seed = policy, stage, Path(args.out), args.seed
         decisions = probe_targets(args)
         self.targets = [target for target, _ in decisions]
         self.prompts = [policy.encode_prompt(chat) for _, chat in decisions]
@@ -118,9 +120,7 @@ class Probe:
         self.folder.mkdir(parents=True, exist_ok=True)
         before = lambda e: e.get("stage") != stage or (type(e.get("step")) is int and e["step"] <= done)
         self.log = JsonLines(self.folder / FILE, before, ranks.first())
-        if not any(
-            "stage" in e for e in self.log.rows
-        ):  # else this begins with what the stage before ended in
+        if not any("stage" in e for e in self.log.rows):  # else it begins with what the stage before ended in
             self.at.add(0)
         self.text = ""  # of the newest values, for the progress bar
         if ranks.first() and not self.log.rows:
@@ -130,7 +130,7 @@ class Probe:
         """Asks if it is time to."""
         if step not in self.at:
             return
-        generator, mine = checkpoint.seeded(0, 12), ranks.share(range(len(self.prompts)))
+        generator, mine = checkpoint.seeded(self.seed, 12), ranks.share(range(len(self.prompts)))
         groups = self.policy.sample(self.prompts, 1, self.limit, 1.0, generator, only=mine)
         texts = ranks.whole(mine, [group[0].text for group in groups])
         decisions = [parse_reply(text, *target.place) for text, target in zip(texts, self.targets)]

@@ -126,13 +126,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing(disk):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
-def test_a_full_disk_behind_standard_output_is_one_line(monkeypatch, capsys):
-    with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "stdout", full)
-        reports_errors(lambda: print("the results"))()
-        full.detach()
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+def test_a_full_disk_behind_standard_output_is_one_line():
+    code = "from run.files import reports_errors; reports_errors(lambda: print('the results'))()"
+    with open("/dev/full", "w") as full:
+        how = dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([sys.executable, "-c", code], **how)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 def test_errors_of_strangers_cannot_steer_the_terminal(capsys):

@@ -99,6 +99,7 @@ def test_models_share_one_base_and_the_heat_map_is_drawn(tiny_model_dir, tmp_pat
         ("--seat", "all"),
         ("--seat", "4"),
         ("--json", "no/such/folder/x.json"),
+        ("--png", "x.exe"),
     ],
     ids=" ".join,
 )

@@ -167,7 +167,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
 
     study.main([*argv, "--report", str(tmp_path)])
     report = (tmp_path / "study.md").read_text()
-    assert report.count("| tompo |") == 2 and "| sft | SFT alone | 1 |" in report
+    assert report.count("| tompo |") == 3 and "| sft | SFT alone | 1 |" in report
     for name in ("study-forest.png", "study-curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 

@@ -45,6 +45,10 @@ CONFIG |= dict(seed=0, reward=["belief=0.5"], graph_score="hamming", level_weigh
 CONFIG |= dict(credit=None, lr=1e-4, label="<b>bold</b>")
 
 
+def kept(folder, name):
+    return JsonLines(folder / f"{name}.jsonl", lambda row: True)
+
+
 def made_run(folder, steps=4, prompts=(3, 1), hostile=(), seed=0):
     """A run folder as training leaves it. Replies are the expert's or random ones, some break the format."""
     folder.mkdir(parents=True)
@@ -55,10 +59,8 @@ def made_run(folder, steps=4, prompts=(3, 1), hostile=(), seed=0):
     asked = [
         train_rft.Prompt(r, [1], t) for r, t in dataset.targets(records, [r for r in records if r.seat == 0])
     ]
-    log = rft_log.SampleLog(
-        SimpleNamespace(folder=folder, open_log=lambda name: JsonLines(folder / f"{name}.jsonl"))
-    )
-    memory, metrics, left = Memory(), JsonLines(folder / "metrics.jsonl"), list(hostile)
+    log = rft_log.SampleLog(SimpleNamespace(folder=folder, open_log=lambda name: kept(folder, name)))
+    memory, metrics, left = Memory(), kept(folder, "metrics"), list(hostile)
     for step in range(steps):
         batch = []
         for kind, count in zip("GE", prompts):
