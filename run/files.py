@@ -169,6 +169,7 @@ def lock(path: str | os.PathLike, taken: str):
     """Holds a lock on a file of this name, which the death of the process frees too. A context manager;
     raises InputError, which says `taken`, where another process has it."""
     with library_errors(f"cannot lock {path}"):
+        Path(path).absolute().parent.stat()  # filelock would make a folder that is not there
         try:
             return filelock.FileLock(path).acquire(timeout=0)
         except filelock.Timeout:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experts import decide, make_expert
+from experts import make_expert
 from games import State, own_rows
 from play.metrics import strategic_efficiency
 from policy import Policy
@@ -29,7 +29,7 @@ KEYS = ("U1", "row", "s", "U2", "belief")
 
 def probe_targets(args) -> list[tuple[Target, list[dict]]]:
     """The decisions of one seat in held-out games among experts, and their prompts. Before each of them
-    everybody, the seat too, has played the expert's decisions."""
+    everybody, the seat too, has played the expert's decisions. For exact experts."""
     N, seat = args.agents[0], args.seat if isinstance(args.seat, int) else 0
     grid = [game for family in families(args) for game in held_out_grid(N, family)]
     chosen = [grid[i] for i in np.linspace(0, len(grid) - 1, min(GAMES, len(grid))).round().astype(int)]
@@ -37,16 +37,8 @@ def probe_targets(args) -> list[tuple[Target, list[dict]]]:
     for index, game in enumerate(chosen):
         state, replies = State(game), []
         while not state.done:
-            calls = [
-                (
-                    state,
-                    i,
-                    np.random.default_rng([0, 11, index, i, len(state.history)]),
-                    replies if i == seat else [],
-                )
-                for i in range(N)
-            ]
-            decisions = decide(expert, calls)
+            rngs = [np.random.default_rng([0, 11, index, i, len(state.history)]) for i in range(N)]
+            decisions = [expert(state, i, rng) for i, rng in enumerate(rngs)]
             target = Target(state, seat, np.array([d.action for d in decisions]))
             if target.kind == "G" or index % EFFORTS == 0:
                 found.append((target, messages(state, seat, replies, style)))

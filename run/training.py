@@ -242,7 +242,8 @@ class Loop:
         self.log = self.open_log("metrics")
         shown = dict(total=self.steps, initial=self.done, desc=name, unit="step", disable=not ranks.first())
         self.bar = tqdm(**shown)
-        self.probe = Probe(args, policy, name, self.steps, self.done) if args.probes else None
+        probes = args.probes and not experts.is_language(args.expert)  # whose answers cost money
+        self.probe = Probe(args, policy, name, self.steps, self.done) if probes else None
         if self.probe:
             self.watch(self.probe.log)
 

@@ -11,7 +11,7 @@ import experts
 import train_rft
 import train_sft
 from models.load import load_policy
-from play import expert_games
+from play import expert_games, held_out
 from play.players import play, policy_player
 from policy import Rollout
 from prompts import PromptStyle, parse_reply
@@ -28,6 +28,7 @@ def arguments(*more, **changes):
     parser = argparse.ArgumentParser()
     training.add_training_arguments(parser, "runs")
     add_rft_arguments(parser)
+    held_out.add_eval_arguments(parser, seat=False)
     args = parser.parse_args(more)
     return argparse.Namespace(**vars(args) | dict(seat="all") | changes)
 
