@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import lora
 import tompo
@@ -194,6 +195,8 @@ def rft(policy: Policy, args, conversations: list[list[Prompt]], folder: Path, s
     with training.Loop(args, policy, folder, args.algo.upper(), args.steps, args.lr, stop) as loop:
         memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), SampleLog(loop)
         loop.keep = lambda: {"memory": memory.best}
+        if loop.done == 0 and ranks.first():
+            tqdm.write("RFT: a policy loss of 0 at step 0 is right: rho is 1, and advantages have mean 0")
         for step in loop:
             with clock("sample"):
                 batch, groups = act(args, policy, conversations, step, memory)

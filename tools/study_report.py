@@ -298,7 +298,7 @@ def draw_curves(arms: dict, path: Path, shown=("tompo", "grpo")) -> None:
             intervals = [mean_interval(of_step[step]) for step in steps]
             style = dict(color=f"C{colour}", linestyle=("-", "--")[colour % 2])
             axis.plot(steps, [i["mean"] for i in intervals], label=name, marker="o", markersize=3, **style)
-            if all(i["low"] is not None for i in intervals):
+            if min(i["n"] for i in intervals) > 2:  # the interval of two seeds would be the whole picture
                 low, high = ([i[end] for i in intervals] for end in ("low", "high"))
                 axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
         axis.set(title=f"Probe, {metric}", xlabel="step of RFT")

@@ -66,6 +66,12 @@ def test_a_run_goes_on_without_the_flags_that_are_newer_than_it(full, copied):
     assert_same_run(resume(copied, "--engine", "plain", "--reward", "local=9"), full)
 
 
+def test_that_a_policy_loss_of_0_is_right_is_said_once(full, stopped, copied, capsys):
+    resume(copied)
+    for said, times in ((full.said, 1), (stopped.said, 1), (capsys.readouterr().out, 0)):
+        assert said.count("RFT: ") == said.count("policy loss of 0 at step 0") == times
+
+
 def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch):
     run = Run(tmp_path / "run")
     log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
