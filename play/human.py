@@ -62,6 +62,7 @@ class Human:
                 text += "\n" + self.ask("").strip()
             return text
         except EOFError:
+            self.tell("")  # the cursor is still behind the question
             raise Left("you left before a game was over, so there is nothing to count") from None
 
     def example(self, state: State, seat: int) -> str:

@@ -203,6 +203,9 @@ def assert_same_run(run, full):
         a, b = without_timings(run.lines(name)), without_timings(full.lines(name))
         assert len(a) == len(b) == count
         assert a == b
+    prompts = [r.lines("prompts.jsonl") for r in (run, full)]
+    assert prompts[0] == prompts[1] and len({(p["game"], p["stage"], p["seat"]) for p in prompts[0]}) > 10
+    assert len({(p["game"], p["stage"], p["seat"]) for p in prompts[0]}) == len(prompts[0])
     asked = [[line | {"seconds": 0} for line in r.lines("probe.jsonl")] for r in (run, full)]
     assert asked[0] == asked[1] and len(asked[0]) == 6  # the levels; SFT at 0, 3, 6; RFT at 3, 6
     results = [json.loads((r.folder / "eval.json").read_text())["results"] for r in (run, full)]
