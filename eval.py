@@ -9,13 +9,13 @@
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
 --policy takes `base` (the model without an adapter), adapter folders, `few-shot:K`, `expert:NAME` and `human`
-(play/human.py). The rows `expert:random` and that of the other seats' expert are always added. Every policy
+(play/human.py). Without --by-seat and --table, rows for --expert and `expert:random` are added. Every policy
 plays the same instances (the fixed held-out grid), in the same seat, against the same draws of the experts,
 so rows can be compared game by game.
 
 --repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant,
-what can be read in them is played (play/repair.py). U1 is the strict one there too. The strict row
-minus this one is what formatting costs; what is left between repaired rows is strategy.
+what can be read in them is played (play/repair.py), while U1 stays strict. The repaired row minus the strict
+one is what formatting costs; what is left between repaired rows is strategy.
 
 Metrics: play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
 """

@@ -1,8 +1,8 @@
 """What all games have in common: rules, stages, states, what a seat observes. NumPy only, no language models.
 
-Agents choose links, then efforts. A game is one file with a `@register`ed subclass of Game: world/bcz.py is
-one, docs/your-own-game.md writes another. [source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice]
-by this project.
+Agents choose links, then efforts. A game is one file with a `@register`ed subclass of Game: world/bcz.py, the
+default, is the network game of Ballester, Calvo-Armengol and Zenou; docs/your-own-game.md writes another.
+[source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice] by this project.
 
 Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero
 diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
@@ -46,9 +46,9 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 class Game:
     """One instance of a game: a frozen, hashable dataclass, so that its solutions can be kept.
 
-    It has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields, and says
-    what stands under "each game". [choice] A later stage of the same kind revises the earlier one; the round
-    pays once, at its end, from the last graph and the last efforts."""
+    A subclass has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields,
+    and defines what the comments "Each game, ..." announce. [choice] A later stage of the same kind revises
+    the earlier one; the round pays once, at its end, from the last graph and the last efforts."""
 
     # Each game, its rules. Shapes of the methods' results: see above; efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
@@ -77,7 +77,7 @@ class Game:
         raise NotImplementedError
 
     def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """(links_NN, welfare) of the best graph at `nash` or `planner` efforts. Exact; see
+        """(links_NN, welfare) of the graph of highest welfare at `nash` or `planner` efforts. Exact; see
         world/solved.py."""
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ is merged into the base first; only then is "adapter off" the SFT policy and not
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
-    merge(model)                                 W += scaling * B A, and the model is plain again
+    merge(model)                                 W += scaling * B A, unwrapped (bf16: A, B stay, frozen)
     lora_layers, lora_parameters                 the layers; all A and B (by name: models/adapters.py)
 """
 
@@ -167,12 +167,11 @@ def remove(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """W += scaling * B A in every wrapped layer, then unwraps: a plain (still frozen) model. Section 4.1.
+    """In fp32: W += scaling * B A in every wrapped layer, then unwraps it. Below fp32: freezes the adapter.
 
-    The sum is taken in float64 on the CPU and rounded once, so it is the same on every device. Below fp32 the
-    adapter stays beside W, frozen: their sum, rounded to bf16, would lose nine tenths of an adapter after 50
-    steps. ValueError: no adapter, or an adapted weight is tied to another module (merging would change that
-    one too)."""
+    The sum is taken in float64 on the CPU and rounded once, so it is the same on every device. Rounded to
+    bf16 it would lose nine tenths of an adapter that was trained for 50 steps. ValueError: no adapter, or an
+    adapted weight is tied to another module (merging would change that one too)."""
     layers, owners = require_layers(model), {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))

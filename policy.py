@@ -37,7 +37,8 @@ class Rollout:
 
 @dataclass
 class Row:
-    """A prompt and the replies to it that are scored together. prompts: which of the packed prompts it is."""
+    """A prompt and its replies, scored together. prompts: its index (fast/engine.py: the indices of several
+    prompts that share tokens)."""
 
     prompts: list[int]
     ids: list[int]
@@ -69,7 +70,7 @@ class Policy:
     layer = lora.LoRALinear  # what wraps the model's layers when an adapter is put on
 
     def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...]):
-        """end_ids: the tokens that end a reply, the one that training teaches first."""
+        """end_ids: the tokens that end a reply; training teaches the first of them."""
         self.model, self.tokenizer, self.name, self.end_ids = model, tokenizer, name, end_ids
         self.device = next(model.parameters()).device
         self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -109,8 +110,8 @@ class Policy:
     ) -> list[list[Rollout]]:
         """M replies to each of P prompts, [P][M]. Temperature 0 is greedy.
 
-        Token t of a reply belongs to a uniform number that belongs to that reply and that t alone, so a
-        sample does not depend on what else is in the batch. generator: a list has one for each prompt. only:
+        Every token of every reply is drawn with a uniform number of its own, so a sample does not depend on
+        how prompts are batched. generator: a list has one for each prompt. only:
         answer these prompts alone, with the samples that they would get among all. history (M = 1): a fast
         engine's store of what earlier calls have read of the same conversations."""
         if isinstance(generator, list):

@@ -26,9 +26,9 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 @dataclass(frozen=True)
 class PromptStyle:
     """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief
-    line; hints: the games' worked numbers next to the question [choice: a small model cannot multiply]. They
-    are one step of reasoning about the others: in BCZ "link where a link earns its cost" misses one in ten of
-    the efficient links."""
+    line; hints: print worked numbers (Game.link_hint, effort_facts) next to the question [choice: a small
+    model cannot multiply]. They do not give the answer away: in BCZ, linking wherever the printed number is
+    at least 1 still gets one in ten of the efficient graph's entries wrong."""
 
     information: str = "full"
     belief: bool = True

@@ -114,8 +114,8 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float:
     return float(np.maximum(0, 1 - error_N)[others].mean())
 
 
-# Optional terms of r^S, of both kinds of decisions, and the weights that --reward changes. One without a
-# weight has 0.
+# Optional terms of r^S, of both kinds of decisions, and the weights that --reward changes. A term that
+# WEIGHTS does not name has weight 0.
 TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 # Names that a new term must not take
@@ -165,8 +165,8 @@ def group_rewards(
     credits: list[float | None] | None = None,
 ) -> list[dict[str, float]]:
     """All terms of every rollout of a group: `compliance`, `sample`, the optional ones by name, `r_S` (their
-    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. credits take the place of
-    `sample`."""
+    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. credits (variants/credit.py, off by
+    default) replace `sample`."""
     groups_terms = []
     for i, decision in enumerate(decisions):
         terms = {"compliance": compliance(decision)}

@@ -2,7 +2,7 @@
 
 Pure functions in the paper's symbols. Dimensions: M rollouts of a prompt (a group), T reply tokens.
 
-    A^S_i = (r^S_i - mean) / (std + eps)   within the group: sample level; this alone is GRPO
+    A^S_i = (r^S_i - mean) / (std + 1e-4)  within the group: sample level; this alone is GRPO
     A^G_i = the same of R^G                                : graph level, graph decisions only
     A_i   = w_sample A^S_i + w_graph A^G_i                   graph decisions, 0.8 / 0.2 [source]
     A_i   = A^S_i                                            effort decisions

@@ -9,7 +9,7 @@ One step, in the symbols of the paper (arXiv 2509.21134), is the body of the loo
 2. Sample m replies to each from pi_theta (= pi_old) and record their log-probabilities.
 3. Rewards (rewards.py): compliance, sample level, and graph level with the memory of the game instance.
 4. Advantages (tompo.py): each level normalised within its group, A = w_sample A^S + w_graph A^G.
-5. Minimise -J: clipped ratio times A, minus beta KL(pi, pi_ref), with one denominator for the whole step.
+5. Drop groups whose A is 0 throughout (--idle-groups). Minimise -J: clipped ratio times A, minus beta k3.
 
 pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so
 "adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the
@@ -57,9 +57,9 @@ class Prompt:
 
 def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Prompt]]:
     """The decisions in the trained seats, by conversation (an agent in a game). Checks all that RFT needs."""
-    seen, conversations = training.in_trained_seats(args, records), {}
-    dataset.check_kinds(seen, args.prompts)
-    for r, target in dataset.targets(records, seen):
+    trained, conversations = training.in_trained_seats(args, records), {}
+    dataset.check_kinds(trained, args.prompts)
+    for r, target in dataset.targets(records, trained):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
         conversations.setdefault((r.game, r.seat), []).append(prompt)
     prompts = sum(conversations.values(), [])
@@ -70,9 +70,10 @@ def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Promp
 def next_batch(
     conversations: list[list[Prompt]], counts: list[int], step: int, seed: int, draw: int = 0
 ) -> list[Prompt]:
-    """The prompts of a step: so many graph and effort decisions. As far as possible they are decisions of the
-    same conversations (drawn in a new random order every epoch; any, in a later draw of the step), which
-    share most of their tokens."""
+    """The prompts of a step: counts[0] graph and counts[1] effort decisions, from the same conversations
+    where possible (they share tokens). Draw 0 goes through all conversations once an epoch; later draws take
+    random ones."""
+    # Here and below the number behind the seed is a purpose: every use of the run's seed has its own.
     rng, batch = np.random.default_rng([seed, 7, step, draw]), []
     order = checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)
     for k, i in enumerate(rng.permutation(len(conversations))[: max(counts)] if draw else order):
@@ -123,7 +124,7 @@ def sample(args, policy: Policy, batch: list[Prompt], generator: torch.Generator
 
 
 def has_variance(group: list[Rollout]) -> bool:
-    """A group whose rewards are all the same teaches nothing: it is idle."""
+    """False for an idle group: every A is 0, so that only the KL penalty could move the policy."""
     return any(o.advantage for o in group)
 
 

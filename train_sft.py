@@ -3,13 +3,13 @@
     python train_sft.py --out runs/sft
 
 [source] LoRA rank 64, alpha 32, learning rate 5e-5, batch 16, on expert effort decisions: `--preset paper`.
-[choice] The small default model trains on both kinds of decision, because it keeps to the reply format in no
-case before any training, and RFT has no signal without some compliant replies.
+[choice] The default model trains on both kinds of decision: untrained, it never keeps to the reply format,
+and RFT has no signal without some compliant replies.
 
 All decisions of an agent in a game are one conversation. The loss is the mean of -log pi over the reply
 tokens of the chosen kind (and each reply's end-of-turn token); `--train-on separate` trains an adapter for
-each kind. Where the data holds a decision that was replaced at random, the expert's own answer is trained in
-its place.
+each kind. A label is the expert's answer, also where a random one was played. By default run/dataset.py:
+weak_labels then makes half of the link decisions in the labels random (--label-noise).
 """
 
 import argparse
@@ -40,8 +40,7 @@ class Conversation:
 
 def conversations(policy: Policy, records: list[Record], train_on: str) -> list[Conversation]:
     """One conversation for each (game, seat) of the data set: its decisions of the trained kind as prompts,
-    with the expert's answer as their one reply. What was really played, if something else, stands in the
-    later prompts."""
+    with the label as their one reply. Later prompts hold what was played, which may differ from the label."""
     kinds = {"effort": "E", "graph": "G", "both": "GE"}[train_on]
     decisions: dict[tuple[int, int], list[Record]] = {}
     for r in records:
