@@ -31,6 +31,7 @@ import games
 from games import Game, State
 from play.hindsight import effort_payoff, row_payoff, row_payoffs, tell_history
 from prompts import Decision
+from rewards import Target, accuracy, belief_accuracy, graph_score
 from run.files import InputError, read_json
 
 METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
@@ -53,6 +54,19 @@ def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
         best = effort_payoff(state, seat, actions, game.best_response(state.links, actions)[seat])
         worst = min(nothing, cap)  # own payoff is concave in the own effort
     return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
+
+
+def measured(
+    decision: Decision | None, state: State, seat: int, actions: np.ndarray, experts: np.ndarray | None
+) -> dict[str, float | None]:
+    """s, row, U2 and belief of what `seat` decided. actions: all agents' of the stage; experts: what the
+    experts of all agents propose, which graph decisions are compared with."""
+    s = row = None
+    if state.kind == "G":
+        s = graph_score(decision, Target(state, seat, experts))
+        row = accuracy(decision.action, experts[seat], seat) if decision else 0.0
+    belief = belief_accuracy(decision, Target(state, seat, actions))
+    return {"s": s, "row": row, "U2": strategic_efficiency(state, seat, actions), "belief": belief}
 
 
 @cache
@@ -228,17 +242,20 @@ def paired_difference(a: dict, b: dict, metric: str) -> dict:
     return mean_interval([x - y for x, y in pairs if x is not None and y is not None])
 
 
+def tell_interval(v: dict, digits: int = 2, sign: str = "") -> str:
+    """mean [low, high]; digits: of the interval; sign: "+" for differences; "-" where nothing is known."""
+    if v["mean"] is None:
+        return "-"
+    ends = "" if v["low"] is None else f" [{v['low']:{sign}.{digits}f}, {v['high']:{sign}.{digits}f}]"
+    return f"{v['mean']:{sign}.3f}{ends}"
+
+
 def format_table(tables: dict[str, dict]) -> str:
     """One line per policy: mean [low, high] of every metric. tables: {policy: {metric: mean and
     interval}}."""
 
-    def cell(v):
-        if v["mean"] is None:
-            return "-"
-        return f"{v['mean']:.3f}" + (f" [{v['low']:.2f}, {v['high']:.2f}]" if v["low"] is not None else "")
-
     rows = [["policy", *METRICS]]
-    rows += [[name, *(cell(table[m]) for m in METRICS)] for name, table in tables.items()]
+    rows += [[name, *(tell_interval(table[m]) for m in METRICS)] for name, table in tables.items()]
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     return "\n".join("".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows)
 
@@ -268,9 +285,7 @@ def _difference_lines(differences: dict[str, dict[str, dict]]) -> str:
     for name, of_metric in differences.items():
         line = f"\n  - {name}: ".ljust(max(map(len, differences)) + 7)
         for metric, d in of_metric.items():
-            interval = f" [{d['low']:+.3f}, {d['high']:+.3f}]" if d["low"] is not None else ""
-            value = "-" if d["mean"] is None else f"{d['mean']:+.3f}{interval}"
-            line += f"{metric} {value}".ljust(30)
+            line += f"{metric} {tell_interval(d, 3, '+')}".ljust(30)
         text += line.rstrip()
     return text
 

@@ -26,11 +26,10 @@ from games import Game, State
 from models import adapters as adapters_on_disk
 from models.load import put_adapter
 from play import expert_games, human
-from play.metrics import Played, Turn, strategic_efficiency
+from play.metrics import Played, Turn, measured
 from play.repair import repair_reply
 from policy import Policy
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, reply_tokens
-from rewards import Target, accuracy, belief_accuracy, graph_score
 from run import dataset, ranks
 from run.checkpoint import seeded
 from run.files import InputError
@@ -321,19 +320,6 @@ def _turn(
 ) -> Turn:
     """strict: the decision of the reply as it is; meant: after repair, where there is one; expert_NN: (N, N)
     or None."""
-    s = row = None
-    if state.kind == "G":
-        s = graph_score(meant, Target(state, seat, expert_NN))
-        row = accuracy(meant.action, expert_NN[seat], seat) if meant else 0.0
-    return Turn(
-        state.round,
-        state.kind,
-        reply if isinstance(reply, str) else "",
-        strict,
-        s,
-        row,
-        strategic_efficiency(state, seat, actions),
-        belief_accuracy(meant, Target(state, seat, actions)),
-        seat,
-        strict is None and meant is not None,
-    )
+    values = measured(meant, state, seat, actions, expert_NN)
+    text, repaired = reply if isinstance(reply, str) else "", strict is None and meant is not None
+    return Turn(state.round, state.kind, text, strict, **values, seat=seat, repaired=repaired)

@@ -16,14 +16,12 @@ DASHES = {"expert": (0, (6, 2)), "best constant answer": (0, (3, 2)), "random pl
 
 def plot_curves(folder: Path) -> None:
     """Draws FOLDER/curves.png from the logs in FOLDER and FOLDER/sft."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # needs no screen
 
     probe = read_lines(folder / "probe.jsonl")
     sft_rows, rows = read_lines(folder / "sft" / "metrics.jsonl"), read_lines(folder / "metrics.jsonl")
-    figure, (above, below) = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    above, below = figure.subplots(2, 3)
     shown = (("row", "C0"),), (("U2", "C2"),), (("U1", "C3"), ("belief", "C4"), ("s", "C1"))
     titles = "row: agents treated as the expert does", "U2: efficiency of the decisions"
     for axis, keys, title in zip(above, shown, (*titles, "U1 compliance, belief, graph score s")):
@@ -44,7 +42,6 @@ def plot_curves(folder: Path) -> None:
             place = dict(loc="lower right", bbox_to_anchor=(1, 0.07)) if axis in above else {}
             axis.legend(fontsize=8, **place)
     figure.savefig(folder / "curves.png", dpi=110)
-    plt.close(figure)
 
 
 def draw(axis, rows: list[dict], key: str, label: str, colour: str) -> None:

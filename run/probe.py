@@ -12,10 +12,10 @@ import numpy as np
 
 from experts import make_expert
 from games import State, own_rows
-from play.metrics import strategic_efficiency
+from play.metrics import measured, strategic_efficiency
 from policy import Policy
-from prompts import Decision, format_reply, messages, parse_reply, reply_tokens
-from rewards import Target, accuracy, belief_accuracy, graph_score
+from prompts import Decision, fallback, format_reply, messages, parse_reply, reply_tokens
+from rewards import Target
 from run import checkpoint, dataset, ranks
 from run.curves import plot_curves
 from run.files import JsonLines
@@ -52,16 +52,11 @@ def measure(decisions: list[Decision | None], targets: list[Target]) -> dict[str
     nothing."""
     values: dict[str, list[float]] = {key: [] for key in KEYS}
     for decision, target in zip(decisions, targets):
-        played = decision or Decision(
-            target.kind, np.zeros(target.game.N, int) if target.kind == "G" else 0.0
-        )
-        values["U1"].append(decision is not None)
-        values["U2"].append(strategic_efficiency(target.state, target.seat, target.with_own(played)))
-        values["belief"].append(belief_accuracy(decision, target))
-        if target.kind == "G":
-            row = accuracy(decision.action, target.actions[target.seat], target.seat) if decision else 0.0
-            values["row"].append(row)
-            values["s"].append(graph_score(decision, target))
+        actions = target.with_own(decision or fallback(target.kind, target.game.N))
+        found = measured(decision, target.state, target.seat, actions, target.actions)
+        for key, value in (found | {"U1": decision is not None}).items():
+            if value is not None:
+                values[key].append(value)
     return {key: float(np.mean(v)) for key, v in values.items()}
 
 

@@ -8,7 +8,7 @@ import rewards
 from play.hindsight import tell_history
 from policy import Rollout
 from prompts import broken_rule
-from run.files import Stopwatch, read_lines
+from run.files import Stopwatch
 
 
 def step_metrics(batch: list, groups: list[list[Rollout]], sums: dict[str, float]) -> dict:
@@ -72,8 +72,7 @@ class SampleLog:
 
     def __init__(self, loop):
         self.samples, self.prompts = loop.open_log("samples"), loop.open_log("prompts")
-        lines = read_lines(loop.folder / "prompts.jsonl")
-        self.told = {(line["game"], line["stage"], line["seat"]) for line in lines}
+        self.told = {(line["game"], line["stage"], line["seat"]) for line in self.prompts.rows}
 
     def write(self, step: int, batch: list, groups: list[list[Rollout]]) -> None:
         for prompt in batch:

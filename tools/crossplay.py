@@ -18,7 +18,7 @@ import argparse
 from games import Game
 from play import human
 from play.held_out import add_eval_arguments, add_sampling_arguments, by_stages, held_out_instances
-from play.metrics import mean_interval, per_instance
+from play.metrics import mean_interval, per_instance, tell_interval
 from play.players import make_cast, play_tables
 from run import dataset, ranks
 from run.files import InputError, refuse_existing, reports_errors, seat_choice, write_json
@@ -50,26 +50,20 @@ def play_pair(args, make_one, make_rest, label: str, person: bool = False) -> li
 def format_matrix(names: list[str], values: dict[tuple[str, str], dict]) -> str:
     """values: {(row, column): mean and interval}. Columns are numbered, because adapters have long names."""
 
-    def cell(v):
-        return f"{v['mean']:.3f}" + (f" [{v['low']:.2f}, {v['high']:.2f}]" if v["low"] is not None else "")
-
     rows = [["", *(f"against {k}" for k in range(1, len(names) + 1))]]
-    rows += [[f"{k} {a}", *(cell(values[a, b]) for b in names)] for k, a in enumerate(names, 1)]
+    rows += [[f"{k} {a}", *(tell_interval(values[a, b]) for b in names)] for k, a in enumerate(names, 1)]
     widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     return "\n".join("".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows)
 
 
 def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], dict]]) -> None:
     """One heat map for each metric, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     short = [name if len(name) <= 28 else "..." + name[-25:] for name in names]
     size = 2.5 + 0.9 * len(names)
-    figure, axes = plt.subplots(1, len(tables), figsize=(size * len(tables), size), layout="constrained")
-    for axis, (metric, values) in zip(axes, tables.items()):
+    figure = Figure(figsize=(size * len(tables), size), layout="constrained")
+    for axis, (metric, values) in zip(figure.subplots(1, len(tables)), tables.items()):
         means = [[values[a, b]["mean"] for b in names] for a in names]
         low = min(0, *map(min, means))
         axis.imshow(means, vmin=low, vmax=1, cmap="viridis")
@@ -81,7 +75,6 @@ def plot(path: str, names: list[str], tables: dict[str, dict[tuple[str, str], di
                 colour = "black" if 2 * mean > low + 1 else "white"
                 axis.text(j, i, f"{mean:.2f}", ha="center", va="center", color=colour)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 @reports_errors

@@ -11,7 +11,6 @@ is named and does not stop the rest; a study that was killed goes on where it wa
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from play.held_out import add_eval_arguments
 from run import dataset, training
-from run.files import InputError, cpu_name, positive_int, read_json, read_lines, reports_errors
+from run.files import InputError, JsonLines, cpu_name, positive_int, read_json, read_lines, reports_errors
 from run.rft_flags import add_rft_arguments
 from tools import study_report
 
@@ -152,9 +151,7 @@ def commands(arm: Arm, seed: int, arms: dict[str, Arm], common: str, folder: Pat
         argv = ["train_rft.py", *seeded, *part(flags, "rft"), "--eval-games", "0"]
         found.append((policy, [*argv, "--sft-adapter", str(sft / "adapter"), "--out", str(own)]))
     result = folder / "eval" / arm.name.replace(" ", "_") / f"seed{seed}.json"
-    played = part(f"{common} {trained.flags or ''}", "eval")
-    if arm.evaluation is not None:
-        played = part(f"{common} {arm.evaluation}", "eval")
+    played = part(flags if arm.evaluation is None else f"{common} {arm.evaluation}", "eval")
     return [*found, (result, ["eval.py", *played, "--policy", str(policy), "--json", str(result)])]
 
 
@@ -166,7 +163,9 @@ class Study:
         self.args, self.folder, self.results = args, Path(args.folder), Path(args.results)
         self.arms = {arm.name: arm for arm in ARMS}
         self.lock, self.busy, self.failed = threading.Lock(), {}, []
-        self.done = {(line["arm"], line["seed"]) for line in read_lines(self.results)}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        self.log = JsonLines(self.results, lambda line: True)  # half a line that a kill has left goes
+        self.done = {(line["arm"], line["seed"]) for line in self.log.rows}
         self.stopped = threading.Event()
 
     def units(self) -> list[tuple[Arm, int]]:
@@ -206,9 +205,7 @@ class Study:
                     return
         line = self.measured(arm, seed, steps, time.perf_counter() - began)
         with self.lock:
-            self.results.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            self.log.write(line)
 
     def command(self, arm: Arm, seed: int, left: Path, command: list[str]) -> bool:
         run = Path(command[-1])  # its folder, or eval.py's file

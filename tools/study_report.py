@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from play.metrics import mean_interval
+from play.metrics import mean_interval, tell_interval
 from prompts import last_line
 from run.files import InputError, read_lines, write_atomic
+from tools.page.learned import best_cut
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
@@ -95,10 +96,8 @@ def threshold_rule(samples: list[dict], worth: dict[tuple, list[float]]) -> list
     if not pairs:
         return None
     x, chosen = np.array(pairs).T
-    candidates = [*np.unique(x), x.max() + 0.01]
-    shares = [float(((x >= t) == chosen).mean()) for t in candidates]
-    best = int(np.argmax(shares))
-    return [round(float(candidates[best]), 2), round(shares[best], 4)]
+    ends, best, share = best_cut(x, chosen)
+    return [round(float([*ends, ends[-1] + 0.01][best]), 2), round(share, 4)]
 
 
 def worked_numbers(records: list) -> dict[tuple, list[float]]:
@@ -166,12 +165,7 @@ def about(lines: list[dict]) -> str:
 
 
 def cell(interval: dict, sign: str = "") -> str:
-    if interval["mean"] is None:
-        return "-"
-    low, high = interval["low"], interval["high"]
-    return f"{interval['mean']:{sign}.3f}" + (
-        f" [{low:{sign}.3f}, {high:{sign}.3f}]" if low is not None else ""
-    )
+    return tell_interval(interval, 3, sign)
 
 
 def markdown(rows: list[list[str]]) -> list[str]:
@@ -257,12 +251,10 @@ def table_of_levels(arms) -> list[str]:
 
 
 def _figure(*shape, size):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(*shape, figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(*shape)
 
 
 def draw_forest(compared: dict, path: Path) -> None:

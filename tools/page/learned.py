@@ -55,16 +55,23 @@ def of_games(summary: dict) -> list[tuple]:
     return found
 
 
+def best_cut(worth: np.ndarray, linked: np.ndarray) -> tuple[np.ndarray, int, float]:
+    """(the different worked numbers, rising; k; share): "link iff it is one of them from the k-th on" is most
+    often what was chosen, in this share of the choices."""
+    ends = np.unique(worth)
+    agreed = [float(((worth >= end) == linked).mean()) for end in [*ends, np.inf]]
+    best = int(np.argmax(agreed))
+    return ends, best, agreed[best]
+
+
 def best_threshold(found: list[tuple]) -> dict | None:
     """Which "link iff the worked number is at least t" is most often what was chosen, and how often."""
     if not found:
         return None
     worth, linked = np.array([w for w, _ in found]), np.array([chosen for _, chosen in found])
-    ends = np.unique(worth)
+    ends, best, agreed = best_cut(worth, linked)
     candidates = [ends[0] - 0.01, *((ends[1:] + ends[:-1]) / 2), ends[-1] + 0.01]
-    agreed = [((worth >= t) == linked).mean() for t in candidates]
-    best = int(np.argmax(agreed))
-    return {"t": candidates[best], "agreed": agreed[best], "n": len(found)}
+    return {"t": candidates[best], "agreed": agreed, "n": len(found)}
 
 
 def table(found: dict[str, list[tuple]]) -> dict:
