@@ -266,7 +266,7 @@ def main(argv=None) -> None:
         print_times(folder, clock)
         print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
         print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
-        print(view.of_run(folder))
+        print(f"{view.of_run(folder)}\nwhat the columns of the table mean: docs/settings.md, section Metrics")
 
 
 if __name__ == "__main__":

@@ -273,24 +273,37 @@ def draw_forest(compared: dict, path: Path) -> None:
         axis.set_yticklabels(
             [f"{n} - {compared[n][0]}" for n in names] if axis is axes[0] else [], fontsize=8
         )
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
 def draw_curves(arms: dict, path: Path, shown=("tompo", "grpo")) -> None:
-    """The probe during RFT: mean over seeds, and a 95 % t interval as a band."""
+    """The probe during RFT in the seeds that all of these arms have: mean, and a 95 % t interval as a
+    band."""
+    names = [name for name in shown if name in arms]
+    seeds = set.intersection(*(set(arms[name]) for name in names)) if names else set()
     figure, axes = _figure(1, 3, size=(13, 3.6))
     for axis, metric in zip(axes, ("row", "U2", "belief")):
-        for colour, name in enumerate(name for name in shown if name in arms):
+        for colour, name in enumerate(names):
             of_step: dict[int, list[float]] = defaultdict(list)
-            for line in arms[name].values():
-                for entry in line.get("probe") or ():
+            for seed in seeds:
+                for entry in arms[name][seed].get("probe") or ():
                     of_step[entry["step"]].append(entry[metric])
             steps = sorted(of_step)
             intervals = [mean_interval(of_step[step]) for step in steps]
             style = dict(color=f"C{colour}", linestyle=("-", "--")[colour % 2])
-            axis.plot(steps, [i["mean"] for i in intervals], label=name, marker="o", markersize=3, **style)
-            if min(i["n"] for i in intervals) > 2:  # the interval of two seeds would be the whole picture
+            axis.plot(
+                steps,
+                [i["mean"] for i in intervals],
+                label=f"{name}, {len(seeds)} seeds",
+                marker="o",
+                markersize=3,
+                **style,
+            )
+            if (
+                min((i["n"] for i in intervals), default=0) > 2
+            ):  # the interval of two seeds would be the whole picture
                 low, high = ([i[end] for i in intervals] for end in ("low", "high"))
                 axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
         axis.set(title=f"Probe, {metric}", xlabel="step of RFT")
