@@ -366,7 +366,8 @@ def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
     assert len(page.options("g-group")) == len(groups) == 16
     for k, group in enumerate(groups):
         replies = page.texts(".reply")
-        assert page.text("#group h3").startswith(f"Step {group[0]['step']}, game {group[0]['game']}:")
+        place = f"Step {group[0]['step']}, training game {group[0]['game']}:"
+        assert page.text("#group h3").startswith(place)
         r_S = np.array([s["r_S"] for s in group])
         for s, text in zip(group, replies, strict=True):
             sign = "+" if s["advantage"] > 0 and f"{s['advantage']:.3f}" != "0.000" else ""
@@ -427,7 +428,7 @@ def test_games_show_regret_and_the_best_row(page, made):
         assert f"worth {worth.max():.3f}" in players[0] and len(own_rows(4, 0)) == 8
         assert results["tompo"]["replies"][i][0].split("\n")[-1] in players[0]
     page.click("p-game-before")
-    assert page.text("#game h3").startswith("Game 4:")
+    assert page.text("#game h3").startswith("Held-out game 4:")
     assert page.run("return document.activeElement.id") == "p-game-before"
     page.choose("p-order", "low")
     U2 = [float(text.split("U2 ")[1].split(",")[0]) for text in page.options("p-game")]
