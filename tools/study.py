@@ -240,6 +240,8 @@ class Study:
             line["levels"] = study_report.levels_of(samples)
             line["belief followed"] = study_report.belief_followed(samples)
             line["rule"] = rules_of(own, samples)
+            if seed == 0:
+                line["groups"] = study_report.a_dozen(samples)
             line["idle"] = [round(e["zero_variance_groups"], 3) for e in read_lines(own / "metrics.jsonl")]
         return line | {"minutes": round(seconds / 60, 1)} | self.machine
 
@@ -293,7 +295,8 @@ def main(argv=None) -> None:
     )
     args = parser.parse_args(argv)
     if args.report:
-        print(study_report.write(Path(args.results), Path(args.report)))
+        planned = [(arm.name, arm.seeds) for arm in ARMS]
+        print(study_report.write(Path(args.results), Path(args.report), planned))
         return
     study = Study(args)
     units = study.units()

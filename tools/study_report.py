@@ -45,13 +45,38 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
+def graph_groups(samples: list[dict]) -> list[list[dict]]:
+    """The groups of replies to graph decisions, in the order of training."""
+    place = ("step", "game", "stage", "seat")
+    graph = [s for s in samples if s["kind"] == "G"]
+    return [list(g) for _, g in itertools.groupby(graph, key=lambda s: [s[key] for key in place])]
+
+
+def a_dozen(samples: list[dict]) -> list[dict]:
+    """Twelve graph groups, evenly spread over the run: the expert's row and every different row that was
+    chosen ("" where it cannot be read) with how often, A^S, A^G and A."""
+    groups, found = graph_groups(samples), []
+    for i in sorted({round(i) for i in np.linspace(0, len(groups) - 1, min(12, len(groups)))}):
+        rows = [row_of(s["reply"]) if s["compliance"] > 0 else "" for s in groups[i]]
+        values = {
+            row: [round(s[k], 2) for k in ("A_S", "A_G", "advantage")] for row, s in zip(rows, groups[i])
+        }
+        chosen = [[row, rows.count(row), *values[row]] for row in sorted(values, key=lambda r: -values[r][2])]
+        found.append(
+            {"step": groups[i][0]["step"], "expert": row_of(groups[i][0]["expert"]), "chosen": chosen}
+        )
+    return found
+
+
+def row_of(reply: str) -> str:
+    return "".join(map(str, json.loads(last_line(reply, "Decision:"))))
+
+
 def levels_of(samples: list[dict]) -> dict[str, float] | None:
     """How far the two levels of advantage differ in the graph groups of a run, from its samples.jsonl: the
     shares of groups in which A^S, A^G and the memory bonus (of compliant replies) say nothing; in groups in
     which both speak, the correlation of A^S and A^G and the share of replies where their signs differ."""
-    place = ("step", "game", "stage", "seat")
-    graph = [s for s in samples if s["kind"] == "G"]
-    groups = [list(g) for _, g in itertools.groupby(graph, key=lambda s: [s[key] for key in place])]
+    groups = graph_groups(samples)
     if not groups:
         return None
     A_S, A_G = ([[s[name] for s in g] for g in groups] for name in ("A_S", "A_G"))
@@ -129,8 +154,9 @@ def seed_values(line: dict) -> dict[str, float]:
 # -------------------- the report
 
 
-def write(results: Path, folder: Path) -> str:
-    """Writes FOLDER/study.md, study-forest.png and study-curves.png. Returns what to print."""
+def write(results: Path, folder: Path, planned: list[tuple[str, int]]) -> str:
+    """Writes FOLDER/study.md, study-forest.png and study-curves.png. planned: arms and how many seeds they
+    are to have. Returns what to print."""
     lines = read_lines(results)
     if not lines:
         raise InputError(f"{results} holds no results yet; run python -m tools.study first")
@@ -150,6 +176,11 @@ def write(results: Path, folder: Path) -> str:
         text += ["", *table_of_differences(differences, reference)] if differences else []
     text += ["", "## The two levels", "", *table_of_levels(arms)]
     text += ["", "## Link iff the worked number is at least t", "", *table_of_rules(arms)]
+    for name, of_seeds in arms.items():
+        for line in of_seeds.values():
+            if name.startswith("tompo") and line.get("groups"):
+                text += ["", f"## A dozen groups of {name}, seed {line['seed']}", "", *table_of_groups(line)]
+    text += ["", "## Not run yet", "", *missing(planned, arms)]
     write_atomic(folder / "study.md", ("\n".join(text) + "\n").encode())
     draw_forest(compared, folder / "study-forest.png")
     draw_curves(arms, folder / "study-curves.png")
@@ -233,6 +264,26 @@ def table_of_rules(arms) -> list[str]:
         if rules:
             rows.append([name, *row])
     return markdown(rows)
+
+
+def table_of_groups(line: dict) -> list[str]:
+    rows = [["step", "the expert's row", "rows of the replies: times, A^S, A^G, A"]]
+    for group in line["groups"]:
+        chosen = [
+            f"{row or 'not compliant'} ×{n}: {A_S:+.2f}, {A_G:+.2f}, {A:+.2f}"
+            for row, n, A_S, A_G, A in group["chosen"]
+        ]
+        rows.append([str(group["step"]), group["expert"], "; ".join(chosen)])
+    return markdown(rows)
+
+
+def missing(planned: list[tuple[str, int]], arms) -> list[str]:
+    """What of the plan has no line yet, and the command that runs it."""
+    left = [(name, seeds - len(arms.get(name, ()))) for name, seeds in planned]
+    told = [f"{name} ({seeds})" for name, seeds in left if seeds > 0]
+    if not told:
+        return ["Nothing: all arms have all their seeds."]
+    return [f"Arms, and how many seeds they lack; `python -m tools.study` runs them: {', '.join(told)}."]
 
 
 def table_of_levels(arms) -> list[str]:

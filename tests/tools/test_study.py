@@ -64,6 +64,29 @@ def test_levels_by_hand():
     assert study_report.levels_of(idle)["correlation"] is None and study_report.levels_of([]) is None
 
 
+def test_a_dozen_groups_by_hand():
+    def reply(game, row, A, kind="G", compliance=0.5):
+        place = {"step": game, "game": game, "stage": 0, "seat": 0, "kind": kind, "compliance": compliance}
+        text = f"Decision: {row}" if compliance > 0 else "I link with all"
+        return place | {
+            "reply": text,
+            "expert": "Decision: [0, 1, 1]",
+            "A_S": A,
+            "A_G": -A,
+            "advantage": A / 2,
+        }
+
+    first = [reply(0, [0, 1, 0], -0.5), reply(0, [0, 1, 1], 1.0), reply(0, [0, 1, 0], -0.5)]
+    second = [reply(1, "", -1.234, compliance=-0.5), reply(1, [0, 0, 0], 1.0), reply(1, "1.2", 9.0, "E")]
+    assert study_report.a_dozen([*first, *second]) == [
+        {"step": 0, "expert": "011", "chosen": [["011", 1, 1.0, -1.0, 0.5], ["010", 2, -0.5, 0.5, -0.25]]},
+        {"step": 1, "expert": "011", "chosen": [["000", 1, 1.0, -1.0, 0.5], ["", 1, -1.23, 1.23, -0.62]]},
+    ]
+    many = [reply(game, [0, 1, 1], 0.0) for game in range(100)]
+    steps = [group["step"] for group in study_report.a_dozen(many)]
+    assert steps == [0, 9, 18, 27, 36, 45, 54, 63, 72, 81, 90, 99] and study_report.a_dozen([]) == []
+
+
 def test_belief_followed_by_hand():
     def reply(step, belief, decision, kind="G", compliance=0.5):
         text = f"Belief: {belief}\nDecision: {decision}" if belief else f"Decision: {decision}"
@@ -168,6 +191,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     study.main([*argv, "--report", str(tmp_path)])
     report = (tmp_path / "study.md").read_text()
     assert report.count("| tompo |") == 3 and "| sft | SFT alone | 1 |" in report
+    assert "tompo (7), sft (7)." in report  # what the plan still lacks
     for name in ("study-forest.png", "study-curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 
