@@ -103,7 +103,7 @@ def test_a_server_that_drips_is_left_at_the_deadline(client, first):
         c = client(server, timeout=0.5)
         c.ask_all(questions(1), 1)
         took = time.monotonic() - started
-    assert c.failed == 2 and len(server.questions) == 3 and 1.0 < took < 10
+    assert c.failed == 2 and len(server.questions) == 3 and 1.0 < took < 15
 
 
 ENDLESS = [({}, b" " * 2**16), ({"Content-Encoding": "gzip"}, gzip.compress(bytes(2**25)))]
@@ -129,7 +129,7 @@ def test_a_redirect_is_not_followed(client, status):
 
 def test_no_other_try_begins_when_a_question_has_failed_for_good(client):
     def script(body, n):
-        return ("status", 500, {"Retry-After": "0.5"}, b"") if n == 1 else ("status", 400, {}, b"no")
+        return ("status", 500, {"Retry-After": "2"}, b"") if n == 1 else ("status", 400, {}, b"no")
 
     with ChatServer(script) as server:
         with pytest.raises(InputError, match="400: no"):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -242,20 +243,22 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path):
 
 
 def test_ctrl_c_waits_for_what_was_paid_for(tmp_path):
-    with ChatServer(delay=lambda: 1.0) as server:
+    answering = threading.Event()
+    with ChatServer(delay=lambda: 0.0 * answering.wait(30)) as server:
         everything, where = command(server, tmp_path)
+        where["env"]["PYTHONUNBUFFERED"] = "1"
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         process = subprocess.Popen(everything, **where, **pipes)
         end = time.monotonic() + 30
         while len(server.questions) < 8 and time.monotonic() < end:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and "Traceback" not in err
-    assert "waiting for the answers under way" in out and "interrupted" in err
-    assert (
-        len(server.questions) == 8 == sum(server.answered.values()) == len(lines(tmp_path / "answers.jsonl"))
-    )
+        assert "waiting for the answers under way" in process.stdout.readline()
+        answering.set()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert len(server.questions) == 8 == sum(server.answered.values())
+    assert len(lines(tmp_path / "answers.jsonl")) == 8
 
 
 WITHOUT = """
