@@ -63,7 +63,7 @@ TROUBLE = [
     ("body", b"\xff\xfe"),
     ("half",),
     ("close",),
-    ("slow", 1.0),
+    ("slow", 4.0),
 ]
 
 
@@ -77,7 +77,7 @@ def test_every_kind_of_trouble_is_outlived(ask, capsys):
         return TROUBLE[turn["n"] % len(TROUBLE)]
 
     with ChatServer(script) as server:
-        records, expert = ask(server, "bad.jsonl", games=2, pairs="timeout=0.6 concurrency=16")
+        records, expert = ask(server, "bad.jsonl", games=2, pairs="timeout=2 concurrency=16")
     with ChatServer() as good:
         reference, _ = ask(good, "good.jsonl", games=2)
     assert records == reference and len(records) >= 24
@@ -219,7 +219,7 @@ def test_order_and_records_do_not_depend_on_concurrency(ask):
     results, most = [], []
     for concurrency in (1, 16):
         rng = random.Random(concurrency)
-        with ChatServer(delay=lambda: rng.uniform(0.01, 0.05)) as server:
+        with ChatServer(delay=lambda: rng.uniform(0.01, 0.05) * concurrency**0.5) as server:
             record = f"{concurrency}.jsonl"
             results.append(ask(server, record, games=4, pairs=f"concurrency={concurrency}")[0])
         most.append(server.most_at_once)
