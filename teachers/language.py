@@ -29,7 +29,6 @@ from tqdm import tqdm
 from games import State
 from prompts import EFFORT_DIGITS, Decision, PromptStyle, fallback, format_reply, messages, parse_reply
 from run.files import InputError, read_json
-from teachers.chat_client import ChatClient
 
 MAX_TOKENS = 4096  # of a server's answer: models that reason at length need them, and others do not use them
 LARGEST_BELIEF = 1e6  # a belief beyond it is none: it would stand in the label in full
@@ -173,6 +172,11 @@ class LanguageExpert:
         if kind == "hf":
             self.model = LocalModel(model, ask)
         else:
+            try:
+                from teachers.chat_client import ChatClient  # here, since all else does without `openai`
+            except ModuleNotFoundError as e:
+                advice = "pip install -r requirements-experts.txt"
+                raise InputError(f"{name} needs the package {e.name}: {advice}") from None
             sampling = ask.temperature, ask.max_tokens or MAX_TOKENS
             price = None if ask.price_in is None else (ask.price_in, ask.price_out)
             how = ask.concurrency, ask.timeout, ask.retries, price, ask.budget

@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+
 KEY = "sk-test-5f1d9c0b7a3e4482"
 
 
@@ -24,16 +26,20 @@ def good_reply(body: dict) -> str:
 class ChatServer:
     """script(body, n) -> None for a good answer, or what to do instead, where n is how often this very
     question has come, from 1: ("status", code, headers, body), ("body", bytes), ("half",), ("close",),
-    ("slow", seconds), ("text", str).
+    ("slow", seconds), ("text", str), ("drip", bytes of the response that come at once, the rest bit by bit),
+    ("endless", headers, bytes that are sent again and again).
 
     questions: the bodies that came; answered: how often each was answered in full; hold_after: no more
-    answers after so many.
+    answers after so many; sent: bytes of endless bodies. A test that makes one is skipped where the client's
+    package is not installed.
     """
 
     def __init__(self, script=lambda body, n: None, delay=lambda: 0.0, hold_after=10**9, usage=(100, 20)):
+        pytest.importorskip("openai", reason="no openai: pip install -r requirements-experts.txt")
         self.script, self.delay, self.hold_after, self.usage = script, delay, hold_after, usage
         self.lock, self.questions, self.answered, self.times = threading.Lock(), [], Counter(), []
         self.headers, self.most_at_once, self.at_once, self.released = [], 0, 0, threading.Event()
+        self.sent = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,7 +75,7 @@ class ChatServer:
         with self.lock:
             self.questions.append(question)
             self.times.append(time.monotonic())
-            self.headers.append(dict(request.headers))
+            self.headers.append(request.headers)
             n = self.questions.count(question)
             self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
@@ -88,6 +94,10 @@ class ChatServer:
             return self.send(request, what[0], what[2], what[1])
         if kind == "body":
             return self.send(request, 200, what[0])
+        if kind == "drip":
+            return self.drip(request, what[0])
+        if kind == "endless":
+            return self.send_without_end(request, *what)
         if kind == "slow":
             time.sleep(what[0])
         if kind == "close":
@@ -98,6 +108,25 @@ class ChatServer:
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         data = json.dumps({"choices": [choice], "usage": usage}).encode()
         self.send(request, 200, data, cut=len(data) // 2 if kind == "half" else None)
+
+    def drip(self, request, first):
+        response = b"HTTP/1.1 200 OK\r\nContent-Length: 400\r\n\r\n" + b" " * 400
+        request.wfile.write(response[:first])
+        for byte in response[first:]:
+            if self.released.wait(0.05):
+                break
+            request.wfile.write(bytes([byte]))
+        request.close_connection = True
+
+    def send_without_end(self, request, headers, data):
+        request.send_response(200)
+        for name, value in headers.items():
+            request.send_header(name, value)
+        request.end_headers()
+        request.close_connection = True
+        while not self.released.is_set():
+            request.wfile.write(data)
+            self.sent += len(data)
 
     @staticmethod
     def send(request, status, data, headers=None, cut=None):

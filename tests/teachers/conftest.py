@@ -1,12 +1,14 @@
 """What the tests of language models as experts share."""
 
+import importlib.util
+
 import pytest
 from chat_server import KEY
 
 from prompts import PromptStyle
 from run.dataset import simulate_many
-from teachers import chat_client, language
-from teachers.chat_client import AnswerFile
+from teachers import language
+from teachers.record import AnswerFile
 from world.draws import Family
 
 TWO_ROUNDS = (Family("bcz", "GE", 2),)
@@ -28,7 +30,8 @@ def forget():
 def quick(monkeypatch, tmp_path, forget):
     """Waits are short, there is no proxy, and every file that a test opened is closed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(chat_client, "BACKOFF", 0.01)
+    if importlib.util.find_spec("openai"):
+        monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)

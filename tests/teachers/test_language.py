@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -241,6 +242,45 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path):
     assert (tmp_path / "new.jsonl").read_bytes() == (tmp_path / "data.jsonl").read_bytes()
 
 
+def test_ctrl_c_waits_for_what_was_paid_for(tmp_path):
+    answering = threading.Event()
+    with ChatServer(delay=lambda: 0.0 * answering.wait(30)) as server:
+        everything, where = command(server, tmp_path)
+        where["env"]["PYTHONUNBUFFERED"] = "1"
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(everything, **where, **pipes)
+        end = time.monotonic() + 30
+        while len(server.questions) < 8 and time.monotonic() < end:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert "waiting for the answers under way" in process.stdout.readline()
+        answering.set()
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    assert len(server.questions) == 8 == sum(server.answered.values())
+    assert len(lines(tmp_path / "answers.jsonl")) == 8
+
+
+WITHOUT = """
+import runpy, sys
+sys.modules["openai"] = None  # what an import finds where the package is not installed
+sys.argv = ["expert_games", "--games", "1", "--out", sys.argv[2], "--expert", sys.argv[1]]
+runpy.run_module("tools.expert_games", run_name="__main__")
+"""
+
+
+def test_without_the_package_one_line_says_how_to_get_it(tmp_path):
+    def run(expert):
+        argv = [sys.executable, "-c", WITHOUT, expert, str(tmp_path / f"{expert}.jsonl")]
+        return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    exact, asking = run("nash"), run("openai:m")
+    assert exact.returncode == 0 and (tmp_path / "nash.jsonl").exists()
+    line = "error: openai:m needs the package openai: pip install -r requirements-experts.txt\n"
+    assert (asking.returncode, asking.stderr) == (2, line)
+    assert [p.name for p in tmp_path.iterdir()] == ["nash.jsonl"]
+
+
 def test_the_budget_ends_the_run_and_all_is_kept(tmp_path):
     money = (
         "price-in=10",
@@ -265,8 +305,9 @@ def test_the_budget_ends_the_run_and_all_is_kept(tmp_path):
     assert spent in rest.stdout
 
 
-def test_the_key_is_nowhere(tmp_path):
-    """Though the server says it in errors, in answers, and to other programs."""
+def test_the_key_is_nowhere(tmp_path, monkeypatch):
+    """Though the server says it in errors and in answers, and the package logs all that it can."""
+    monkeypatch.setenv("OPENAI_LOG", "debug")
 
     def script(body, n):
         if n == 1 and "agent 1" in body["messages"][0]["content"] and len(body["messages"]) == 2:
@@ -279,7 +320,9 @@ def test_the_key_is_nowhere(tmp_path):
         server.script = lambda body, n: refusal
         bad = run_command(server, tmp_path, "more.jsonl", flags=("--games", "2"))
     assert good.returncode == 0 and bad.returncode == 2, good.stderr + bad.stderr
-    assert "[key]" in good.stdout + bad.stderr and "Traceback" not in good.stderr + bad.stderr
+    assert "Sending HTTP Request" in good.stderr
+    assert "[key]" in good.stdout and "[key]" in bad.stderr.splitlines()[-1]
+    assert "Traceback" not in good.stderr + bad.stderr
     assert "[key]" in (tmp_path / "answers.jsonl").read_text()
     written = "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
     assert len(written) > 1000 and KEY not in written
