@@ -86,11 +86,19 @@ class Rewards:
 
 
 class Trainer(GRPOTrainer):
-    """With our learning rates, of which `rates` is one per step: TRL's warm-up wastes a step at rate 0."""
+    """With our learning rates: the warm-up of transformers begins with a step at rate 0."""
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.rates)
         return self.lr_scheduler
+
+
+def read(value: str):
+    """true, 0.5, [1, 2] or null as JSON; anything else is a word."""
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def config_of(args) -> GRPOConfig:
@@ -100,7 +108,7 @@ def config_of(args) -> GRPOConfig:
         split = f"{world} processes with --micro-batch {args.micro_batch}"
         raise InputError(f"--prompts: the {groups} groups of a step cannot be shared evenly by {split}")
     named = {name: value for name, _, value in (text.partition("=") for text in args.trl or ())}
-    told = {name: json.loads(v) if v[:1] in "tfn[{-.0123456789" else v for name, v in named.items()}
+    told = {name: read(value) for name, value in named.items()}
     with library_errors("--trl"):
         return GRPOConfig(**dict(
             output_dir=args.out, seed=args.seed, use_cpu=args.device == "cpu", bf16=args.dtype == "bfloat16",

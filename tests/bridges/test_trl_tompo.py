@@ -286,6 +286,13 @@ def test_flags_that_the_bridge_cannot_follow_are_refused(refused, merged):
     assert "--trl" in refused(main, [*model, "--trl", "no_such_field=1"])
 
 
+def test_trl_options_are_words_and_json(merged):
+    told = ["vllm_importance_sampling_mode=token_truncate", "gradient_checkpointing=false", "top_p=0.5"]
+    config = trl_tompo.config_of(trl_tompo.parse(["--model", merged, "--device", "cpu", "--trl", *told]))
+    assert config.vllm_importance_sampling_mode == "token_truncate"
+    assert config.gradient_checkpointing is False and config.top_p == 0.5
+
+
 def test_without_trl_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(SystemExit) as stop:
