@@ -9,6 +9,7 @@ where something did not hold. pytest collects nothing here.
 """
 
 import argparse
+import io
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -36,10 +38,10 @@ def main():
     began, tried, held, failed = time.time(), Counter(), Counter(), []
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a kill loses no more of it than of a disk
     with tempfile.TemporaryDirectory(prefix="campaign-", dir=memory) as root:
-        quiet(children.prepare, Path(root))
-        quiet(tries.prepare, Path(root))
-        cases, ready = [], time.time() - began
-        print(f"ready after {ready:.0f} s", file=sys.stderr)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            children.prepare(Path(root))
+            tries.prepare(Path(root))
+        cases = []
         for kind in args.only:
             of_kind = [(kind, *case) for case in tries.KINDS[kind](random.Random(args.seed))]
             few = random.Random(args.seed).sample(of_kind, min(tries.QUICK[kind], len(of_kind)))
@@ -70,21 +72,6 @@ def attempt(try_it):
         return try_it()
     except Exception as e:
         return f"{type(e).__name__}: {e}"
-
-
-def quiet(work, *args):
-    """What it prints, and its forks print, is not shown."""
-    kept = [os.dup(1), os.dup(2)]
-    sys.stdout.flush()
-    with open(os.devnull, "w") as nowhere:
-        for fd in (1, 2):
-            os.dup2(nowhere.fileno(), fd)
-        try:
-            work(*args)
-            sys.stdout.flush()
-        finally:
-            for fd, old in zip((1, 2), kept):
-                os.dup2(old, fd)
 
 
 if __name__ == "__main__":

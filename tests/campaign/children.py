@@ -12,7 +12,6 @@ import sys
 import tempfile
 import threading
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,12 +59,12 @@ def fork(argv, output, **more):
     return status, Path(output).read_text(errors="replace")
 
 
-def finish(run, argv=None, before=None, ranks=1):
+def finish(run, before=None, ranks=1):
     """What a user does after a crash: --resume, or the same command if nothing was begun."""
     begun = (run / "config.json").exists()
     output = run.parent / "said"
     output.write_text("")
-    argv = ["--resume", str(run)] if begun else argv or flags(run)
+    argv = ["--resume", str(run)] if begun else flags(run)
     statuses = ended(start(argv, output, ranks, method="fork", before=before), 120)
     return max(statuses, key=abs), output.read_text(errors="replace")
 
@@ -156,7 +155,3 @@ class Watched(io.FileIO):
         self.watch.touch("write", self.name)
         self.watch.touch("half a write", self.name, half)
         return super().write(data)
-
-
-def watching(*args, **how):
-    return partial(Watch, *args, **how)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from campaign import children
-from campaign.children import finish, flags, fork, new_folder, not_the_same, watching, wrong
+from campaign.children import Watch, finish, flags, fork, new_folder, not_the_same, wrong
 from chat_server import KEY, ChatServer
 from safetensors.torch import load_file, save
 from whole_runs import ended, start, tree, wait_for_lines
@@ -32,10 +32,10 @@ def prepare(root):
     status, said = fork(flags(FULL), root / "said")
     SECONDS = time.time() - began
     assert status == 0, said
-    fork(flags(root / "counted"), root / "said", before=watching(root / "counted", count=counted))
+    fork(flags(root / "counted"), root / "said", before=partial(Watch, root / "counted", count=counted))
     OPERATIONS = counted.read_text().splitlines()
     third = next(k for k, line in enumerate(OPERATIONS) if "step-000003" in line and "/sft/" not in line)
-    fork(flags(STOPPED), root / "said", before=watching(STOPPED, third, signal.SIGKILL))
+    fork(flags(STOPPED), root / "said", before=partial(Watch, STOPPED, third, signal.SIGKILL))
     GAMES, games = root / "games.jsonl", "--games 4 --agents 3 --noise 0.3 --seed 3".split()
     fork([*games, "--out", GAMES], root / "said", script="tools.expert_games")
     (root / "asked").mkdir()
@@ -51,10 +51,10 @@ def at_operation(act, k, again=None):
     with new_folder() as folder:
         run = folder / "run"
         killed = isinstance(act, signal.Signals)
-        end = fork(flags(run), folder / "said", before=watching(run, k, act))
+        end = fork(flags(run), folder / "said", before=partial(Watch, run, k, act))
         bad = None if killed and end[0] == -act else wrong(*end, allowed=(0, 2, 130))
         if bad is None and again is not None:
-            end = finish(run, before=watching(run, again, act))
+            end = finish(run, before=partial(Watch, run, again, act))
             bad = None if end[0] == -act else wrong(*end)
         return bad or not_the_same(run, FULL, finish(run))
 
@@ -70,13 +70,14 @@ def at_moment(numbers, after):
     """Signals, a second and a bit apart, to a run; then it is resumed."""
     with new_folder() as folder:
         run = folder / "run"
+        (folder / "said").write_text("")
         processes = start(flags(run), folder / "said", method="fork")
         time.sleep(after)
         for n, number in enumerate(numbers):
             time.sleep(1.05 * (n > 0))
             if processes[0].is_alive():
                 os.kill(processes[0].pid, number)
-        (status,) = ended(processes)
+        (status,) = ended(processes, 120)
         bad = wrong(status, (folder / "said").read_text(), allowed=(0, 130, -numbers[0]))
         return bad or not_the_same(run, FULL, finish(run))
 
@@ -118,10 +119,11 @@ def two_at_once(resumed):
     with new_folder() as folder:
         run, outputs = folder / "run", [folder / "a", folder / "b"]
         if resumed:
-            fork(flags(run), folder / "said", before=watching(run, len(OPERATIONS) // 2, signal.SIGKILL))
+            halfway = partial(Watch, run, len(OPERATIONS) // 2, signal.SIGKILL)
+            fork(flags(run), folder / "said", before=halfway)
         argv = ["--resume", str(run)] if resumed else flags(run)
         both = [start(argv, output, method="fork")[0] for output in outputs]
-        statuses = ended(both)
+        statuses = ended(both, 120)
         ends = [(s, output.read_text()) for s, output in zip(statuses, outputs)]
         bad = next(filter(None, (wrong(*end) for end in ends)), None)
         if bad is None and sorted(statuses) != [0, 2]:
@@ -140,8 +142,7 @@ def lost_rank(rank, after):
     with new_folder() as folder:
         run = folder / "run"
         processes = start(flags(run), folder / "said", 2, method="fork")
-        if after:
-            wait_for_lines(run / after[0], after[1])
+        wait_for_lines(run / after[0], after[1])
         os.kill(processes[rank].pid, signal.SIGKILL)
         began = time.time()
         statuses = ended(processes)
