@@ -8,12 +8,12 @@ Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 inte
 diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
 """
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar
 
 import numpy as np
 
+LARGEST = 1e6  # of a game's parameters: beyond it, payoffs would overflow or lose their digits
 MAX_AGENTS = 12  # 2^(N-1) candidates for the efficient graph are enumerated: 2048 at 12
 
 
@@ -119,8 +119,8 @@ class Game:
         """GameError for what no game allows; every game's __post_init__ calls it."""
         values = [getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "rounds")]
         numbers = [v for value in values for v in np.atleast_1d(value)]
-        if not all(isinstance(v, (int, float, np.number)) and math.isfinite(v) for v in numbers):
-            raise GameError("game parameters must be finite numbers")
+        if not all(isinstance(v, (int, float, np.number)) and abs(v) <= LARGEST for v in numbers):
+            raise GameError(f"game parameters must be finite numbers, of at most {LARGEST:g}")
         if not 2 <= self.N <= MAX_AGENTS:
             raise GameError(f"a game needs 2 to {MAX_AGENTS} agents, got {self.N}")
         check_stages(self.stages)

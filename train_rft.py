@@ -238,6 +238,7 @@ def main(argv=None) -> None:
         if args.sft_adapter:
             put_adapter(policy, args.sft_adapter)
         conversations = make_prompts(policy, records, args)
+        held_out.check_lengths(args, policy)
     with training.run_folder(args) as folder, StopSignal() as stop:
         finished = True
         if not args.sft_adapter:

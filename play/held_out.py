@@ -13,11 +13,14 @@ import numpy as np
 
 import games
 import lora
+from experts import make_expert
 from games import Game
 from play import human
+from play.expert_games import simulate
 from play.metrics import Played, summarise
 from play.players import expert_player, play, policy_player
 from policy import Policy
+from prompts import reply_tokens
 from run import dataset, ranks, training
 from run.files import InputError, number, positive_int, seat_choice, seed_int, write_json
 from world.draws import families, held_out_grid
@@ -71,6 +74,17 @@ def held_out_instances(args) -> list[Game]:
     grid = [game for family in families(args) for game in held_out_grid(args.eval_agents, family)]
     chosen = np.linspace(0, len(grid) - 1, min(args.eval_games, len(grid))).round().astype(int)
     return [grid[i] for i in chosen]
+
+
+def check_lengths(args, policy: Policy) -> None:
+    """Raises InputError where the last question of some game, after the longest replies, could outgrow the
+    model's context: to be found before training. The games are played by an exact expert."""
+    style, expert = dataset.style_of(args), make_expert(dataset.exact_stand_in(args.expert))
+    for game in held_out_instances(args):
+        limit, stages = args.max_new_tokens or reply_tokens(game.N), game.rounds * len(game.stages)
+        last = simulate([(0, game, np.random.default_rng(0))], expert, style)[-1]
+        said = sum(len(policy.encode_reply(m["content"])) for m in last.prompt if m["role"] == "assistant")
+        policy.check_length(len(policy.encode_prompt(last.prompt)) - said + (stages - 1) * limit, limit)
 
 
 def seats_in(instances: list[Game], seat: int | str, seed: int) -> list[tuple[int, ...]]:

@@ -143,6 +143,8 @@ def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
 
 # -------------------- players by name
 
+MAX_SHOTS = 1000  # of few-shot:K; no context holds them, and each game is played first
+
 
 def expert_examples(
     count: int, family: Family, N: int, expert: experts.Expert, style: PromptStyle, seed: int
@@ -168,10 +170,9 @@ def check_names(args, names: list[str], flag: str) -> None:
         if kind == "expert":
             dataset.expert_of(args, rest)
         elif kind == "few-shot":
-            if not rest.isdecimal() or int(rest) < 1:
-                raise InputError(
-                    f"{flag} {name}: few-shot:K needs a whole number of expert games from 1, as in few-shot:3"
-                )
+            if not (rest.isascii() and rest.isdecimal() and 1 <= int(rest[:9]) <= MAX_SHOTS):
+                told = f"a whole number of expert games from 1 to {MAX_SHOTS}, as in few-shot:3"
+                raise InputError(f"{flag} {name}: few-shot:K needs {told}")
         elif name not in ("base", human.NAME) and not all(
             Path(folder).is_dir() for folder in adapters_on_disk.chain(name)
         ):

@@ -52,11 +52,10 @@ def save_checkpoint(
     extra: dict,
     keep: int = 2,
 ) -> Path:
-    """Writes FOLDER/step-XXXXXX (`step` steps are done) and removes all but the newest `keep`."""
+    """Writes FOLDER/step-XXXXXX (`step` steps are done) and keeps `keep` checkpoints."""
     final = Path(folder) / f"step-{step:06d}"
-    for left in Path(folder).glob("step-*.tmp"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
     temporary = final.with_suffix(".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a kill
     with library_errors(f"cannot write the checkpoint {final}"):
         temporary.mkdir(parents=True)
         tensors = {f"adapter.{k}": v for k, v in adapter.items()} | _optimizer_tensors(optimizer)
@@ -66,9 +65,16 @@ def save_checkpoint(
         write_json(temporary / "state.json", state | {"sha256": _checksum(data, state)})
         shutil.rmtree(final, ignore_errors=True)  # one that was passed over
         os.rename(temporary, final)
-    for old in sorted(Path(folder).glob("step-??????"))[:-keep]:
-        shutil.rmtree(old)
+    prune(folder, step, keep)
     return final
+
+
+def prune(folder: Path, step: int, keep: int = 2) -> None:
+    """Removes the checkpoints before that of `step` but for `keep` - 1, and what kills have left: of a write,
+    or of this."""
+    before = [path for path in Path(folder).glob("step-??????") if path.name < f"step-{step:06d}"]
+    for path in [*sorted(before)[: len(before) - keep + 1], *Path(folder).glob("step-*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _checksum(tensors: bytes, state: dict) -> str:

@@ -5,17 +5,27 @@ has taken, with the levels of others dashed. The lower row is what the steps log
 full, the steps' own values, each of other prompts, are light.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
 
-from run.files import read_lines
+from run.files import one_line, read_lines, write_atomic
 
 DASHES = {"expert": (0, (6, 2)), "best constant answer": (0, (3, 2)), "random play": (0, (1, 2))}
 
 
 def plot_curves(folder: Path) -> None:
-    """Draws FOLDER/curves.png from the logs in FOLDER and FOLDER/sft."""
+    """Draws FOLDER/curves.png from the logs in FOLDER and FOLDER/sft, or says why not: a log that someone has
+    edited must not cost the user the run."""
+    try:
+        write_atomic(folder / "curves.png", draw_curves(folder))
+    except Exception as e:
+        print(f"no {folder / 'curves.png'}: {one_line(e)}")
+
+
+def draw_curves(folder: Path) -> bytes:
+    """The picture, as PNG."""
     from matplotlib.figure import Figure  # needs no screen
 
     probe = read_lines(folder / "probe.jsonl")
@@ -41,7 +51,9 @@ def plot_curves(folder: Path) -> None:
             # (the names of the stages stand at the bottom of the upper row)
             place = dict(loc="lower right", bbox_to_anchor=(1, 0.07)) if axis in above else {}
             axis.legend(fontsize=8, **place)
-    figure.savefig(folder / "curves.png", dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    return picture.getvalue()
 
 
 def draw(axis, rows: list[dict], key: str, label: str, colour: str) -> None:

@@ -72,7 +72,7 @@ class SampleLog:
 
     def __init__(self, loop):
         self.samples, self.prompts = loop.open_log("samples"), loop.open_log("prompts")
-        self.told = {(line["game"], line["stage"], line["seat"]) for line in self.prompts.rows}
+        self.told = {(line.get("game"), line.get("stage"), line.get("seat")) for line in self.prompts.rows}
 
     def write(self, step: int, batch: list, groups: list[list[Rollout]]) -> None:
         for prompt in batch:

@@ -3,6 +3,7 @@
 """
 
 import argparse
+import json
 import math
 import os
 import time
@@ -65,7 +66,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add = parser.add_argument_group(
         "LoRA", "The adapter of each stage: h = W x + (alpha / r) B A x."
     ).add_argument
-    add("--rank", type=positive_int, default=32, help="LoRA rank r")
+    add("--rank", type=number(int, 1, 4096), default=32, help="LoRA rank r")
     above_0 = number(float, 0, above=True)
     add("--lora-alpha", type=above_0, default=64.0, help="LoRA alpha; the scaling is alpha / r")
     add("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
@@ -184,6 +185,11 @@ def micro_batches(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
+def settings(args) -> dict:
+    """The arguments as config.json holds them, but for what names the run."""
+    return {k: v for k, v in json.loads(json.dumps(vars(args))).items() if k not in ("out", "resumed")}
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear warm-up over a tenth of the steps, but at least 3, then cosine to 0; `step` from 0.
 
@@ -238,6 +244,9 @@ class Loop:
                 self.done, adapter, self.extra = saved
                 adapters.load_adapter_state(policy.model, adapter)
                 self.seconds = self.extra.pop("seconds", 0.0)
+                self.tell_edits(self.extra.pop("settings", {}))
+                if ranks.first():
+                    checkpoint.prune(folder / "checkpoints", self.done)
         folder.mkdir(parents=True, exist_ok=True)
         self.log = self.open_log("metrics")
         shown = dict(total=self.steps, initial=self.done, desc=name, unit="step", disable=not ranks.first())
@@ -246,6 +255,15 @@ class Loop:
         self.probe = Probe(args, policy, name, self.steps, self.done) if probes else None
         if self.probe:
             self.watch(self.probe.log)
+
+    def tell_edits(self, made_with: dict) -> None:
+        """Says which settings are others than those of the checkpoint. Some may be changed with a good reason
+        (--device, --max-steps), and a setting that is newer than the checkpoint is none that was changed."""
+        now = settings(self.args)
+        edits = [f"{k} {v!r} -> {now[k]!r}" for k, v in made_with.items() if k in now and now[k] != v]
+        if edits:
+            was = f"{self.folder}: config.json was changed after the checkpoint ({', '.join(edits)})"
+            tqdm.write(f"{was}; this is no longer the run that was begun, and goes on with what it says now")
 
     def open_log(self, name: str) -> JsonLines:
         """FOLDER/name.jsonl without the lines of steps that will be done again; the first process writes."""
@@ -323,6 +341,6 @@ class Loop:
             adapters.require_finite(state, f"after step {self.done - 1}, not saved")
             for log in self.logs:
                 log.sync()  # so that no checkpoint is newer than what a power cut leaves of the logs
-            extra = self.keep() | {"seconds": self.seconds}
+            extra = self.keep() | {"seconds": self.seconds, "settings": settings(self.args)}
             extra["lines"] = {log.path.name: log.count for log in self.logs}
             checkpoint.save_checkpoint(self.folder / "checkpoints", self.done, state, self.optimizer, extra)

@@ -217,6 +217,7 @@ BAD_FLAGS = """
 --policy expert:
 --policy expert:nash no/such/folder
 --policy few-shot:0
+--policy few-shot:9999
 --policy few-shot:x
 --expert bogus
 --seat 4

@@ -22,7 +22,12 @@ BAD = [  # a field, a value, a word of the refusal
     *(("alpha", (1.0,) * N, f"2 to 12 agents, got {N}") for N in (0, 1, 13)),
     *(("alpha", (1.0, v), "alpha") for v in (0.0, -2.0)),
     *(("alpha", (1.0, v), "finite") for v in (math.nan, "2\n", None)),
-    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", "0.1", "finite")),
+    *(
+        ("delta", -0.1, "delta"),
+        ("delta", math.inf, "finite"),
+        ("c", 1e300, "at most 1e+06"),
+        ("c", "0.1", "finite"),
+    ),
     *(("c", -0.1, "c must not be negative"), ("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
     *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5)),
     ("stages", "GXE", "GXE"),

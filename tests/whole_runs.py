@@ -5,6 +5,7 @@ nothing, and tests of it could not fail. So in these runs the parser of train_rf
 that reads a decision from the reply's checksum (`fake_parse`): rewards vary, adapters move, and memory fills.
 """
 
+import importlib
 import io
 import json
 import multiprocessing
@@ -30,7 +31,7 @@ from prompts import Decision
 from run import files, probe
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMINGS = ("tokens_per_s", "sample_s", "update_s")
+TIMINGS = ("tokens_per_s", "sample_s", "update_s", "seconds")
 
 # Every setting is given, so that config.json can be held against what was asked for.
 SHARED = dict(
@@ -114,30 +115,34 @@ def interrupted(monkeypatch, argv, log, count):
     return said.getvalue()
 
 
-def driver(argv, environment=None, output=None):
-    """train_rft.py in a process of its own, with the parser replaced."""
+def driver(argv, environment=None, output=None, script="train_rft", before=None):
+    """A script in a process of its own, with the parser of train_rft.py replaced. before: is called first."""
     os.environ.update(environment or {})
     if output:
         for stream in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     train_rft.parse_reply = fake_parse
-    train_rft.main(argv)
+    if before:
+        before()
+    importlib.import_module(script).main(argv)
 
 
-def start(argv, output, ranks=1):
-    """Starts a run in processes of its own: forks of one that has loaded all modules, which takes seconds."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["whole_runs"])
+def start(argv, output, ranks=1, method="forkserver", environment=None, **more):
+    """Starts a run in processes of its own: forks of one that has loaded all modules, which takes seconds
+    (`fork`: of this one). more: for `driver`."""
+    forks = multiprocessing.get_context(method)
+    if method == "forkserver":
+        forks.set_forkserver_preload(["whole_runs"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     processes = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         for rank in range(ranks):
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(forks.Process(target=driver, args=(argv, own, str(output))))
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} | (environment or {})
+            processes.append(forks.Process(target=driver, args=(argv, own, str(output)), kwargs=more))
             processes[-1].start()
     return processes
 
@@ -196,20 +201,26 @@ class Run:
         return {k: v.numpy().tobytes() for k, v in self.tensors(name).items()} | config
 
 
+def results(run):
+    """By name, all that a run leaves which no stop, kill or resume may change: everything but timings."""
+    found = {name: run.weights(name) for name in ("adapter", "sft/adapter")}
+    logs = ("metrics.jsonl", "samples.jsonl", "sft/metrics.jsonl", "prompts.jsonl", "probe.jsonl")
+    found |= {name: without_timings(run.lines(name)) for name in logs}
+    return found | {"eval.json": json.loads((run.folder / "eval.json").read_text())["results"]}
+
+
 def assert_same_run(run, full):
     """All but timings, and how much was compared."""
-    assert run.weights() == full.weights() and run.weights("sft/adapter") == full.weights("sft/adapter")
-    for name, count in (("metrics.jsonl", 6), ("samples.jsonl", 96), ("sft/metrics.jsonl", 8)):
-        a, b = without_timings(run.lines(name)), without_timings(full.lines(name))
-        assert len(a) == len(b) == count
-        assert a == b
-    prompts = [r.lines("prompts.jsonl") for r in (run, full)]
-    assert prompts[0] == prompts[1] and len({(p["game"], p["stage"], p["seat"]) for p in prompts[0]}) > 10
-    assert len({(p["game"], p["stage"], p["seat"]) for p in prompts[0]}) == len(prompts[0])
-    asked = [[line | {"seconds": 0} for line in r.lines("probe.jsonl")] for r in (run, full)]
-    assert asked[0] == asked[1] and len(asked[0]) == 6  # the levels; SFT at 0, 3, 6; RFT at 3, 6
-    results = [json.loads((r.folder / "eval.json").read_text())["results"] for r in (run, full)]
-    assert results[0] == results[1] and sum(len(r["instances"]) for r in results[0].values()) == 10
+    a, b = results(run), results(full)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+    counts = {"metrics.jsonl": 6, "samples.jsonl": 96, "sft/metrics.jsonl": 8}
+    counts["probe.jsonl"] = 6  # the levels; SFT at 0, 3, 6; RFT at 3, 6
+    assert {name: len(a[name]) for name in counts} == counts
+    prompts = a["prompts.jsonl"]
+    assert len({(p["game"], p["stage"], p["seat"]) for p in prompts}) == len(prompts) > 10
+    assert sum(len(r["instances"]) for r in a["eval.json"].values()) == 10
 
 
 def assert_same_up_to_rounding(run, gentle):

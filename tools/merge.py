@@ -7,7 +7,7 @@ An adapter that was trained on top of another one is named with it: FIRST/adapte
 
 import argparse
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
 import torch
@@ -27,17 +27,20 @@ def merge_into(model, name: str):
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Writes the folder beside its place and renames it: it is whole or not there. Raises InputError."""
+    """Writes the folder beside its place and renames it: it is whole or not there. What a kill leaves always
+    has the same name, so the same command takes it over. Raises InputError."""
+    work = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as work:
-            whole = Path(work, "model")
-            model.save_pretrained(whole)
-            tokenizer.save_pretrained(whole)
-            for file in whole.iterdir():
-                file.chmod(0o644)  # safetensors makes its file private, and a server may be another user
-            os.rename(whole, out)
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        for file in work.iterdir():
+            file.chmod(0o644)  # safetensors makes its file private, and a server may be another user
+        os.rename(work, out)
     except (OSError, ValueError) as e:  # save_pretrained also checks the generation config of the base
         raise InputError(f"cannot write {out}: {' '.join(str(e).split())}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 @reports_errors

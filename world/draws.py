@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from games import GAMES, Game, GameError, check_stages
-from run.files import InputError, positive_int
+from run.files import InputError, number
 
 TYPE_PATTERNS = ("homogeneous", "linear", "half", "hub")
 
@@ -123,7 +123,7 @@ def add_game_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--game", nargs="+", choices=GAMES, default=["bcz"], help="bcz: network game; pgg: public goods game")
     add("--stages", nargs="+", default=["GE"], help="of a round, such as GE GEE GGE: G links, E efforts")
-    add("--rounds", type=positive_int, default=1, help="rounds T of a game")
+    add("--rounds", type=number(int, 1, 100), default=1, help="rounds T of a game")
     told = (
         f"alpha, endowments: {', '.join(TYPE_PATTERNS)}, or numbers, one for all or one per seat (else drawn)"
     )

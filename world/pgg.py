@@ -44,10 +44,10 @@ class PGG(Game):
 
     def __post_init__(self):
         self.check()
-        if min(self.endowment) <= 0 or self.r <= 0 or self.b < 0 or self.c < 0:
-            raise GameError(
-                "endowments and the factor must be positive, the size exponent and the cost not negative"
-            )
+        if min(self.endowment) <= 0 or self.r <= 0 or self.c < 0:
+            raise GameError("endowments and the factor must be positive, the cost not negative")
+        if not 0 <= self.b <= 10:  # 12 ** b soon is beyond all numbers
+            raise GameError(f"the size exponent must be 0 to 10, got {self.b:g}")
 
     @property
     def types(self) -> tuple[float, ...]:

@@ -1,7 +1,9 @@
 """Adapter files: what was written is read, PEFT reads ours and we its, what does not fit is refused."""
 
 import json
+import multiprocessing
 import os
+import signal
 import warnings
 
 import pytest
@@ -257,6 +259,20 @@ def test_merge_says_in_one_line_what_is_wrong(
         merge.main([adapter, "--model", model or str(tiny_model_dir), "--out", "out"])
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error and os.listdir() == ["b"]
+
+
+def test_what_a_kill_leaves_of_a_merge_is_taken_over(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapters.save_adapter(adapted(model=pretrained.load(tiny_model_dir)[0]), "b", CONFIG)
+    argv = ["b", "--model", str(tiny_model_dir), "--out", "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *paths: os.kill(os.getpid(), signal.SIGKILL))
+        process = multiprocessing.get_context("fork").Process(target=merge.main, args=(argv,))
+        process.start()
+        process.join(60)
+    assert process.exitcode == -signal.SIGKILL and len(os.listdir()) == 2 and not os.path.exists("out")
+    merge.main(argv)
+    assert sorted(os.listdir()) == ["b", "out"]
 
 
 def test_merge_refuses_an_existing_folder_before_any_work(tmp_path, capsys, monkeypatch):

@@ -90,15 +90,27 @@ def test_a_run_that_was_killed_ends_the_same(full, model_dir, tmp_path):
     assert ended(processes) == [-signal.SIGKILL]
     assert len(lines_of(folder / "metrics.jsonl")) < 6, "the run was over before the signal came"
     # what a kill within a write would leave: none of it may be taken for whole
-    for number in (4, 99):
-        half = folder / "checkpoints" / f"step-{number:06d}.tmp"
+    # or one that removes an old checkpoint
+    for number in ("000004.tmp", "000099.tmp", "000000"):
+        half = folder / "checkpoints" / f"step-{number}"
         half.mkdir(exist_ok=True)
         (half / "tensors.safetensors").write_bytes(b"half")
     for name in ("metrics.jsonl", "samples.jsonl"):
         with open(folder / name, "a") as f:
             f.write('{"step": 5, "rew')
     assert_same_run(resume(Run(folder)), full)
-    assert not list(folder.rglob("*.tmp"))
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert not list(folder.rglob("*.tmp")) and kept == ["step-000004", "step-000006"]
+
+
+def test_pruning_takes_what_kills_left_and_keeps_two(tmp_path):
+    for name in ("step-000001", "step-000002", "step-000003", "step-000004", "step-000002.tmp"):
+        (tmp_path / name).mkdir()
+    checkpoint.prune(tmp_path, 3)  # the newest one is damaged: the run went on from the one before
+    left = ["step-000002", "step-000003", "step-000004"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
 
 
 def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
@@ -143,6 +155,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_lost_lines_are_named(full, copi
     for name in ("metrics.jsonl", "samples.jsonl"):
         lines = (copied.folder / name).read_text().splitlines(keepends=True)
         (copied.folder / name).write_text("".join([*lines[1:], "[" * 5000, "\n[1]\n", '{"step": "a"}\n']))
+    for name in ("prompts.jsonl", "probe.jsonl"):  # lines that are of this program as little
+        with open(copied.folder / name, "a") as f:
+            f.write('{"step": 0, "stage": "SFT"}\n')
     resume(copied)
     said = capsys.readouterr().out
     assert "step-000003 is damaged: its checksum is another; going on from step-000002" in said
@@ -196,6 +211,23 @@ def test_every_damage_of_a_checkpoint_is_noticed(damage, tmp_path, capsys):
     assert "\n" not in str(caught.value)
     checkpoint.save_checkpoint(tmp_path, 2, {"p": p}, optimizer, {})  # it takes the damaged one's place
     assert checkpoint.restore(tmp_path, optimizer)[0] == 2
+
+
+def test_settings_that_were_changed_after_the_checkpoint_are_named(full, stopped, copied, tmp_path, capsys):
+    """In one line; the run goes on with them. One that is as it was, but in another place, has nothing to
+    say."""
+    shutil.copytree(stopped.folder, tmp_path / "moved")
+    assert_same_run(resume(Run(tmp_path / "moved")), full)
+    assert "was changed" not in capsys.readouterr().out
+    config = json.loads((copied.folder / "config.json").read_text())
+    changes = {"lr": 1e-3, "seed": 4, "reward": None, "agents": [4, 4], "max_steps": 4}
+    (copied.folder / "config.json").write_text(json.dumps(config | changes))
+    resume(copied)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "was changed after" in line]
+    assert line.startswith(f"{copied.folder}: config.json") and len(copied.lines("metrics.jsonl")) == 4
+    for what in ("lr 0.005 -> 0.001", "seed 3 -> 4", "agents [3, 3] -> [4, 4]", "max_steps None -> 4"):
+        assert what in line
+    assert "reward ['local=0.5', 'global=0.5'] -> None" in line and line.count("->") == len(changes)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(copied, refused):

@@ -7,8 +7,10 @@ import re
 
 import pytest
 import torch
+import whole_runs
 from whole_runs import sft_flags
 
+import train_rft
 import train_sft
 from play import held_out
 from prompts import PromptStyle
@@ -101,6 +103,21 @@ def test_a_device_that_is_not_here_is_told_what_is(refused):
         said = refused(lambda argv: training.parse(parser(), "x", argv), ["--device", name])
         assert f"this machine has no '{name}', only" in said and all(device in said for device in here)
     assert all(training.device(name) == name for name in here)
+
+
+@pytest.mark.parametrize("flag", ["rank 100000", "rounds 101", "lora-alpha nan", "sft-lr -1", "m 1"])
+def test_values_that_no_run_could_use_are_refused(flag, model_dir, tmp_path, refused):
+    argv, (name, value) = whole_runs.rft_flags(model_dir, tmp_path / "run"), flag.split()
+    assert name in refused(train_rft.main, [*argv, f"--{name}", value])
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_that_may_outgrow_the_context_is_refused_before_training(model_dir, tmp_path, refused):
+    """The games of training, of 3 agents and with one reply before the last question, fit; so does every
+    first question of the evaluation."""
+    argv = whole_runs.rft_flags(model_dir, tmp_path / "run", max_new_tokens=800, eval_agents=12, max_steps=1)
+    assert "reply tokens do not fit into" in refused(train_rft.main, argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_the_checkpoint_before_stays(

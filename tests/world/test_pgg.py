@@ -180,7 +180,15 @@ def test_nash_graph_by_hand():
 # --- instances
 
 
-BAD = [{"endowment": (10.0, 0.0)}, {"r": 0.0}, {"b": -0.1}, {"c": -1.0}, {"r": np.nan}]
+BAD = [
+    {"endowment": (10.0, 0.0)},
+    {"r": 0.0},
+    {"b": -0.1},
+    {"b": 1e3},
+    {"r": 1e300},
+    {"c": -1.0},
+    {"r": np.nan},
+]
 
 
 @pytest.mark.parametrize("change", BAD, ids=str)
