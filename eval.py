@@ -20,6 +20,7 @@ one is what formatting costs; what is left between repaired rows is strategy.
 Metrics: play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
 import argparse
 
 from play import human

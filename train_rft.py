@@ -16,6 +16,7 @@ pi_ref is the SFT policy: the SFT adapter is merged into the base weights before
 plain base model.
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

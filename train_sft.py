@@ -12,6 +12,7 @@ each kind. A label is the expert's answer, also where a random one was played. B
 weak_labels then makes half of the link decisions in the labels random (--label-noise).
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
 import argparse
 from dataclasses import dataclass
 from pathlib import Path

@@ -195,6 +195,8 @@ def _convert(gguf, folder):
         split = tokenizers.pre_tokenizers
         rules = [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = split.Sequence(rules)
+        # GGUF names the token that ends a turn, too, and transformers 5.17 gives the tokenizer another one.
+        tokenizer.eos_token_id = tokenizer.pad_token_id = model.config.eos_token_id
         # The weights are plain float32 now, and transformers would save (or refuse) them as quantized ones.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config

@@ -174,9 +174,9 @@ class LanguageExpert:
         else:
             try:
                 from teachers.chat_client import ChatClient  # here, since all else does without `openai`
-            except ModuleNotFoundError as e:
+            except ModuleNotFoundError:
                 advice = "pip install -r requirements-experts.txt"
-                raise InputError(f"{name} needs the package {e.name}: {advice}") from None
+                raise InputError(f"{name} needs the package openai: {advice}") from None
             sampling = ask.temperature, ask.max_tokens or MAX_TOKENS
             price = None if ask.price_in is None else (ask.price_in, ask.price_out)
             how = ask.concurrency, ask.timeout, ask.retries, price, ask.budget

@@ -21,6 +21,7 @@ Peers:
                (pip install -r requirements-bench.txt)
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
 import argparse
 import json
 import os

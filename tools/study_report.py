@@ -358,6 +358,7 @@ def draw_curves(arms: dict, path: Path, shown=("tompo", "grpo")) -> None:
                 low, high = ([i[end] for i in intervals] for end in ("low", "high"))
                 axis.fill_between(steps, low, high, color=f"C{colour}", alpha=0.15, linewidth=0)
         axis.set(title=f"Probe, {metric}", xlabel="step of RFT")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=110)

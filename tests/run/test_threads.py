@@ -1,0 +1,34 @@
+"""How idle threads wait is settled before torch is loaded, in every script that computes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from whole_runs import ROOT
+
+STOP = """
+import importlib, os, sys
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            raise SystemExit(f"{os.environ.get('GOMP_SPINCOUNT')} {os.environ.get('OMP_WAIT_POLICY')}")
+sys.meta_path.insert(0, Stop())
+importlib.import_module(sys.argv[1])
+"""
+
+
+def settled(script, **environment):
+    own = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    how = dict(cwd=ROOT, env=own | environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", STOP, script], **how).stderr.strip()
+
+
+@pytest.mark.parametrize("script", ["train_rft", "train_sft", "eval", "tools.bench"])
+def test_idle_threads_spin_for_a_short_time(script):
+    assert settled(script) == "1000 None"
+
+
+def test_what_the_user_chose_stays():
+    assert settled("eval", OMP_WAIT_POLICY="PASSIVE") == "None PASSIVE"
+    assert settled("eval", GOMP_SPINCOUNT="7") == "7 None"
