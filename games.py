@@ -278,7 +278,8 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
     (c and BCZ's cap were set with all types in view, so even `local` tells a little of the others.)"""
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
-    game, results = state.game, state.round_results()
+    game, per_round = state.game, len(state.game.stages)
+    ended = state.before(len(state.history) // per_round * per_round)  # the end of the last finished round
     return Observation(
         game=game.name,
         N=game.N,
@@ -295,5 +296,5 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         previous=game.stages[(len(state.history) - 1) % len(game.stages)] if state.history else None,
         links=state.links,
         efforts=state.efforts,
-        last_payoff=float(results[-1][2][seat]) if results else None,
+        last_payoff=float(game.payoffs(ended.links, ended.efforts)[seat]) if ended.history else None,
     )

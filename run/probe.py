@@ -109,12 +109,13 @@ class Probe:
         self.log = JsonLines(self.folder / FILE, before, ranks.first())
         if not any("stage" in e for e in self.log.rows):  # else it begins with what the stage before ended in
             self.at.add(0)
+        self.at -= {e["step"] for e in self.log.rows if e.get("stage") == stage}
         self.text = ""  # of the newest values, for the progress bar
         if ranks.first() and not self.log.rows:
             self.log.write({"levels": levels(self.targets)})
 
     def __call__(self, step: int, seconds: float) -> None:
-        """Asks if it is time to."""
+        """Asks if it is time to, and was not asked before a resume."""
         if step not in self.at:
             return
         generator, mine = checkpoint.seeded(self.seed, 12), ranks.share(range(len(self.prompts)))

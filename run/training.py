@@ -297,8 +297,8 @@ class Loop:
             raise InputError(f"{error}; {advice}") from None
 
     def __iter__(self):
-        if self.probe and self.done == 0:
-            self.probe(0, 0.0)
+        if self.probe:  # also what a process that was lost has cut short
+            self.probe(self.done, self.seconds)
         while self.done < self.steps and not self.stopping:
             self.started = time.perf_counter()
             yield self.done

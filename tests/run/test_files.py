@@ -14,6 +14,7 @@ import train_sft
 from lora import LoRAConfig
 from models import adapters
 from run import checkpoint, files
+from run.curves import plot_curves
 from run.files import InputError, JsonLines, library_errors, reports_errors, write_atomic
 
 
@@ -132,6 +133,14 @@ def test_a_full_disk_behind_standard_output_is_one_line():
         how = dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
         done = subprocess.run([sys.executable, "-c", code], **how)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_a_log_that_cannot_be_drawn_costs_no_run(tmp_path, capsys):
+    (tmp_path / "curves.png").write_bytes(b"old")
+    (tmp_path / "probe.jsonl").write_text('{"stage": "SFT"}\n')
+    plot_curves(tmp_path)
+    assert capsys.readouterr().out == f"no {tmp_path / 'curves.png'}: 'seconds'\n"
+    assert (tmp_path / "curves.png").read_bytes() == b"old"
 
 
 def test_errors_of_strangers_cannot_steer_the_terminal(capsys):

@@ -170,6 +170,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_lost_lines_are_named(full, copi
         assert a == b[1:] and len(a) > 4
 
 
+def test_a_probe_that_a_lost_process_cut_short_is_asked_again(full, copied):
+    log = copied.folder / "probe.jsonl"
+    *before, last = log.read_text().splitlines(keepends=True)
+    assert json.loads(last)["stage"] == "TOMPO" and json.loads(last)["step"] == 3
+    log.write_text("".join(before))
+    assert_same_run(resume(copied), full)
+
+
 def edited(**changes):
     return lambda folder: (folder / "state.json").write_text(
         json.dumps(json.loads((folder / "state.json").read_text()) | changes)
