@@ -62,6 +62,7 @@ def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Promp
     dataset.check_kinds(trained, args.prompts)
     for r, target in dataset.targets(records, trained):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
+        policy.check_length(len(prompt.ids), 0)  # the longest may take minutes to encode
         conversations.setdefault((r.game, r.seat), []).append(prompt)
     prompts = sum(conversations.values(), [])
     policy.check_length(max(len(p.ids) for p in prompts), reply_limit(args, prompts))
