@@ -248,6 +248,8 @@ def test_ctrl_c_waits_for_what_was_paid_for(tmp_path):
         everything, where = command(server, tmp_path)
         where["env"]["PYTHONUNBUFFERED"] = "1"
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # What a shell starts in the background ignores Ctrl-C, and its children too; here they must not.
+        pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         process = subprocess.Popen(everything, **where, **pipes)
         end = time.monotonic() + 30
         while len(server.questions) < 8 and time.monotonic() < end:
