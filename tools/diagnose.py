@@ -22,7 +22,7 @@ from statistics import fmean
 import world  # noqa: F401  (it registers the games that eval.json names)
 from games import game_from_json
 from prompts import last_line, parse_reply
-from run.files import InputError, read_json, reports_errors
+from run.files import InputError, one_line, read_json, reports_errors
 
 LEVELS = ("ok", "watch", "bad")
 # (watch, bad). A share, unless said otherwise.
@@ -233,7 +233,7 @@ def summary(folder: str | Path) -> str:
     try:
         findings = diagnose(folder)
     except Exception as e:  # whatever it is, it must not cost the user the end of a long run
-        return f"no diagnosis: {' '.join(str(e).split()) or type(e).__name__}"
+        return f"no diagnosis: {one_line(e)}"
     found = [f for f in findings if f.level > 0]
     head = f"diagnosis: {len(found) or 'none'} of {len(findings)} known failures to look at"
     return f"{head} (python -m tools.diagnose {folder})\n{format_findings(found, advice=False)}".rstrip()

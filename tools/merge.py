@@ -14,7 +14,7 @@ import torch
 
 import lora
 from models import adapters, pretrained
-from run.files import InputError, refuse_existing, reports_errors
+from run.files import InputError, library_errors, refuse_existing, reports_errors
 
 
 def merge_into(model, name: str):
@@ -32,13 +32,12 @@ def save(model, tokenizer, out: Path) -> None:
     work = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        model.save_pretrained(work)
-        tokenizer.save_pretrained(work)
-        for file in work.iterdir():
-            file.chmod(0o644)  # safetensors makes its file private, and a server may be another user
-        os.rename(work, out)
-    except (OSError, ValueError) as e:  # save_pretrained also checks the generation config of the base
-        raise InputError(f"cannot write {out}: {' '.join(str(e).split())}") from None
+        with library_errors(f"cannot write {out}"):
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            for file in work.iterdir():
+                file.chmod(0o644)  # safetensors makes its file private, and a server may be another user
+            os.rename(work, out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

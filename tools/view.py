@@ -18,7 +18,7 @@ from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
 from play.metrics import METRICS, paired_difference
-from run.files import InputError, read_json, read_lines, reports_errors, write_atomic
+from run.files import InputError, one_line, read_json, read_lines, reports_errors, write_atomic
 from tools.page.games import games_of
 from tools.page.groups import groups_of, prompts_of
 from tools.page.learned import learned
@@ -112,7 +112,7 @@ def of_run(folder: Path) -> str:
     try:
         write_page([Path(folder)], Path(folder) / "run.html")
     except Exception as e:  # whatever it is, it must not cost the user the end of a long run
-        return f"no page of the run: {' '.join(str(e).split()) or type(e).__name__}"
+        return f"no page of the run: {one_line(e)}"
     return f"the run as a page: {Path(folder) / 'run.html'}"
 
 
