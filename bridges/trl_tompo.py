@@ -18,6 +18,7 @@ import json
 import os
 import sys
 
+from fast.cpu import prepare_cpu
 from models.load import load_policy
 from policy import Policy
 from prompts import parse_reply
@@ -124,6 +125,8 @@ def config_of(args) -> GRPOConfig:
 
 def make_trainer(args) -> tuple[Trainer, Rewards]:
     config = config_of(args)  # before the model, which DeepSpeed and FSDP want to know of while it is loaded
+    if args.device == "cpu":
+        prepare_cpu()
     policy = load_policy(args.model, engine="plain")
     conversations = make_prompts(policy, training.load_records(args), args)
     config.max_completion_length = reply_limit(args, sum(conversations, []))

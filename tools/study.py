@@ -37,24 +37,32 @@ STORED = ("U1", "s", "row", "U2", "U3", "belief", "U2 | ok", "U3 | ok")
 
 @dataclass(frozen=True)
 class Arm:
-    """flags: those of train_rft.py; None: the SFT stage is the policy. of: the arm whose policy plays (its
-    own by default); evaluation: flags of eval.py in the place of those of the training."""
+    """flags: those of train_rft.py. of: the arm whose policy plays (its own by default); sft: its SFT stage
+    plays instead; evaluation: flags of eval.py in the place of those of the training."""
 
     name: str
     family: str
-    flags: str | None = ""
+    flags: str = ""
     seeds: int = 4
     of: str | None = None
+    sft: bool = False
     evaluation: str | None = None
 
 
 GAMES = {"GEE": "--stages GEE", "6 agents": "--eval-agents 6", "PGG": "--game pgg --expert planner"}
 GAMES |= {"heterogeneous": "--types linear half hub"}
 FEW = "--games 16 --steps 64"
+TEACHERS = {f"label noise {rate}": f"--label-noise {rate}" for rate in (0, 0.25, 0.75, 0.9, 1)}
+TEACHERS |= {
+    f"SFT by {name}": f"--label-noise 0 --sft-expert {name}"
+    for name in ("nash", "myopic", "noisy:second-best:0.3")
+}
+TEACHERS |= {"SFT on efforts": "--train-on effort", "SFT on links": "--train-on graph"}
+TEACHERS |= {f"{n} games": f"--games {n}" for n in (13, 38)}
 ARMS = [  # in the order in which they are run; tompo is what all others of its family are held against
     Arm("tompo", "algorithm", seeds=8),
     Arm("grpo", "algorithm", "--algo grpo", 8),
-    Arm("sft", "algorithm", None, 8),
+    Arm("sft", "algorithm", seeds=8, sft=True),
     Arm("weights 0.5 0.5", "graph level", "--level-weights 0.5 0.5", 8),
     Arm("weights 0.2 0.8", "graph level", "--level-weights 0.2 0.8", 8),
     Arm("graph level alone", "graph level", "--level-weights 0 1", 8),
@@ -72,21 +80,13 @@ ARMS = [  # in the order in which they are run; tompo is what all others of its 
     Arm("credit, zeta 0.1", "objective", "--credit zeta=0.1"),
     Arm("no Belief line", "belief", "--no-belief"),
     Arm("belief reward", "belief", "--reward belief=0.5"),
-    *(Arm(f"label noise {r}", "teachers", f"--label-noise {r}") for r in (0, 0.25, 0.75, 0.9, 1)),
-    *(
-        Arm(f"SFT by {name}", "teachers", f"--label-noise 0 --sft-expert {name}")
-        for name in ("nash", "myopic", "noisy:second-best:0.3")
-    ),
-    Arm("SFT on efforts", "teachers", "--train-on effort"),
-    Arm("SFT on links", "teachers", "--train-on graph"),
-    *(Arm(f"{n} games", "teachers", f"--games {n}") for n in (13, 38)),
+    *(Arm(name, "teachers", flags) for name, flags in TEACHERS.items()),
+    *(Arm(f"{name}, SFT alone", "SFT alone", flags, sft=True) for name, flags in TEACHERS.items()),
     Arm("random seat", "seats", "--seat random --games 252", evaluation="--seat random"),
     Arm("all seats", "seats", "--seat all --games 63", evaluation="--seat random"),
-    Arm("seat 0", "seats", of="tompo", evaluation="--seat random"),
+    Arm("seat 0", "seats", seeds=8, of="tompo", evaluation="--seat random"),
     *(
-        Arm(
-            f"{algo} on {game}", f"transfer, {game}", None if algo == "sft" else "", of=algo, evaluation=flags
-        )
+        Arm(f"{algo} on {game}", f"transfer, {game}", seeds=8, of=algo, sft=algo == "sft", evaluation=flags)
         for game, flags in GAMES.items()
         for algo in ("tompo", "grpo", "sft")
     ),
@@ -140,13 +140,13 @@ def part(flags: str, script: str) -> list[str]:
 def commands(arm: Arm, seed: int, arms: dict[str, Arm], common: str, folder: Path) -> list[tuple[Path, list]]:
     """(what a command leaves, the command) of the SFT stage, of RFT, of the evaluation."""
     trained = arms[arm.of] if arm.of else arm
-    flags = f"{common} {trained.flags or ''}"
+    flags = f"{common} {trained.flags}"
     of_sft = part(flags, "sft")
     name = "_".join(of_sft).replace("--", "").replace("/", "-").replace(":", "-") or "default"
     sft, own = folder / "sft" / name / f"seed{seed}", folder / trained.name.replace(" ", "_") / f"seed{seed}"
     policy, seeded = sft / "adapter", ["--seed", str(seed)]
     found = [(sft / "adapter", ["train_sft.py", *seeded, *of_sft, "--out", str(sft)])]
-    if trained.flags is not None:
+    if not arm.sft:
         policy = own / "adapter"
         argv = ["train_rft.py", *seeded, *part(flags, "rft"), "--eval-games", "0"]
         found.append((policy, [*argv, "--sft-adapter", str(sft / "adapter"), "--out", str(own)]))
@@ -230,7 +230,9 @@ class Study:
         results = read_json(steps[-1][0])["results"]
         rows = next(iter(results.values()))["instances"]
         values = {m: [None if r[m] is None else round(r[m], 4) for r in rows] for m in STORED}
-        line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": arm.flags, "values": values}
+        line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": arm.flags}
+        line |= {"sft": True} if arm.sft else {}
+        line["values"] = values
         if len(steps) == 3 and arm.of is None:
             own = steps[1][0].parent
             keys = ("step", "seconds", "U1", "row", "s", "U2", "belief")

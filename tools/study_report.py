@@ -23,7 +23,8 @@ from tools.page.learned import best_cut
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
-REFERENCE = {"seats": "seat 0"}  # else the family's own tompo, or tompo
+REFERENCE = {"seats": "seat 0", "SFT alone": None}  # else the family's own tompo, or tompo; None: nothing
+ADDED = ("s", "row", "U2", "belief")
 
 
 # -------------------- statistics
@@ -164,16 +165,19 @@ def write(results: Path, folder: Path, planned: list[tuple[str, int]]) -> str:
     for line in lines:
         arms[line["arm"]][line["seed"]] = line
     values = {name: {seed: seed_values(line) for seed, line in of.items()} for name, of in arms.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     families: dict[str, list[str]] = defaultdict(list)
     for name, of in arms.items():
         families[next(iter(of.values()))["family"]].append(name)
     text, compared = [__doc__.split("\n\n", 1)[1].strip(), "", about(lines)], {}
     for family, names in families.items():
-        reference = REFERENCE.get(family) or next((n for n in names if n.startswith("tompo")), "tompo")
+        tompo = next((n for n in names if n.startswith("tompo")), "tompo")
+        reference = REFERENCE.get(family, tompo)
         text += ["", f"## {family}", "", *table_of_means(names, values, arms)]
-        differences = compare([n for n in names if n != reference], reference, values)
+        differences = compare([n for n in names if reference and n != reference], reference, values)
         compared |= {name: (reference, of) for name, of in differences.items()}
         text += ["", *table_of_differences(differences, reference)] if differences else []
+    text += ["", "## What RFT adds to its SFT stage", "", *table_of_added(values)]
     text += ["", "## The two levels", "", *table_of_levels(arms)]
     text += ["", "## Link iff the worked number is at least t", "", *table_of_rules(arms)]
     for name, of_seeds in arms.items():
@@ -207,10 +211,10 @@ def markdown(rows: list[list[str]]) -> list[str]:
 def table_of_means(names, values, arms) -> list[str]:
     rows = [["arm", "flags", "seeds", *SHOWN]]
     for name in names:
-        flags = next(iter(arms[name].values()))["flags"]
-        told = "SFT alone" if flags is None else f"`{flags}`" if flags else "default"
+        line = next(iter(arms[name].values()))
+        told = " ".join(["SFT alone"] * ("sft" in line) + [f"`{line['flags']}`"] * bool(line["flags"]))
         of_metric = [mean_interval([v.get(m) for v in values[name].values()]) for m in SHOWN]
-        rows.append([name, told, str(len(values[name])), *map(cell, of_metric)])
+        rows.append([name, told or "default", str(len(values[name])), *map(cell, of_metric)])
     return markdown(rows)
 
 
@@ -248,6 +252,24 @@ def table_of_differences(differences, reference: str) -> list[str]:
         "",
         "In brackets 95 % t intervals; p by sign flips, after Holm in round brackets.",
     ]
+
+
+def table_of_added(values) -> list[str]:
+    """The arms whose SFT stage was measured too, over the seeds of both."""
+    rows = [["arm", "seeds", *(f"{metric}: SFT, RFT, difference" for metric in ADDED)]]
+    for name, of in values.items():
+        before = values.get("sft" if name == "tompo" else f"{name}, SFT alone", {})
+        seeds = sorted(of.keys() & before.keys())
+        row = [name, str(len(seeds))]
+        for metric in ADDED:
+            pairs = [(before[s].get(metric), of[s].get(metric)) for s in seeds]
+            known = [pair for pair in pairs if None not in pair]
+            ends = [f"{np.mean(end):.3f}" for end in zip(*known)] or ["-", "-"]
+            difference = mean_interval([after - sft for sft, after in known])
+            row.append(f"{ends[0]}, {ends[1]}, {cell(difference, '+')}")
+        if seeds:
+            rows.append(row)
+    return markdown(rows)
 
 
 def table_of_rules(arms) -> list[str]:

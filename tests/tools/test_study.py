@@ -190,7 +190,11 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
 
     study.main([*argv, "--report", str(tmp_path)])
     report = (tmp_path / "study.md").read_text()
-    assert report.count("| tompo |") == 3 and "| sft | SFT alone | 1 |" in report
+    assert report.count("| tompo |") == 4 and "| sft | SFT alone | 1 |" in report
+    before, after = (next(line for line in lines if line["arm"] == arm) for arm in ("sft", "tompo"))
+    gain = study_report.seed_values(after)["U2"] - study_report.seed_values(before)["U2"]
+    added = report.split("## What RFT adds")[1].splitlines()[4]
+    assert added.startswith("| tompo | 1 | ") and f", {gain:+.3f} |" in added
     assert "tompo (7), sft (7)." in report  # what the plan still lacks
     for name in ("study-forest.png", "study-curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
