@@ -80,6 +80,7 @@ ARMS = [  # in the order in which they are run; tompo is what all others of its 
     Arm("credit, zeta 0.1", "objective", "--credit zeta=0.1"),
     Arm("no Belief line", "belief", "--no-belief"),
     Arm("belief reward", "belief", "--reward belief=0.5"),
+    Arm("label noise 1, no Belief line", "belief", "--label-noise 1 --no-belief"),
     *(Arm(name, "teachers", flags) for name, flags in TEACHERS.items()),
     *(Arm(f"{name}, SFT alone", "SFT alone", flags, sft=True) for name, flags in TEACHERS.items()),
     Arm("random seat", "seats", "--seat random --games 252", evaluation="--seat random"),
