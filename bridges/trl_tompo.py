@@ -126,7 +126,7 @@ def config_of(args) -> GRPOConfig:
 def make_trainer(args) -> tuple[Trainer, Rewards]:
     config = config_of(args)  # before the model, which DeepSpeed and FSDP want to know of while it is loaded
     if args.device == "cpu":
-        prepare_cpu()
+        prepare_cpu()  # TRL frees and asks for its activations at every step, as our fast engine does
     policy = load_policy(args.model, engine="plain")
     conversations = make_prompts(policy, training.load_records(args), args)
     config.max_completion_length = reply_limit(args, sum(conversations, []))

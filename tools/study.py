@@ -232,8 +232,7 @@ class Study:
         rows = next(iter(results.values()))["instances"]
         values = {m: [None if r[m] is None else round(r[m], 4) for r in rows] for m in STORED}
         line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": arm.flags}
-        line |= {"sft": True} if arm.sft else {}
-        line["values"] = values
+        line |= ({"sft": True} if arm.sft else {}) | {"values": values}
         if len(steps) == 3 and arm.of is None:
             own = steps[1][0].parent
             keys = ("step", "seconds", "U1", "row", "s", "U2", "belief")

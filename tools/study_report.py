@@ -212,10 +212,17 @@ def table_of_means(names, values, arms) -> list[str]:
     rows = [["arm", "flags", "seeds", *SHOWN]]
     for name in names:
         line = next(iter(arms[name].values()))
-        told = " ".join(["SFT alone"] * ("sft" in line) + [f"`{line['flags']}`"] * bool(line["flags"]))
+        parts = ["SFT alone" if "sft" in line else "", f"`{line['flags']}`" if line["flags"] else ""]
+        told = " ".join(filter(None, parts)) or "default"
         of_metric = [mean_interval([v.get(m) for v in values[name].values()]) for m in SHOWN]
-        rows.append([name, told or "default", str(len(values[name])), *map(cell, of_metric)])
+        rows.append([name, told, str(len(values[name])), *map(cell, of_metric)])
     return markdown(rows)
+
+
+def paired(first: dict, second: dict, metric: str) -> list[tuple[float, float]]:
+    """A metric of two arms in every seed that has it in both."""
+    pairs = [(first[s].get(metric), second[s].get(metric)) for s in sorted(first.keys() & second.keys())]
+    return [pair for pair in pairs if None not in pair]
 
 
 def compare(names, reference: str, values) -> dict[str, dict[str, dict]]:
@@ -224,8 +231,7 @@ def compare(names, reference: str, values) -> dict[str, dict[str, dict]]:
     for name in names:
         seeds = sorted(values[name].keys() & values.get(reference, {}).keys())
         for metric in COMPARED if seeds else ():
-            pairs = [(values[name][s].get(metric), values[reference][s].get(metric)) for s in seeds]
-            d = [a - b for a, b in pairs if a is not None and b is not None]
+            d = [a - b for a, b in paired(values[name], values[reference], metric)]
             if d:
                 found.setdefault(name, {})[metric] = mean_interval(d) | {"p": sign_flip(d), "seeds": len(d)}
         if seeds:
@@ -259,15 +265,13 @@ def table_of_added(values) -> list[str]:
     rows = [["arm", "seeds", *(f"{metric}: SFT, RFT, difference" for metric in ADDED)]]
     for name, of in values.items():
         before = values.get("sft" if name == "tompo" else f"{name}, SFT alone", {})
-        seeds = sorted(of.keys() & before.keys())
-        row = [name, str(len(seeds))]
+        row = [name, str(len(of.keys() & before.keys()))]
         for metric in ADDED:
-            pairs = [(before[s].get(metric), of[s].get(metric)) for s in seeds]
-            known = [pair for pair in pairs if None not in pair]
-            ends = [f"{np.mean(end):.3f}" for end in zip(*known)] or ["-", "-"]
-            difference = mean_interval([after - sft for sft, after in known])
+            pairs = paired(before, of, metric)
+            ends = [f"{np.mean(end):.3f}" for end in zip(*pairs)] or ["-", "-"]
+            difference = mean_interval([after - sft for sft, after in pairs])
             row.append(f"{ends[0]}, {ends[1]}, {cell(difference, '+')}")
-        if seeds:
+        if of.keys() & before.keys():
             rows.append(row)
     return markdown(rows)
 
