@@ -37,8 +37,8 @@ def add_adapter(policy, seed=1, size=0.05, r=4, targets=lora.DEFAULT_TARGETS):
     return config
 
 
-def engine(name, folder, dtype="float32", **adapter):
-    policy = load_policy(str(folder), dtype, engine=name)
+def engine(name, folder, dtype="float32", device="cpu", **adapter):
+    policy = load_policy(str(folder), dtype, device, engine=name)
     add_adapter(policy, **adapter)
     return policy
 

@@ -142,13 +142,17 @@ def peaks(policy: Policy) -> dict[str, float]:
     """This machine's best matrix product (operations a second) and copy (bytes a second, read and write)."""
     device, dtype, speeds = policy.device, policy.model.dtype, []
 
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     def seconds(function, repeats=5):
         function()
+        wait()
         start = time.perf_counter()
         for _ in range(repeats):
             function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         return (time.perf_counter() - start) / repeats
 
     for n in (1024, 2048) if device.type == "cpu" else (4096, 8192):

@@ -55,15 +55,19 @@ class Run:
     results: dict[str, dict]  # eval.json's, the trained policy first; {} before the evaluation
     config: dict
 
+    def values(self, key: str) -> list[float]:
+        """Of the steps that have one: where all groups were idle, nothing of the update was measured."""
+        return [row[key] for row in self.metrics if row[key] is not None]
+
     def late(self, key: str) -> float:
-        return fmean(row[key] for row in late(self.metrics))
+        return fmean(late(self.values(key)))
 
     def trend(self, key: str, digits: int = 2) -> str:
-        early = fmean(row[key] for row in self.metrics[: len(late(self.metrics))])
-        return f"{early:.{digits}f} early, {self.late(key):.{digits}f} late"
+        values = self.values(key)
+        return f"{fmean(values[: len(late(values))]):.{digits}f} early, {self.late(key):.{digits}f} late"
 
     def largest(self, key: str) -> float:
-        return max(row[key] for row in self.metrics)
+        return max(self.values(key))
 
 
 def late(rows: list) -> list:
@@ -169,8 +173,8 @@ def collapse(run: Run) -> Finding:
 
 def divergence(run: Run) -> Finding:
     name = "KL from the SFT policy that runs away"
-    if any(row["kl"] is None for row in run.metrics):
-        return Finding(name, 0, "not measured (--beta 0)")
+    if not run.values("kl"):
+        return Finding(name, 0, "not measured: no KL term (--beta 0), or no step that trained on anything")
     last, most = run.late("kl"), run.largest("kl")
     spike = most > KL_ABOVE[0] and most > KL_SPIKE * last
     text = f"per token {run.trend('kl', 4)}, largest {most:.4f}"
@@ -179,7 +183,10 @@ def divergence(run: Run) -> Finding:
 
 
 def clipping(run: Run) -> Finding:
-    name, error = "clipped updates", run.largest("max_ratio_error")
+    name = "clipped updates"
+    if not run.values("max_ratio_error"):
+        return Finding(name, 0, "not measured: no step trained on anything, since all groups were idle")
+    error = run.largest("max_ratio_error")
     if run.config["inner_epochs"] == 1:
         apart = run.largest("approx_kl")
         wrong = apart > MISMATCH if run.config["dtype"] == "bfloat16" else error > RATIO_ERROR

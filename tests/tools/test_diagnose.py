@@ -89,6 +89,24 @@ def test_a_healthy_run_is_silent(tmp_path, capsys):
     assert levels(folder) == {} and "not measured" in diagnose.format_findings(diagnose.diagnose(folder))
 
 
+NOTHING = dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))  # of a step without an update
+
+
+@pytest.mark.parametrize("idle_steps", [range(4), range(12, 16), range(STEPS)])
+@pytest.mark.parametrize("inner_epochs", [1, 2])
+def test_steps_in_which_all_groups_were_idle_are_left_out(tmp_path, idle_steps, inner_epochs):
+    metrics, samples, results, config = healthy()
+    metrics[11]["kl"] = 0.3  # a spike that is still seen
+    metrics = [row | (NOTHING if row["step"] in idle_steps else {}) for row in metrics]
+    folder = write(tmp_path / "run", metrics, samples, results, config | {"inner_epochs": inner_epochs})
+    findings = {f.name: f for f in diagnose.diagnose(folder)}
+    everywhere = len(idle_steps) == STEPS
+    assert ("not measured" in findings["clipped updates"].numbers) == everywhere
+    kl = findings["KL from the SFT policy that runs away"]
+    assert ("not measured" in kl.numbers) == everywhere and kl.level == (0 if everywhere else 1)
+    assert "no diagnosis" not in diagnose.summary(folder)
+
+
 def non_compliant(run, share):
     metrics, samples, *_ = run
     for row in metrics[-4:]:
