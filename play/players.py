@@ -32,7 +32,7 @@ from policy import Policy
 from prompts import Decision, PromptStyle, fallback, format_reply, messages, parse_reply, reply_tokens
 from run import dataset, ranks
 from run.checkpoint import seeded
-from run.files import InputError
+from run.files import InputError, one_line
 from run.training import load_policy_of_rank
 from world.draws import Family, draw_game, families, split_of
 
@@ -198,7 +198,7 @@ def fitting_adapter(policy: Policy, name: str) -> tuple[dict, lora.LoRAConfig]:
         with adapter_on(policy, *stacked):
             return stacked
     except (OSError, ValueError) as e:
-        raise InputError(f"{name}: {' '.join(str(e).split())}") from None
+        raise InputError(f"{name}: {one_line(e)}") from None
 
 
 def make_cast(args, names: list[str], seed: int, flag: str = "--policy") -> dict[str, Callable[..., Player]]:

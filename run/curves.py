@@ -38,6 +38,8 @@ def draw_curves(folder: Path) -> bytes:
         draw_probe(axis, probe, keys, levels=len(keys) == 1)
         axis.set(title=f"Probe, {title}", xlabel="minutes of training")
     draw(below[0], sft_rows, "loss", "SFT reply loss", "C0")
+    if not sft_rows:  # a run from --sft-adapter
+        below[0].text(0.5, 0.5, "not in this run", ha="center", transform=below[0].transAxes)
     draw(below[1], rows, "reward_graph", "graph decisions", "C0")
     draw(below[1], rows, "reward_effort", "effort decisions", "C1")
     draw(below[2], rows, "zero_variance_groups", "groups without variance", "C7")

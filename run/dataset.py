@@ -15,7 +15,16 @@ from play import expert_games
 from play.expert_games import Record, simulate
 from prompts import PromptStyle, format_reply, parse_reply
 from rewards import Target
-from run.files import InputError, library_errors, parse_range, positive_int, seat_choice, share, write_atomic
+from run.files import (
+    InputError,
+    library_errors,
+    one_line,
+    parse_range,
+    positive_int,
+    seat_choice,
+    share,
+    write_atomic,
+)
 from world.draws import Family, add_game_arguments, draw_game, families
 
 
@@ -99,9 +108,7 @@ def read_records(path: str) -> list[Record]:
             if (record.round - 1, record.kind) != (where[0], game.stages[where[1]]) or record.stage < 0:
                 raise ValueError("`round` and `kind` must be those of the `stage`")
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise InputError(
-                f"{path} line {number} is not a valid record: {' '.join(str(e).split())}"
-            ) from None
+            raise InputError(f"{path} line {number} is not a valid record: {one_line(e)}") from None
         records.append(record)
     if not records:
         raise InputError(

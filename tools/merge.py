@@ -14,7 +14,7 @@ import torch
 
 import lora
 from models import adapters, pretrained
-from run.files import InputError, library_errors, refuse_existing, reports_errors
+from run.files import InputError, library_errors, one_line, refuse_existing, reports_errors
 
 
 def merge_into(model, name: str):
@@ -23,7 +23,7 @@ def merge_into(model, name: str):
         adapters.load_chain(model, name)
         return lora.merge(model)
     except (OSError, ValueError) as e:
-        raise InputError(" ".join(str(e).split())) from None
+        raise InputError(one_line(e)) from None
 
 
 def save(model, tokenizer, out: Path) -> None:

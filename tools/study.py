@@ -23,6 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from play.held_out import add_eval_arguments
@@ -86,6 +87,10 @@ ARMS = [  # in the order in which they are run; tompo is what all others of its 
     Arm("random seat", "seats", "--seat random --games 252", evaluation="--seat random"),
     Arm("all seats", "seats", "--seat all --games 63", evaluation="--seat random"),
     Arm("seat 0", "seats", seeds=8, of="tompo", evaluation="--seat random"),
+    *(
+        Arm(f"{algo} in all seats", "self-play", seeds=8, of=algo, sft=algo == "sft", evaluation="--seat all")
+        for algo in ("tompo", "grpo", "sft")
+    ),
     *(
         Arm(f"{algo} on {game}", f"transfer, {game}", seeds=8, of=algo, sft=algo == "sft", evaluation=flags)
         for game, flags in GAMES.items()
@@ -249,11 +254,14 @@ class Study:
 
     @property
     def machine(self) -> dict:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-        )
+        argv = ["git", "rev-parse", "--short", "HEAD"]
+        try:
+            commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except OSError:  # a machine without git
+            commit = ""
+        gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
         packages = {name: version(name) for name in ("torch", "transformers", "numpy")}
-        return {"commit": commit.stdout.strip(), "machine": cpu_name(), "packages": packages}
+        return {"commit": commit or "unknown", "machine": cpu_name() + gpu, "packages": packages}
 
 
 def rules_of(run: Path, samples: list[dict]) -> dict:

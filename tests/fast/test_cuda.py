@@ -1,5 +1,5 @@
-"""A GPU against the CPU, for machines that have one: policy.py on the CPU in fp32 defines what both engines say
-on CUDA."""
+"""A GPU against the CPU, where there is one: policy.py on the CPU in fp32 defines what both engines say on
+CUDA."""
 
 import random
 from itertools import product

@@ -89,7 +89,7 @@ def test_a_healthy_run_is_silent(tmp_path, capsys):
     assert levels(folder) == {} and "not measured" in diagnose.format_findings(diagnose.diagnose(folder))
 
 
-NOTHING = dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))  # of a step without an update
+NOT_UPDATED = dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))
 
 
 @pytest.mark.parametrize("idle_steps", [range(4), range(12, 16), range(STEPS)])
@@ -97,7 +97,7 @@ NOTHING = dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))
 def test_steps_in_which_all_groups_were_idle_are_left_out(tmp_path, idle_steps, inner_epochs):
     metrics, samples, results, config = healthy()
     metrics[11]["kl"] = 0.3  # a spike that is still seen
-    metrics = [row | (NOTHING if row["step"] in idle_steps else {}) for row in metrics]
+    metrics = [row | (NOT_UPDATED if row["step"] in idle_steps else {}) for row in metrics]
     folder = write(tmp_path / "run", metrics, samples, results, config | {"inner_epochs": inner_epochs})
     findings = {f.name: f for f in diagnose.diagnose(folder)}
     everywhere = len(idle_steps) == STEPS

@@ -200,6 +200,15 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
         assert (tmp_path / name).stat().st_size > 10_000
 
 
+def test_a_unit_says_where_it_was_run(tmp_path, monkeypatch):
+    of = study.Study(argparse.Namespace(folder=tmp_path, results=tmp_path / "study.jsonl"))
+    head = study.subprocess.run(["git", "rev-parse", "HEAD"], cwd=study.ROOT, capture_output=True, text=True)
+    commit = of.machine["commit"]
+    assert head.stdout.startswith(commit) if head.returncode == 0 else commit == "unknown"
+    monkeypatch.setenv("PATH", str(tmp_path))  # a machine without git: no unit is lost to that
+    assert of.machine["commit"] == "unknown" and of.machine["machine"].startswith(study.cpu_name())
+
+
 def test_an_unknown_arm_is_refused(refused, tmp_path):
     argv = ["--arms", "tompoo", "--results", tmp_path / "none.jsonl"]
     assert "--arms tompoo" in refused(study.main, argv)
