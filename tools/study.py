@@ -246,6 +246,7 @@ class Study:
             samples = read_lines(own / "samples.jsonl")
             line["levels"] = study_report.levels_of(samples)
             line["belief followed"] = study_report.belief_followed(samples)
+            line["links chosen"] = study_report.links_chosen(samples)
             line["rule"] = rules_of(own, samples)
             if seed == 0:
                 line["groups"] = study_report.a_dozen(samples)

@@ -94,19 +94,40 @@ def levels_of(samples: list[dict]) -> dict[str, float] | None:
     return {name: None if math.isnan(value) else round(float(value), 4) for name, value in share.items()}
 
 
+def quarters(samples: list[dict]) -> tuple[list[dict], list[dict]]:
+    """The compliant graph replies of the first and of the last quarter of the steps."""
+    steps = max((s["step"] for s in samples), default=0) + 1
+    compliant = [s for s in samples if s["kind"] == "G" and s["compliance"] > 0]
+    first, last = (lambda s: s["step"] < steps / 4), (lambda s: s["step"] >= steps * 3 / 4)
+    return list(filter(first, compliant)), list(filter(last, compliant))
+
+
+def rounded_mean(values: list[float]) -> float | None:
+    return round(float(np.mean(values)), 4) if values else None
+
+
 def belief_followed(samples: list[dict]) -> list[float | None]:
     """The share of compliant graph replies that choose whom their Belief line expects to be chosen by, in the
     first and in the last quarter of the steps; None without Belief lines."""
-    steps = max((s["step"] for s in samples), default=0) + 1
-    quarters: tuple[list, list] = [], []
-    for s in samples:
-        if s["kind"] == "G" and s["compliance"] > 0 and last_line(s["reply"], "Belief:"):
-            said = last_line(s["reply"], "Belief:") == last_line(s["reply"], "Decision:")
-            if s["step"] < steps / 4:
-                quarters[0].append(said)
-            if s["step"] >= steps * 3 / 4:
-                quarters[1].append(said)
-    return [round(float(np.mean(of)), 4) if of else None for of in quarters]
+
+    def followed(s):
+        return last_line(s["reply"], "Belief:") == last_line(s["reply"], "Decision:")
+
+    having = [[s for s in of if last_line(s["reply"], "Belief:")] for of in quarters(samples)]
+    return [rounded_mean([followed(s) for s in of]) for of in having]
+
+
+def links_chosen(samples: list[dict]) -> list[float | None]:
+    """The share of possible links that compliant graph replies choose, in the first and in the last quarter
+    of the steps, and that the expert chooses in the place of the latter."""
+
+    def share(s, who):
+        row = row_of(s[who])
+        return row.count("1") / (len(row) - 1)
+
+    first, last = quarters(samples)
+    asked = (first, "reply"), (last, "reply"), (last, "expert")
+    return [rounded_mean([share(s, who) for s in of]) for of, who in asked]
 
 
 def threshold_rule(samples: list[dict], worth: dict[tuple, list[float]]) -> list[float] | None:
@@ -314,13 +335,14 @@ def missing(planned: list[tuple[str, int]], arms) -> list[str]:
 
 def table_of_levels(arms) -> list[str]:
     keys = ["A_S idle", "A_G idle", "memory the same", "correlation", "signs differ"]
-    rows = [["arm", *keys, "belief followed, first quarter", "last quarter"]]
+    told = "belief followed, first quarter", "last quarter", "links chosen, first quarter", "last", "expert"
+    rows = [["arm", *keys, *told]]
     for name, of_seeds in arms.items():
         having = [line for line in of_seeds.values() if line.get("levels")]
         if having:
             levels = [[line["levels"][key] for line in having] for key in keys]
-            followed = zip(*(line["belief followed"] for line in having))
-            rows.append([name, *(cell(mean_interval(of)) for of in (*levels, *followed))])
+            replies = zip(*(line["belief followed"] + line["links chosen"] for line in having))
+            rows.append([name, *(cell(mean_interval(of)) for of in (*levels, *replies))])
     return markdown(rows)
 
 

@@ -99,6 +99,17 @@ def test_belief_followed_by_hand():
     assert study_report.belief_followed([reply(0, "", a)]) == [None, None]
 
 
+def test_links_chosen_by_hand():
+    def reply(step, row, expert="[0, 1, 0]", kind="G", compliance=0.5):
+        texts = {"reply": f"Belief: [0, 1, 1]\nDecision: {row}", "expert": f"Decision: {expert}"}
+        return {"step": step, "kind": kind, "compliance": compliance} | texts
+
+    first = [reply(0, "[0, 1, 0]"), reply(1, "[0, 0, 0]"), reply(0, "all", compliance=-0.5)]
+    last = [reply(6, "[1, 0, 1]"), reply(7, "[0, 1, 0]", "[0, 1, 1]"), reply(7, "1.2", kind="E")]
+    assert study_report.links_chosen([*first, reply(3, "[0, 1, 1]"), *last]) == [0.25, 0.75, 0.75]
+    assert study_report.links_chosen(last[2:]) == [None, None, None]
+
+
 def test_threshold_rules_by_hand():
     worth = {(0, 0, 0): [0, 0.5, 1.5, 2.5], (1, 0, 1): [0.9, 0, 1.1, 3.0]}
 
