@@ -30,7 +30,7 @@ import numpy as np
 from games import Game, State, form_links
 from prompts import Decision
 
-GRAPH_SCORES = ("hamming", "welfare")
+GRAPH_SCORES = ("hamming", "welfare", "joint")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +59,9 @@ class Target:
         """What the parser needs to know: kind, seat, N, cap."""
         return self.kind, self.seat, self.game.N, self.cap
 
-    def with_own(self, decision: Decision) -> np.ndarray:
-        """The experts' actions with the agent's own in their place."""
-        actions = self.actions.copy()
+    def with_own(self, decision: Decision, others: np.ndarray | None = None) -> np.ndarray:
+        """The experts' actions, or those of `others`, with the agent's own in their place."""
+        actions = (self.actions if others is None else others).copy()
         actions[self.seat] = decision.action
         return actions
 
@@ -125,12 +125,14 @@ FIXED_TERMS = ("compliance", "sample", "r_S", "s", "local", "global", "R_G", "A_
 # -------------------- graph level
 
 
-def graph_score(decision: Decision | None, target: Target, score: str = "hamming") -> float:
+def graph_score(
+    decision: Decision | None, target: Target, score: str = "hamming", others: np.ndarray | None = None
+) -> float:
     """s_i: how near the graph with this row comes to the expert graph (1: the same), or to the efficient
-    one."""
+    one. others: proposals (N, N) that stand in the place of the experts' (variants/joint.py)."""
     if decision is None:
         return 0.0
-    game, links_NN = target.game, form_links(target.with_own(decision))
+    game, links_NN = target.game, form_links(target.with_own(decision, others))
     if score == "welfare":
         efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
         W = game.welfare(links_NN, efforts_N)
@@ -163,10 +165,11 @@ def group_rewards(
     weights: dict[str, float] = WEIGHTS,
     score: str = "hamming",
     credits: list[float | None] | None = None,
+    others: list[np.ndarray] | None = None,
 ) -> list[dict[str, float]]:
     """All terms of every rollout of a group: `compliance`, `sample`, the optional ones by name, `r_S` (their
-    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. credits (variants/credit.py, off by
-    default) replace `sample`."""
+    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. Off by default: credits
+    (variants/credit.py) replace `sample`, others (variants/joint.py) the experts' rows around each reply."""
     groups_terms = []
     for i, decision in enumerate(decisions):
         terms = {"compliance": compliance(decision)}
@@ -175,7 +178,8 @@ def group_rewards(
         bonus = sum(weights.get(name, 0.0) * value for name, value in optional.items())
         groups_terms.append(terms | optional | {"r_S": terms["compliance"] + terms["sample"] + bonus})
     if target.kind == "G":
-        scores = [graph_score(d, target, score) for d in decisions]
+        among = others or [None] * len(decisions)
+        scores = [graph_score(d, target, score, of) for d, of in zip(decisions, among)]
         for terms, decision, s in zip(groups_terms, decisions, scores):
             local = weights["local"] * (decision is not None and s == max(scores))
             globally = weights["global"] * (decision is not None and s >= memory_best)

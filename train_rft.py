@@ -41,6 +41,7 @@ from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
 from run.rft_log import SampleLog, add_sums, live_line, step_metrics, timing
 from tools import diagnose, view
 from train_sft import sft
+from variants import joint
 from variants.credit import step_credits
 from world.draws import named_numbers
 
@@ -103,9 +104,11 @@ def act(
     batch, groups, lacking = [], [], args.prompts
     for draw in range(1 + REDRAWS * (args.idle_groups == "redraw")):
         more = next_batch(conversations, lacking, step, args.seed, draw)
+        more = joint.with_other_seats(args, more, conversations)
         sampled = sample(args, policy, more, checkpoint.seeded(args.seed, 6, step, draw))
-        for p, group, credit in zip(more, sampled, step_credits(args, more, sampled, step)):
-            judge(args, group, p.target, memory, credit)
+        credits, others = step_credits(args, more, sampled, step), joint.proposals(args, more, sampled)
+        for p, group, *variants in zip(more, sampled, credits, others):
+            judge(args, group, p.target, memory, *variants)
         batch, groups = batch + more, groups + sampled
         live = "".join(p.target.kind for p, group in zip(batch, groups) if has_variance(group))
         lacking = [count - live.count(kind) for kind, count in zip("GE", args.prompts)]
@@ -130,15 +133,17 @@ def has_variance(group: list[Rollout]) -> bool:
     return any(o.advantage for o in group)
 
 
-def judge(args, group: list[Rollout], target: Target, memory: Memory, credit: list | None) -> None:
-    """Writes the rewards and the advantage of every rollout of a group into it."""
+def judge(args, group: list[Rollout], target: Target, memory: Memory, credits=None, others=None) -> None:
+    """Writes the rewards and the advantage of every rollout of a group into it. credits, others: of variants
+    (rewards.group_rewards)."""
     terms = group_rewards(
         [o.decision for o in group],
         target,
         memory_best=memory.get(target.game.key),
         weights=WEIGHTS | named_numbers(args.reward, "--reward"),
         score=args.graph_score,
-        credits=credit,
+        credits=credits,
+        others=others,
     )
     r_S_M = torch.tensor([t["r_S"] for t in terms])
     R_G_M = torch.tensor([t["R_G"] for t in terms]) if target.kind == "G" else None

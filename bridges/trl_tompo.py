@@ -153,6 +153,8 @@ def parse(argv=None) -> argparse.Namespace:
         if getattr(args, name) != parser.get_default(name):
             advice = "merge it (tools.merge)" if name == "sft_adapter" else "it is train_rft.py's alone"
             raise InputError(f"the bridge has no --{name.replace('_', '-')}: {advice}")
+    if args.graph_score == "joint":
+        raise InputError("the bridge has no --graph-score joint: it is train_rft.py's alone")
     return args
 
 

@@ -33,7 +33,7 @@ def add_rft_arguments(parser: argparse.ArgumentParser) -> None:
     add("--reward", nargs="+", metavar="NAME=WEIGHT", help=f"weights of optional terms ({told})")
     levels = dict(nargs=2, type=weight, default=(0.8, 0.2), metavar=("SAMPLE", "GRAPH"))
     add("--level-weights", **levels, help="of A^S and A^G in graph decisions [source: 0.8 0.2]")
-    told = "s: likeness to the expert graph, or the graph's welfare"
+    told = "s: likeness to the expert graph; welfare; likeness of the graph of all trained seats' replies"
     add("--graph-score", choices=GRAPH_SCORES, default="hamming", help=told)
     told = "groups without variance: leave them out, train on them (their KL is left), ask others instead"
     add("--idle-groups", choices=("skip", "keep", "redraw"), default="skip", help=told)
@@ -85,5 +85,9 @@ def check_rft_arguments(args) -> None:
             "--credit plays every game to its end with the expert: choose an exact --expert for it"
         )
     named_numbers(args.credit, "--credit", CREDIT)
+    if args.graph_score == "joint" and (args.seat != "all" or args.idle_groups == "redraw"):
+        raise InputError(
+            "--graph-score joint asks all seats of a game at once: give --seat all, no --idle-groups redraw"
+        )
     objective_of(args)
     dataset.expert_of(args)

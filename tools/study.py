@@ -53,6 +53,8 @@ class Arm:
 GAMES = {"GEE": "--stages GEE", "6 agents": "--eval-agents 6", "PGG": "--game pgg --expert planner"}
 GAMES |= {"heterogeneous": "--types linear half hub"}
 FEW = "--games 16 --steps 64"
+ALL_SEATS = "--seat all --games 63"
+ONE_GRAPH = f"{ALL_SEATS} --graph-score joint --prompts 2 2"
 TEACHERS = {f"label noise {rate}": f"--label-noise {rate}" for rate in (0, 0.25, 0.75, 0.9, 1)}
 TEACHERS |= {
     f"SFT by {name}": f"--label-noise 0 --sft-expert {name}"
@@ -85,7 +87,7 @@ ARMS = [  # in the order in which they are run; tompo is what all others of its 
     *(Arm(name, "teachers", flags) for name, flags in TEACHERS.items()),
     *(Arm(f"{name}, SFT alone", "SFT alone", flags, sft=True) for name, flags in TEACHERS.items()),
     Arm("random seat", "seats", "--seat random --games 252", evaluation="--seat random"),
-    Arm("all seats", "seats", "--seat all --games 63", evaluation="--seat random"),
+    Arm("all seats", "seats", of="tompo, all seats", evaluation="--seat random"),
     Arm("seat 0", "seats", seeds=8, of="tompo", evaluation="--seat random"),
     *(
         Arm(f"{algo} in all seats", "self-play", seeds=8, of=algo, sft=algo == "sft", evaluation="--seat all")
@@ -105,6 +107,16 @@ ARMS = [  # in the order in which they are run; tompo is what all others of its 
             ("PGG", "--game pgg --expert planner"),
         )
         for algo in ("tompo", "grpo")
+    ),
+    *(
+        Arm(name, "where it may act, one graph", flags, evaluation="--seat all")
+        for name, flags in (
+            ("tompo, all seats", ALL_SEATS),
+            ("grpo, all seats", f"--algo grpo {ALL_SEATS}"),
+            ("graph level alone, all seats", f"--level-weights 0 1 {ALL_SEATS}"),
+            ("one graph", ONE_GRAPH),
+            ("graph level alone, one graph", f"--level-weights 0 1 {ONE_GRAPH}"),
+        )
     ),
     Arm("no worked numbers", "prompts", "--no-hints --sft-steps 240 --steps 48"),
 ]

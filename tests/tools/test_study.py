@@ -144,7 +144,7 @@ def test_worked_numbers_are_those_of_the_prompts():
 @pytest.mark.parametrize("arm", ARMS, ids=lambda arm: arm.name)
 def test_every_arm_is_something_that_the_scripts_take(arm, tmp_path):
     arms = {a.name: a for a in ARMS}
-    assert len(arms) == len(ARMS) and (arm.of is None or arms[arm.of].family == "algorithm")
+    assert len(arms) == len(ARMS) and (arm.of is None or arms[arm.of].of is None)
     for left, command in commands(arm, 3, arms, "--rank 4", tmp_path):
         script = {"train_sft.py": "sft", "train_rft.py": "rft", "eval.py": "eval"}[command[0]]
         parser = parsers()[script]
