@@ -179,9 +179,10 @@ def seed_values(line: dict) -> dict[str, float]:
 def write(results: Path, folder: Path, planned: list[tuple[str, int]]) -> str:
     """Writes FOLDER/study.md, study-forest.png and study-curves.png. planned: arms and how many seeds they
     are to have. Returns what to print."""
-    lines = read_lines(results)
+    lines, place = read_lines(results), {name: i for i, (name, _) in enumerate(planned)}
     if not lines:
         raise InputError(f"{results} holds no results yet; run python -m tools.study first")
+    lines.sort(key=lambda line: (place.get(line["arm"], len(place)), line["seed"]))
     arms: dict[str, dict[int, dict]] = defaultdict(dict)  # [arm][seed]: a line of the file
     for line in lines:
         arms[line["arm"]][line["seed"]] = line
@@ -369,9 +370,9 @@ def draw_forest(compared: dict, path: Path) -> None:
                 axis.plot(d["mean"], y, "ks", markersize=4)
         axis.axvline(0, color="C7", linewidth=1)
         axis.set(title=f"{metric}: difference", yticks=range(len(names)), ylim=(-0.6, len(names) - 0.4))
-        axis.set_yticklabels(
-            [f"{n} - {compared[n][0]}" for n in names] if axis is axes[0] else [], fontsize=8
-        )
+        seeds = {n: max(of.get("seeds", 0) for of in compared[n][1].values()) for n in names}
+        told = [f"{n} - {compared[n][0]}, {seeds[n]} seeds" for n in names]
+        axis.set_yticklabels(told if axis is axes[0] else [], fontsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
