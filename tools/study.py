@@ -2,6 +2,7 @@
 
     python -m tools.study                            # all arms; hours. What is finished is never done again
     python -m tools.study --arms algorithm --seeds 0-3 --jobs 2
+    python -m tools.study --jobs 12 --flags "--device cuda"      # a large GPU; docs/speed.md
     python -m tools.study --report                   # tables and figures from results/study.jsonl, in seconds
 
 An arm is what one would write behind `python train_rft.py --seed S`. Its SFT stage is made once per seed and
