@@ -17,7 +17,7 @@ so rows can be compared game by game.
 what can be read in them is played (play/repair.py), while U1 stays strict. The repaired row minus the strict
 one is what formatting costs; what is left between repaired rows is strategy.
 
-Metrics: play/metrics.py. In self-play s, row and the experts' graph are those of --expert in all seats.
+Metrics: play/metrics.py. In self-play s and row compare with what --expert would play in all seats.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
@@ -87,7 +87,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add_sampling_arguments(parser)
     told = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
-    add("--policy", nargs="+", default=["base"], help=told)
+    add("--policy", nargs="+", help=f"{told} (default: base)")
     add("--few-shot", type=positive_int, metavar="K", help="add few-shot:K: base after K expert games")
     add("--repair", action="store_true", help="add rows in which replies are read leniently")
     add("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
@@ -106,6 +106,9 @@ def main(argv=None) -> None:
     one_seat = args.by_seat or args.table
     if one_seat and (args.seat or args.repair or args.few_shot or (args.by_seat and args.table)):
         raise InputError("--by-seat and --table take no --seat, --few-shot or --repair, nor one another")
+    if args.table and args.policy:
+        raise InputError("--table names a player for every seat: leave out --policy")
+    args.policy = args.policy or ["base"]
     if args.table and len(args.table) != args.eval_agents:
         agents = f"a game has {args.eval_agents} seats (--eval-agents)"
         raise InputError(f"--table names {len(args.table)} players, but {agents}")

@@ -5,8 +5,8 @@ before, which only language models look at. The exact ones need no model:
 
     second-best   the efficient graph at Nash efforts, then Nash efforts on what formed (the default)
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-    nash          the greatest equilibrium graph, Nash efforts
-    myopic        best response to the last round (to efforts alpha and everybody's consent in the first)
+    nash          what is left of the complete graph without links that do not pay, Nash efforts
+    myopic        best response to the last round (in the first: to efforts of alpha and everybody's consent)
     selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
     random        a coin for every link, a uniform effort

@@ -65,7 +65,7 @@ class LoRALinear(nn.Module):
         device = next(base.parameters()).device
         # A is drawn on the generator's device and then moved, so that a seed gives the same A on every device
         A = torch.empty(r, self.in_features, device=generator.device, dtype=torch.float32)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # +-1/sqrt(in), as PEFT does
         self.A = nn.Parameter(A.to(device))
         self.B = nn.Parameter(torch.zeros(self.out_features, r, device=device, dtype=torch.float32))
 
@@ -165,21 +165,27 @@ def remove(model: nn.Module) -> None:
         _set_module(model, name, layer.base)
 
 
+def require_untied(model: nn.Module) -> None:
+    """ValueError: an adapted weight is tied to another module (merging would change that one too)."""
+    owners = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))
+    for name, layer in lora_layers(model).items():
+        weight = getattr(layer.base, "weight", None)  # a frozen LoRALinear has none of its own
+        other = [owner for owner in owners.get(id(weight), ()) if owner != name]
+        if other:
+            raise ValueError(f"cannot merge the adapter of {name}: it shares its weight with {other[0]}")
+
+
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
     """In fp32: W += scaling * B A in every wrapped layer, then unwraps it. Below fp32: freezes the adapter.
 
     The sum is taken in float64 on the CPU and rounded once, so it is the same on every device. Rounded to
-    bf16 it would lose nine tenths of an adapter that was trained for 50 steps. ValueError: no adapter, or an
-    adapted weight is tied to another module (merging would change that one too)."""
-    layers, owners = require_layers(model), {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))
-    for name, layer in layers.items():
-        weight = getattr(layer.base, "weight", None)  # a frozen LoRALinear has none of its own
-        other = [owner for owner in owners.get(id(weight), ()) if owner != name]
-        if other:
-            raise ValueError(f"cannot merge the adapter of {name}: it shares its weight with {other[0]}")
+    bf16 it would lose nine tenths of an adapter that was trained for 50 steps. ValueError: no adapter, or as
+    in require_untied."""
+    layers = require_layers(model)
+    require_untied(model)
     for name in list(layers):
         layer = layers.pop(name)  # taken out, so that what the layer holds besides W is freed on the way
         if isinstance(layer.base, LoRALinear) or layer.base.weight.dtype != torch.float32:

@@ -25,7 +25,7 @@ EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """information: `full` (everyone's alpha is known) or `local` (only one's own); belief: ask for the Belief
+    """information: `full` (everyone's type is known) or `local` (only one's own); belief: ask for the Belief
     line; hints: print worked numbers (Game.link_hint, effort_facts) next to the question [choice: a small
     model cannot multiply]. They do not give the answer away: in BCZ, linking wherever the printed number is
     at least 1 still gets one in ten of the efficient graph's entries wrong."""

@@ -59,9 +59,9 @@ class Target:
         """What the parser needs to know: kind, seat, N, cap."""
         return self.kind, self.seat, self.game.N, self.cap
 
-    def with_own(self, decision: Decision, others: np.ndarray | None = None) -> np.ndarray:
-        """The experts' actions, or those of `others`, with the agent's own in their place."""
-        actions = (self.actions if others is None else others).copy()
+    def with_own(self, decision: Decision) -> np.ndarray:
+        """The experts' actions with the agent's own in their place."""
+        actions = self.actions.copy()
         actions[self.seat] = decision.action
         return actions
 
@@ -118,27 +118,29 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float:
 # WEIGHTS does not name has weight 0.
 TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
-# Names that a new term must not take
+# Names that a new term must not take: samples.jsonl and metrics.jsonl have them
 FIXED_TERMS = ("compliance", "sample", "r_S", "s", "local", "global", "R_G", "A_S", "A_G")
+FIXED_TERMS += ("step", "game", "stage", "kind", "seat", "reply", "expert", "broken", "advantage", "reward")
 
 
 # -------------------- graph level
 
 
 def graph_score(
-    decision: Decision | None, target: Target, score: str = "hamming", others: np.ndarray | None = None
+    decision: Decision | None, target: Target, score: str = "hamming", proposals_NN: np.ndarray | None = None
 ) -> float:
     """s_i: how near the graph with this row comes to the expert graph (1: the same), or to the efficient
-    one. others: proposals (N, N) that stand in the place of the experts' (variants/joint.py)."""
+    one. proposals_NN: of a graph with other rows of the policy too (score `joint`: variants/joint.py)."""
     if decision is None:
         return 0.0
-    game, links_NN = target.game, form_links(target.with_own(decision, others))
+    game = target.game
+    links_NN = form_links(target.with_own(decision) if proposals_NN is None else proposals_NN)
     if score == "welfare":
         efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
         W = game.welfare(links_NN, efforts_N)
         if best <= 0:  # no graph pays: 1 for one that loses nothing
             return float(W >= best)
-        return max(0.0, W) / best
+        return round(max(0.0, W) / best, 9)  # rounding errors must not decide who gets a bonus
     hamming = (links_NN != form_links(target.actions)).sum()
     return float(1 - hamming / (game.N * (game.N - 1)))
 
@@ -165,11 +167,12 @@ def group_rewards(
     weights: dict[str, float] = WEIGHTS,
     score: str = "hamming",
     credits: list[float | None] | None = None,
-    others: list[np.ndarray] | None = None,
+    proposals: list[np.ndarray] | None = None,
 ) -> list[dict[str, float]]:
     """All terms of every rollout of a group: `compliance`, `sample`, the optional ones by name, `r_S` (their
-    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. Off by default: credits
-    (variants/credit.py) replace `sample`, others (variants/joint.py) the experts' rows around each reply."""
+    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. Off by default: credits replace
+    `sample` (variants/credit.py); proposals, (N, N) for each reply, replace the experts' with its own row
+    (variants/joint.py)."""
     groups_terms = []
     for i, decision in enumerate(decisions):
         terms = {"compliance": compliance(decision)}
@@ -178,8 +181,8 @@ def group_rewards(
         bonus = sum(weights.get(name, 0.0) * value for name, value in optional.items())
         groups_terms.append(terms | optional | {"r_S": terms["compliance"] + terms["sample"] + bonus})
     if target.kind == "G":
-        among = others or [None] * len(decisions)
-        scores = [graph_score(d, target, score, of) for d, of in zip(decisions, among)]
+        graphs = proposals or [None] * len(decisions)
+        scores = [graph_score(d, target, score, P_NN) for d, P_NN in zip(decisions, graphs)]
         for terms, decision, s in zip(groups_terms, decisions, scores):
             local = weights["local"] * (decision is not None and s == max(scores))
             globally = weights["global"] * (decision is not None and s >= memory_best)

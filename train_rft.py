@@ -106,9 +106,9 @@ def act(
         more = next_batch(conversations, lacking, step, args.seed, draw)
         more = joint.with_other_seats(args, more, conversations)
         sampled = sample(args, policy, more, checkpoint.seeded(args.seed, 6, step, draw))
-        credits, others = step_credits(args, more, sampled, step), joint.proposals(args, more, sampled)
-        for p, group, *variants in zip(more, sampled, credits, others):
-            judge(args, group, p.target, memory, *variants)
+        credits, proposals = step_credits(args, more, sampled, step), joint.proposals(args, more, sampled)
+        for p, group, of_credit, of_joint in zip(more, sampled, credits, proposals):
+            judge(args, group, p.target, memory, credits=of_credit, proposals=of_joint)
         batch, groups = batch + more, groups + sampled
         live = "".join(p.target.kind for p, group in zip(batch, groups) if has_variance(group))
         lacking = [count - live.count(kind) for kind, count in zip("GE", args.prompts)]
@@ -133,9 +133,9 @@ def has_variance(group: list[Rollout]) -> bool:
     return any(o.advantage for o in group)
 
 
-def judge(args, group: list[Rollout], target: Target, memory: Memory, credits=None, others=None) -> None:
-    """Writes the rewards and the advantage of every rollout of a group into it. credits, others: of variants
-    (rewards.group_rewards)."""
+def judge(args, group: list[Rollout], target: Target, memory: Memory, credits=None, proposals=None) -> None:
+    """Writes the rewards and the advantage of every rollout of a group into it. credits, proposals: see
+    rewards.group_rewards."""
     terms = group_rewards(
         [o.decision for o in group],
         target,
@@ -143,7 +143,7 @@ def judge(args, group: list[Rollout], target: Target, memory: Memory, credits=No
         weights=WEIGHTS | named_numbers(args.reward, "--reward"),
         score=args.graph_score,
         credits=credits,
-        others=others,
+        proposals=proposals,
     )
     r_S_M = torch.tensor([t["r_S"] for t in terms])
     R_G_M = torch.tensor([t["R_G"] for t in terms]) if target.kind == "G" else None

@@ -173,6 +173,7 @@ def new_adapter(policy: Policy, args, purpose: int) -> lora.LoRAConfig:
     try:
         config = lora.LoRAConfig(args.rank, args.lora_alpha, tuple(args.targets), policy.name)
         lora.inject(policy.model, config, checkpoint.seeded(args.seed, purpose), policy.layer)
+        lora.require_untied(policy.model)  # now, not when SFT is done and is to be merged
     except ValueError as e:
         raise InputError(str(e)) from None
     return config

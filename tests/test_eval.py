@@ -233,6 +233,7 @@ BAD_FLAGS = """
 --table expert:nash
 --table expert:nash expert:nash expert:nash nowhere
 --table expert:nash expert:nash expert:nash expert:nash --by-seat
+--table expert:nash expert:nash expert:nash expert:nash --policy expert:nash
 --by-seat --seat all
 --by-seat --repair
 --few-shot 0
@@ -243,4 +244,5 @@ BAD_FLAGS = """
 @pytest.mark.parametrize("flags", BAD_FLAGS.strip().splitlines())
 def test_bad_flags_are_one_line(flags, refused, monkeypatch):
     monkeypatch.setattr(players, "load_policy_of_rank", lambda args: None)
-    refused(evaluation.main, ["--eval-games", "1", "--policy", "expert:nash", *flags.split()])
+    policy = [] if "--table" in flags else ["--policy", "expert:nash"]
+    refused(evaluation.main, ["--eval-games", "1", *policy, *flags.split()])

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lora
 from lora import LoRAConfig, LoRALinear
 from models import adapters
+from run import training
+from run.files import InputError
 
 CONFIG = LoRAConfig(r=4, alpha=8, base_model="tiny")
 TOKENS_BT = torch.arange(14).reshape(2, 7) * 5 % 64
@@ -190,6 +193,13 @@ def test_merge_leaves_tied_weights_alone():
     untied = adapted(LoRAConfig(4, 8, ("lm_head",)), model=tiny())
     before = logits(untied)
     torch.testing.assert_close(logits(lora.merge(untied)), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_layer_is_refused_before_training():
+    policy = SimpleNamespace(model=tiny(tie_word_embeddings=True), name="tiny", layer=LoRALinear)
+    args = SimpleNamespace(rank=2, lora_alpha=4.0, targets=["lm_head"], seed=0)
+    with pytest.raises(InputError, match="lm_head: it shares its weight"):
+        training.new_adapter(policy, args, 1)
 
 
 def test_adapter_off_after_sft_is_the_sft_policy():

@@ -216,8 +216,8 @@ def write(results: Path, folder: Path, planned: list[tuple[str, int]]) -> str:
 def about(lines: list[dict]) -> str:
     machines = sorted({line["machine"] for line in lines})
     commits, minutes = sorted({line["commit"] for line in lines}), sum(line["minutes"] for line in lines)
-    packages = ", ".join(f"{name} {number}" for name, number in lines[-1]["packages"].items())
-    where = f"on {'; '.join(machines)}; {packages}; commits {', '.join(commits)}"
+    packages = {", ".join(f"{name} {number}" for name, number in line["packages"].items()) for line in lines}
+    where = f"on {'; '.join(machines)}; {'; '.join(sorted(packages))}; commits {', '.join(commits)}"
     return f"{len(lines)} units, {minutes / 60:.1f} hours of single runs, {where}."
 
 

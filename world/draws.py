@@ -184,4 +184,8 @@ def _types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float, ...]]
         raise InputError(
             f"--types takes {', '.join(TYPE_PATTERNS)} or positive numbers, got {' '.join(given)}"
         )
+    if any(
+        v != round(v, 2) for v in types
+    ):  # an expert's effort at such a cap would be above it once written
+        raise InputError(f"--types takes numbers with at most two decimals, got {' '.join(given)}")
     return TYPE_PATTERNS, types

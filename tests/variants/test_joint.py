@@ -61,7 +61,7 @@ def test_the_i_th_replies_stand_in_one_graph():
     # 1 - Hamming / 6: both links are there; neither; 1 and 2 alone, in which agent 0 did not comply
     decisions = [[o.decision for o in of] for of in (first, second)]
     of_0, of_1 = (
-        group_rewards(of, p.target, others=others) for of, p, others in zip(decisions, batch, found)
+        group_rewards(of, p.target, proposals=proposals) for of, p, proposals in zip(decisions, batch, found)
     )
     assert [t["s"] for t in of_0] == pytest.approx([1, 1 / 3, 0])
     assert [t["s"] for t in of_1] == pytest.approx([1, 1 / 3, 2 / 3])
@@ -74,10 +74,10 @@ def test_always_link_is_no_longer_the_best_of_the_graph_level():
     """Among experts a proposal that nobody answers is free; where all seats make it, it is answered."""
     everybody = [[0, 1, 1], [1, 0, 1], [1, 1, 0]]
     batch, groups = [prompt(0, seat) for seat in range(3)], [group(row) for row in everybody]
-    for p, of, others in zip(batch, groups, joint.proposals(ON, batch, groups)):
+    for p, of, proposals in zip(batch, groups, joint.proposals(ON, batch, groups)):
         decisions = [o.decision for o in of]
         assert group_rewards(decisions, p.target)[0]["s"] == 1
-        assert group_rewards(decisions, p.target, others=others)[0]["s"] == pytest.approx(2 / 3)
+        assert group_rewards(decisions, p.target, proposals=proposals)[0]["s"] == pytest.approx(2 / 3)
 
 
 def test_a_run_scores_whole_graphs(model_dir, sft_adapter, tmp_path):

@@ -57,6 +57,7 @@ REFUSED = [
     ("--game pgg bcz --fix delta=0.1 gamma=1", "--fix gamma: pgg and bcz cannot fix it"),
     *((f"--fix {bad}", "NAME=VALUE") for bad in ("delta", "delta=", "c=x", "c=-1", "c=nan", "=1")),
     *((f"--types {bad}", "--types takes") for bad in ("ring", "1 hub", "-1", "0", "nan", "inf")),
+    ("--game pgg --types 2.678", "at most two decimals"),
 ]
 
 
