@@ -1,9 +1,10 @@
 """Adapter files: what was written is read, PEFT reads ours and we its, what does not fit is refused."""
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_lora import CONFIG, Q, adapted, differ, logits, refused, tiny
 from transformers import AutoModelForCausalLM
+from whole_runs import ROOT
 
 import lora
 from lora import LoRAConfig
@@ -265,12 +267,12 @@ def test_what_a_kill_leaves_of_a_merge_is_taken_over(tiny_model_dir, tmp_path, m
     monkeypatch.chdir(tmp_path)
     adapters.save_adapter(adapted(model=pretrained.load(tiny_model_dir)[0]), "b", CONFIG)
     argv = ["b", "--model", str(tiny_model_dir), "--out", "out"]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", lambda *paths: os.kill(os.getpid(), signal.SIGKILL))
-        process = multiprocessing.get_context("fork").Process(target=merge.main, args=(argv,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL and len(os.listdir()) == 2 and not os.path.exists("out")
+    # A process of its own and no fork: a fork after OpenMP's threads have started may hang
+    kills = "import os; os.rename = lambda *paths: os.kill(os.getpid(), 9)"
+    code = f"{kills}; from tools import merge; merge.main()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run([sys.executable, "-c", code, *argv], env=environment)
+    assert process.returncode == -signal.SIGKILL and len(os.listdir()) == 2 and not os.path.exists("out")
     merge.main(argv)
     assert sorted(os.listdir()) == ["b", "out"]
 
