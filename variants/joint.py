@@ -31,8 +31,8 @@ def with_other_seats(args, batch: list, conversations: list[list]) -> list:
 
 
 def proposals(args, batch: list, groups: list[list[Rollout]]) -> list[list[np.ndarray] | None]:
-    """For every group the proposals (N, N) in whose midst each of its replies stands; None without `joint`,
-    and for effort decisions."""
+    """For every group the proposals (N, N) that each of its replies is a row of; None without `joint`, and
+    for effort decisions."""
     if args.graph_score != "joint":
         return [None] * len(batch)
     found: dict[tuple[int, int], list[np.ndarray]] = {}

@@ -180,12 +180,8 @@ def _types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float, ...]]
         types = tuple(float(text) for text in given)
     except ValueError:
         types = (math.nan,)
-    if not all(math.isfinite(v) and v > 0 for v in types):
-        raise InputError(
-            f"--types takes {', '.join(TYPE_PATTERNS)} or positive numbers, got {' '.join(given)}"
-        )
-    if any(
-        v != round(v, 2) for v in types
-    ):  # an expert's effort at such a cap would be above it once written
-        raise InputError(f"--types takes numbers with at most two decimals, got {' '.join(given)}")
+    # With a third decimal PGG's cap, which is the type, is below the effort that an expert writes for it
+    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) for v in types):
+        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers with at most two decimals"
+        raise InputError(f"--types takes {allowed}, got {' '.join(given)}")
     return TYPE_PATTERNS, types

@@ -271,7 +271,7 @@ def test_what_a_kill_leaves_of_a_merge_is_taken_over(tiny_model_dir, tmp_path, m
     kills = "import os; os.rename = lambda *paths: os.kill(os.getpid(), 9)"
     code = f"{kills}; from tools import merge; merge.main()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.run([sys.executable, "-c", code, *argv], env=environment)
+    process = subprocess.run([sys.executable, "-c", code, *argv], env=environment, timeout=60)
     assert process.returncode == -signal.SIGKILL and len(os.listdir()) == 2 and not os.path.exists("out")
     merge.main(argv)
     assert sorted(os.listdir()) == ["b", "out"]
