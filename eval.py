@@ -1,79 +1,229 @@
 """Evaluation: held-out games with the policy in one seat and experts in the others, or any players anywhere.
 
     python eval.py --policy base runs/tompo/sft/adapter runs/tompo/adapter --json out.json
-    python eval.py --policy runs/tompo/adapter --seat all    # self-play; random: one seat drawn per game
-    python eval.py --policy runs/tompo/adapter --by-seat     # the same games once for every seat
-    python eval.py --table runs/tompo/adapter base expert:nash expert:nash      # a player for each seat
     python eval.py --table human runs/tompo/adapter expert:nash expert:nash     # you among them
-    python eval.py --policy base --few-shot 3 --repair     # what prompting and lenient reading do
     python eval.py --seeds runs/seed0/eval.json runs/seed1/eval.json runs/seed2/eval.json
 
---policy takes `base` (the model without an adapter), adapter folders, `few-shot:K`, `expert:NAME` and `human`
-(play/human.py). Without --by-seat and --table, rows for --expert and `expert:random` are added. Every policy
-plays the same instances (the fixed held-out grid), in the same seat, against the same draws of the experts,
-so rows can be compared game by game.
-
---repair adds, for every policy that is a model, a row `NAME repaired`: of replies that are not compliant,
-what can be read in them is played (play/repair.py), while U1 stays strict. The repaired row minus the strict
-one is what formatting costs; what is left between repaired rows is strategy.
-
-Metrics: play/metrics.py. In self-play s and row compare with what --expert would play in all seats.
+Players have names: `base` (the model without an adapter), `few-shot:K` (the same after K expert games in
+the prompt), an adapter folder or a chain of them, `expert:NAME`, `human`. Every policy plays the same
+instances, in the same seat, against the same draws of the experts, so rows can be compared game by game. In
+self-play s and row compare with what --expert would play in all seats.
 """
 
-import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 import argparse
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
 
+import numpy as np
+
+import lora
+import settings as flags
+from games import Game
+from models import adapters
+from models.load import put_adapter
 from play import human
-from play.held_out import (
-    add_eval_arguments,
-    add_sampling_arguments,
-    by_stages,
-    held_out_instances,
-    play_held_out,
-    seed_of,
-)
-from play.metrics import format_table, mean_over_seats, of_seat, report, report_seeds, summarise
-from play.players import make_cast, play_tables
-from run import dataset, ranks
-from run.files import InputError, positive_int, refuse_existing, reports_errors, write_json
-from run.training import add_model_arguments
+from play.expert_games import simulate
+from play.metrics import Played, format_table, mean_over_seats, report, report_seeds, summarise
+from play.players import Player, adapter_on, expert_examples, expert_player, play_tables, policy_player
+from policy import Policy
+from run import ranks
+from run.errors import InputError, library_errors, reports_errors
+from run.files import refuse_existing, write_json
+from run.seeds import Stream, numpy_generator
+from settings import Evaluation, Games, Settings
+from teachers.language import print_report
+from world.draws import held_out_grid
+
+# -------------------- games and seats
 
 
-def evaluate_names(args) -> dict[str, dict]:
-    """One row for each policy, then the experts."""
-    names = [*args.policy, *([f"few-shot:{args.few_shot}"] if args.few_shot else [])]
-    names = list(dict.fromkeys([*names, f"expert:{args.expert}", "expert:random"]))
-    results = {}
-    for name, make_player in make_cast(args, names, seed_of(args)).items():
-        results[name] = summarise(play_held_out(args, make_player, name, person=name == human.NAME))
-        if args.repair and name != human.NAME and not name.startswith("expert:"):
-            row = f"{name} repaired"
-            results[row] = summarise(play_held_out(args, make_player, row, repair=True))
+def instances(games: Games, evaluation: Evaluation) -> list[Game]:
+    """The games of the grid that are played, evenly spread. Raises GameError for flags that leave none."""
+    grid = [game for family in games.families for game in held_out_grid(evaluation.agents, family)]
+    chosen = np.linspace(0, len(grid) - 1, min(evaluation.games, len(grid))).round().astype(int)
+    return [grid[i] for i in chosen]
+
+
+def seats_in(games: list[Game], seat: int | str, seed: int) -> list[tuple[int, ...]]:
+    """The policy's seats in each game. A random one depends on the seed and on its own game alone."""
+    if seat == "all":
+        return [tuple(range(game.N)) for game in games]
+    if seat == "random":
+        generators = [numpy_generator(seed, zlib.crc32(game.key.encode()), 0, 0, 1) for game in games]
+        return [(int(rng.integers(game.N)),) for rng, game in zip(generators, games, strict=True)]
+    return [(i % game.N if seat == "rotate" else seat,) for i, game in enumerate(games)]
+
+
+def check_lengths(settings: Settings, policy: Policy) -> None:
+    """Raises InputError where the last question of some game, after the longest replies, could exceed the
+    model's context, so that it is known before training. The games are played by an exact expert."""
+    style, expert = settings.players.style, settings.players.expert.stand_in()
+    for game in instances(settings.games, settings.evaluation):
+        limit, stages = style.reply_limit(game.N), game.rounds * len(game.stages)
+        last = simulate([(0, game, numpy_generator(0))], expert, style)[-1]
+        replies = [m["content"] for m in last.prompt if m["role"] == "assistant"]
+        fixed = len(policy.encode_prompt(last.prompt)) - sum(len(policy.encode_reply(r)) for r in replies)
+        policy.check_length(fixed + (stages - 1) * limit, limit)
+
+
+# -------------------- play
+
+
+def play_held_out(
+    settings: Settings, seat: int | str, makers: dict, names: list[str], place=None, repair=False
+) -> list[Played]:
+    """Plays the held-out games, together those that have the same stages and rounds, and measures the
+    players in these seats. makers: functions that make the players of one play, that of the measured seats
+    under True and that of the others under False, or, with a list `place`, under the name that is in it for
+    each seat. names: of all players. A person plays one game after the other and may leave after any; then
+    the games that were over are returned."""
+    games, seed, played = instances(settings.games, settings.evaluation), settings.evaluation.seed, {}
+    watched, seats = seats_in(games, seat, seed), range(settings.evaluation.agents)
+    try:
+        for stages in dict.fromkeys((game.stages, game.rounds) for game in games):
+            part = [i for i, game in enumerate(games) if (game.stages, game.rounds) == stages]
+            size = 1 if human.NAME in names else len(part)
+            for first in range(0, len(part), size):
+                now, cast = part[first : first + size], {key: make() for key, make in makers.items()}
+                tables = [[cast[place[j] if place else j in watched[i]] for j in seats] for i in now]
+                given = [games[i] for i in now], tables, [watched[i] for i in now], settings.players.expert
+                finished = play_tables(*given, seed, " among ".join(names), repair, first)
+                played |= zip(now, finished, strict=True)
+    except human.Left:
+        if not played:
+            raise
+    return [played[i] for i in sorted(played)]
+
+
+def play_among_experts(
+    settings: Settings, name: str, make_player, seat: int | str | None = None, repair: bool = False
+) -> list[Played]:
+    """The player of this name among experts. seat: another than that of the settings."""
+    players, evaluation = settings.players, settings.evaluation
+    make_expert = partial(expert_player, players.expert, players.style, evaluation.seed)
+    makers, seat = {True: make_player, False: make_expert}, evaluation.seat if seat is None else seat
+    return play_held_out(settings, seat, makers, [name], repair=repair)
+
+
+# -------------------- players by name
+
+
+def check_name(settings: Settings, name: str, flag: str) -> None:
+    """Raises InputError for a name that is no player."""
+    kind, _, rest = name.partition(":")
+    if kind == "expert":
+        settings.players.make_expert(rest)
+    elif kind == "few-shot":
+        if rest not in map(str, range(1, 1001)):  # no context has room for as many
+            raise InputError(f"{flag} {name}: K of few-shot:K is a number of expert games from 1 to 1000")
+    elif name not in ("base", human.NAME):
+        if not all(Path(folder).is_dir() for folder in adapters.chain(name)):
+            raise InputError(f"{flag} {name}: not base, human, few-shot:K, expert:NAME or an adapter folder")
+
+
+def make_cast(
+    settings: Settings, names: list[str], flag: str = "--policy"
+) -> dict[str, Callable[..., Player]]:
+    """{name: a function that makes the player for one play}; it may be given a stream of random numbers. The
+    model is loaded once, and an adapter that does not fit is reported before any game is played."""
+    for name in names:
+        check_name(settings, name, flag)
+    players, evaluation = settings.players, settings.evaluation
+    style, seed, policy = players.style, evaluation.seed, cache(settings.model.load)
+
+    def make(name):
+        kind, _, rest = name.partition(":")
+        if kind == "expert":
+            player = expert_player(players.make_expert(rest), style, seed)
+            return lambda stream=None: player
+        if name == human.NAME:
+            return lambda stream=None: human.Human(style)
+        adapter, examples = None, {}
+        if kind == "few-shot":
+            drawn = evaluation.agents, players.expert, style, seed
+            examples = {f.label: expert_examples(int(rest), f, *drawn) for f in settings.games.families}
+        elif name != "base":
+            put_adapter(policy(), adapters.chain(name)[0])  # only the first was trained on this base
+            lora.remove(policy().model)
+            with library_errors(name):
+                adapter = adapters.read_chain(name)
+                with adapter_on(policy(), *adapter):
+                    pass  # the shapes fit
+        how = style, evaluation.temperature, seed
+        return partial(policy_player, policy(), *how, adapter=adapter, examples=examples)
+
+    return {name: make(name) for name in dict.fromkeys(names)}
+
+
+# -------------------- rows
+
+
+def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
+    """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
+    model, the other seats' expert and random play, on the same games. Removes the policy's adapter."""
+    players, evaluation, results = settings.players, settings.evaluation, {}
+    style, seed, temperature = players.style, evaluation.seed, evaluation.temperature
+
+    def add_row(name, make_player, *how):
+        results[name] = summarise(play_among_experts(settings, name, lambda: make_player(*how)))
+
+    add_row(settings.rft.algo, policy_player, policy, style, temperature, seed)
+    lora.remove(policy.model)  # what is left is the SFT policy
+    add_row("sft", policy_player, policy, style, temperature, seed)
+    add_row("base", policy_player, settings.model.load(), style, temperature, seed)
+    for expert in (players.expert, players.make_expert("random")):
+        add_row(f"expert:{expert.name}", expert_player, expert, style, seed)
+    if ranks.first():
+        write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
     return results
 
 
-def evaluate_by_seat(args, make_player, name: str) -> tuple[dict[str, dict], dict]:
-    """({`seat I`: summary of the policy in that seat}, their mean)."""
-    played = {
-        f"seat {i}": play_held_out(args, make_player, f"{name} in seat {i}", i, person=name == human.NAME)
-        for i in range(args.eval_agents)
-    }
-    return {seat: summarise(p) for seat, p in played.items()}, mean_over_seats(list(played.values()))
+def evaluate_names(settings: Settings, names: list[str], repair: bool) -> dict[str, dict]:
+    """One row for each policy, then the experts. Prints the tables."""
+    names, results = [*names, f"expert:{settings.players.expert.name}", "expert:random"], {}
+    for name, make_player in make_cast(settings, names).items():
+        results[name] = summarise(play_among_experts(settings, name, make_player))
+        if repair and name != human.NAME and not name.startswith("expert:"):
+            lenient = play_among_experts(settings, name, make_player, repair=True)
+            results[f"{name} repaired"] = summarise(lenient)
+    titles = {"all": "self-play: the policy in all seats\n", "random": "a random seat of each game\n"}
+    print(titles.get(settings.evaluation.seat, "") + report(results))
+    if repair:
+        counts = ", ".join(f"{n} {s['repaired']}" for n, s in results.items() if n.endswith(" repaired"))
+        print(f"\nreplies that are not compliant, but in which a decision was read and played: {counts}")
+    return results
 
 
-def evaluate_table(args) -> dict[str, dict]:
+def evaluate_by_seat(settings: Settings, names: list[str]) -> dict[str, dict]:
+    """{`NAME seat I`: summary of the policy in that seat}. Prints a table for each policy, with the mean."""
+    results = {}
+    for name, make_player in make_cast(settings, names).items():
+        seats = range(settings.evaluation.agents)
+        played = [play_among_experts(settings, name, make_player, i) for i in seats]
+        own = {f"{name} seat {i}": summarise(games) for i, games in enumerate(played)}
+        tables = {row.removeprefix(f"{name} "): summary["all rounds"] for row, summary in own.items()}
+        print("\n" * bool(results) + f"{name} in each seat, {settings.players.expert.name} in the others")
+        print(format_table(tables | {"mean": mean_over_seats(played)}), flush=True)
+        results |= own
+    return results
+
+
+def evaluate_table(settings: Settings, names: list[str]) -> dict[str, dict]:
     """{`seat I NAME`: summary} of games in which every seat has its own player; a name in several seats is
-    one player."""
-    makers, instances = make_cast(args, args.table, seed_of(args), "--table"), held_out_instances(args)
-
-    def play_part(part, first):
-        cast = {name: make(stream=100 + k) for k, (name, make) in enumerate(makers.items())}
-        table, seats = [cast[name] for name in args.table], tuple(range(args.eval_agents))
-        of_part = [instances[i] for i in part], [table] * len(part), [seats] * len(part)
-        return play_tables(*of_part, dataset.expert_of(args), seed_of(args), "the table", first=first)
-
-    played = by_stages(instances, play_part, human.NAME in args.table)
-    return {f"seat {i} {name}": summarise(of_seat(played, i)) for i, name in enumerate(args.table)}
+    one player. Prints the table."""
+    makers, results = make_cast(settings, names, "--table"), {}
+    for k, (name, make) in enumerate(makers.items()):
+        makers[name] = partial(make, stream=Stream.PLAYERS + k)
+    played = play_held_out(settings, "all", makers, names, names)
+    for i, name in enumerate(names):
+        own = [replace(p, turns=[t for t in p.turns if t.seat == i]) for p in played]
+        results[f"seat {i} {name}"] = summarise(own)
+    print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
+    return results
 
 
 @reports_errors
@@ -81,14 +231,14 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(
         description="Play held-out games with policies and experts in the seats."
     )
-    add_model_arguments(parser)
-    dataset.add_style_arguments(parser)
-    add_eval_arguments(parser)
+    for add_flags in (flags.add_model_flags, flags.add_game_flags, flags.add_player_flags):
+        add_flags(parser)
+    flags.add_evaluation_flags(parser)
+    flags.add_seating_flags(parser, "random", "all")
     add = parser.add_argument
-    add_sampling_arguments(parser)
-    told = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
-    add("--policy", nargs="+", help=f"{told} (default: base)")
-    add("--few-shot", type=positive_int, metavar="K", help="add few-shot:K: base after K expert games")
+    names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
+    add("--policy", nargs="+", default=["base"], help=names)
+    add("--few-shot", type=flags.positive_int, metavar="K", help="add base after K expert games")
     add("--repair", action="store_true", help="add rows in which replies are read leniently")
     add("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
     add("--table", nargs="+", metavar="PLAYER", help="a player for each seat, named as in --policy")
@@ -101,43 +251,23 @@ def main(argv=None) -> None:
         return
     if args.json:
         refuse_existing(args.json)
-    held_out_instances(args)  # complains about its flags before a model is loaded
-    dataset.expert_of(args)
-    one_seat = args.by_seat or args.table
-    if one_seat and (args.seat or args.repair or args.few_shot or (args.by_seat and args.table)):
-        raise InputError("--by-seat and --table take no --seat, --few-shot or --repair, nor one another")
-    if args.table and args.policy:
-        raise InputError("--table names a player for every seat: leave out --policy")
-    args.policy = args.policy or ["base"]
-    if args.table and len(args.table) != args.eval_agents:
-        agents = f"a game has {args.eval_agents} seats (--eval-agents)"
-        raise InputError(f"--table names {len(args.table)} players, but {agents}")
+    few_shot = [f"few-shot:{args.few_shot}"] if args.few_shot else []
+    if (args.by_seat or args.table) and (args.seat or args.repair or few_shot):
+        raise InputError("--by-seat and --table take no --seat, --few-shot or --repair")
+    if args.table and (len(args.table) != args.agents or args.policy != ["base"] or args.by_seat):
+        needed = f"a player for each of the {args.agents} seats (--agents)"
+        raise InputError(f"--table names {needed}: leave out --policy and --by-seat")
+    settings = flags.resolve(args)
+    instances(settings.games, settings.evaluation)  # complains about its flags before a model is loaded
     if args.by_seat:
-        names, results = list(dict.fromkeys(args.policy)), {}
-        for name, make_player in make_cast(args, names, seed_of(args)).items():
-            seats, mean = evaluate_by_seat(args, make_player, name)
-            print("\n" * bool(results) + f"{name} in each seat, {args.expert} in the others")
-            rows = {seat: summary["all rounds"] for seat, summary in seats.items()} | {"mean": mean}
-            print(format_table(rows), flush=True)
-            results |= {f"{name} {seat}": summary for seat, summary in seats.items()}
+        results = evaluate_by_seat(settings, args.policy)
     elif args.table:
-        results = evaluate_table(args)
-        print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
+        results = evaluate_table(settings, args.table)
     else:
-        results = evaluate_names(args)
-        if isinstance(args.seat, str):
-            print(
-                {"all": "self-play: the policy in all seats", "random": "a random seat of each game"}[
-                    args.seat
-                ]
-            )
-        print(report(results, args.rounds))
-        if args.repair:
-            read = ", ".join(f"{n} {s['repaired']}" for n, s in results.items() if n.endswith(" repaired"))
-            print(f"\nreplies that are not compliant, but in which a decision was read and played: {read}")
-    dataset.print_report()
+        results = evaluate_names(settings, args.policy + few_shot, args.repair)
+    print_report()
     if args.json and ranks.first():
-        write_json(args.json, {"arguments": vars(args), "results": results})
+        write_json(args.json, {"arguments": settings.flags, "results": results})
         print(f"\nwritten: {args.json}")
 
 

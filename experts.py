@@ -1,15 +1,18 @@
 """Experts: the players of the other seats and the teachers of the data.
 
-An expert is a function (state, seat, rng, past) -> Decision; `past` is what the agent answered in the stages
+An expert answers (state, seat, rng, past) with a Decision; `past` is what the agent answered in the stages
 before, which only language models look at. The exact ones need no model:
 
-    second-best   the efficient graph at Nash efforts, then Nash efforts on what formed (the default)
+    second-best   the efficient graph at Nash efforts, then Nash efforts on what formed (the default). In
+                  economics the second best is the highest welfare that is possible when agents still choose
+                  their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
     nash          what is left of the complete graph without links that do not pay, Nash efforts
-    myopic        best response to the last round (in the first: to efforts of alpha and everybody's consent)
+    myopic        best response to the last round; in round 1 it assumes that everybody consents to every
+                  link and plays effort alpha
     selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
-    random        a coin for every link, a uniform effort
+    random        a fair coin for every link, a uniform effort
     openai:MODEL / hf:PATH   a language model on a server, a local one: see teachers/language.py
     noisy:EXPERT:RATE   any of them, with that share of its decisions replaced by `random`
 
@@ -18,21 +21,18 @@ To add one, write a rule for links and a rule for efforts and put them into RULE
 tools.expert_games` writes a data set.
 """
 
-import argparse
+import copy
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 
 import games
-from games import Game, State
-from prompts import EFFORT_DIGITS, Decision
-from run.files import InputError, share
+from decisions import EFFORTS, LINKS
+from games import Decision, Game, State
+from run.errors import InputError
 
-Expert = Callable[..., Decision]  # (state, seat, rng, past=())
-
-
-# -------------------- exact experts: a rule for links and a rule for efforts, solved for all seats at once
+# -------------------- rules of exact experts, solved for all seats at once
 
 
 @lru_cache(maxsize=4096)
@@ -80,77 +80,109 @@ RULES = {
 NAMES = (*RULES, "random")
 
 
-def _exact(name: str, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
-    """Plays its rule, and believes that everybody else plays it too."""
-    propose, exert = RULES[name]
-    if state.kind == "G":
-        proposals_NN = propose(state)
-        return Decision("G", proposals_NN[seat], proposals_NN[:, seat])
-    efforts_N = np.clip(np.round(exert(state), EFFORT_DIGITS), 0, state.game.caps)
-    belief_N = efforts_N.copy()
-    belief_N[seat] = 0
-    return Decision("E", float(efforts_N[seat]), belief_N)
+# -------------------- experts
 
 
-def random_decision(game: Game, kind: str, seat: int, rng: np.random.Generator) -> Decision:
-    """Coins and uniform efforts; so are its beliefs."""
-    N, caps = game.N, game.caps
-    if kind == "G":
-        row_N, belief_N = rng.integers(0, 2, (2, N))
-        row_N[seat] = belief_N[seat] = 0
-        return Decision("G", row_N, belief_N)
-    belief_N = np.round(rng.uniform(0, caps), EFFORT_DIGITS)
-    belief_N[seat] = 0
-    return Decision("E", float(min(caps[seat], round(rng.uniform(0, caps[seat]), EFFORT_DIGITS))), belief_N)
+class Expert:
+    """A player. `language`: it is a language model, whose answers take time and may cost money."""
+
+    name: str
+    language = False
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        raise NotImplementedError
+
+    def decide_all(self, calls: list[tuple]) -> list[Decision]:
+        """The decisions of several calls (state, seat, rng, past), in order. A language model answers many
+        questions in the time of one."""
+        return [self(*call) for call in calls]
+
+    def stand_in(self) -> "Expert":
+        """An exact expert that draws as many random numbers."""
+        return self
 
 
-def _random(state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
-    return random_decision(state.game, state.kind, seat, rng)
+class Exact(Expert):
+    """Plays its rule, and believes that everybody else plays it too, which is why all seats are solved."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        propose, exert = RULES[self.name]
+        rule = {LINKS: propose, EFFORTS: exert}.get(state.kind)
+        actions = rule(state) if rule else state.kind.expert_actions(self.name, state)
+        return state.kind.expert_decision(actions, state.game, seat)
 
 
-def _noisy(
-    expert: Expert, rate: float, state: State, seat: int, rng: np.random.Generator, past=()
-) -> Decision:
-    return (_random if rng.random() < rate else expert)(state, seat, rng, past)
+class Random(Expert):
+    name = "random"
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        return state.kind.random(state.game, seat, rng)
 
 
-def make_expert(name: str, ask=None) -> Expert:
-    """The expert of a name. ask: how language models are asked (teachers.language.Asking), None for their
-    defaults. Raises InputError for a name that is none, or a language model that cannot be had."""
-    if name == "random":
-        return _random
-    if name in RULES:
-        return partial(_exact, name)
-    if is_language(name):
-        from teachers import language  # here: exact experts do without
+class Noisy(Expert):
+    """An expert of whose decisions a share is replaced by `random`. rates: of several layers of noise, the
+    outermost first."""
 
-        return language.make(name, ask)
-    if name.startswith("noisy:"):
-        inner, rate = split_noisy(name)
-        return partial(_noisy, make_expert(inner), rate)
-    known = f"{', '.join(NAMES)}, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
-    raise InputError(f"unknown expert {name!r}; choose from {known}")
+    def __init__(self, inner: Expert, rates: list[float]):
+        self.inner, self.rates, self.language = inner, rates, inner.language
+        self.name = (
+            "".join("noisy:" for _ in rates) + inner.name + "".join(f":{r:g}" for r in reversed(rates))
+        )
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        return self.decide_all([(state, seat, rng, past)])[0]
+
+    def decide_all(self, calls: list[tuple]) -> list[Decision]:
+        """Draws call by call, in order. The questions that are left for a language model are asked together,
+        each with the generator as it was at its turn."""
+        decisions: list[Decision | None] = []
+        rest = []
+        for state, seat, rng, past in calls:
+            if any(rng.random() < rate for rate in self.rates):
+                decisions.append(state.kind.random(state.game, seat, rng))
+            elif self.language:
+                decisions.append(None)
+                rest.append((state, seat, copy.deepcopy(rng), past))
+            else:
+                decisions.append(self.inner(state, seat, rng, past))
+        answers = iter(self.inner.decide_all(rest))
+        return [decision or next(answers) for decision in decisions]
+
+    def stand_in(self) -> Expert:
+        return Noisy(self.inner.stand_in(), self.rates)
+
+
+def make_expert(name: str, language: Callable[[str], Expert] | None = None) -> Expert:
+    """The expert of a name. language: makes those of openai: and hf: names (teachers/language.py). Raises
+    InputError for a name that is none, or for a language model that is not available."""
+    inner, rates = name, []
+    while inner.startswith("noisy:"):
+        inner, rate = split_noisy(inner)
+        rates.append(rate)
+    if inner.startswith(("openai:", "hf:")):
+        if language is None:
+            raise InputError(f"{name}: a language model cannot be used here; choose an exact expert")
+        expert = language(inner)
+    elif inner == "random":
+        expert = Random()
+    elif inner in RULES:
+        expert = Exact(inner)
+    else:
+        known = f"{', '.join(RULES)}, random, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
+        raise InputError(f"unknown expert {inner!r}; choose from {known}")
+    return Noisy(expert, rates) if rates else expert
 
 
 def split_noisy(name: str) -> tuple[str, float]:
     """noisy:EXPERT:RATE -> (EXPERT, RATE)."""
-    inner, _, rate = name.removeprefix("noisy:").rpartition(":")
+    inner, _, text = name.removeprefix("noisy:").rpartition(":")
     try:
-        return inner, share(rate)
-    except argparse.ArgumentTypeError:
-        raise InputError(
-            f"{name!r} is not noisy:EXPERT:RATE, rate 0 to 1, for example noisy:nash:0.15"
-        ) from None
-
-
-def is_language(name: str) -> bool:
-    while name.startswith("noisy:"):
-        name = name.removeprefix("noisy:").rpartition(":")[0]
-    return name.startswith(("openai:", "hf:"))
-
-
-def decide(expert: Expert, calls: list[tuple]) -> list[Decision]:
-    """The decisions of several calls (state, seat, rng, past), in order. Language models, whose `decide_all`
-    answers many questions in the time of one, get them together."""
-    together = getattr(expert, "decide_all", None)
-    return together(calls) if together else [expert(*call) for call in calls]
+        rate = float(text)
+    except ValueError:
+        rate = -1.0
+    if not 0 <= rate <= 1:
+        raise InputError(f"{name!r} is not noisy:EXPERT:RATE, rate 0 to 1, for example noisy:nash:0.15")
+    return inner, rate

@@ -1,23 +1,29 @@
-"""What all games have in common: rules, stages, states, what a seat observes. NumPy only, no language models.
+"""What all games have in common: rules, stages, states, and what a seat observes. NumPy only, no language
+models. Read world/bcz.py first: it is one whole game, and this file is the interface that covers all games.
 
 Agents choose links, then efforts. A game is one file with a `@register`ed subclass of Game: world/bcz.py, the
 default, is the network game of Ballester, Calvo-Armengol and Zenou; docs/your-own-game.md writes another.
+A kind of decision is an object too, a Kind: decisions.py defines links and efforts.
 [source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice] by this project.
 
 Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero
 diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import ClassVar
+from functools import lru_cache, wraps
+from typing import Any, ClassVar
 
 import numpy as np
 
-LARGEST = 1e6  # of a game's parameters: beyond it, payoffs would overflow or lose their digits
+from run.errors import InputError
+
+LARGEST_PARAMETER = 1e6  # with larger game parameters, payoffs overflow or lose precision
 MAX_AGENTS = 12  # 2^(N-1) candidates for the efficient graph are enumerated: 2048 at 12
 
 
-class GameError(ValueError):
+class GameError(InputError):
     """Game parameters that describe no playable game. The message is one line."""
 
 
@@ -44,22 +50,39 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 
 
 class Game:
-    """One instance of a game: a frozen, hashable dataclass, so that its solutions can be kept.
+    """One instance of a game: a frozen, hashable dataclass, so that its solutions can be cached.
 
-    A subclass has its parameters, `c` (cost of a link, paid at both ends), `stages` and `rounds` as fields,
-    and defines what the comments "Each game, ..." announce. [choice] A later stage of the same kind revises
-    the earlier one; the round pays once, at its end, from the last graph and the last efforts."""
+    A subclass declares its parameters, `c`, `stages` and `rounds` as fields, and must define everything under
+    the three headings "Each game". [choice] A later stage of the same kind revises the earlier one; the round
+    pays once, at its end, from the last graph and the last efforts."""
 
-    # Each game, its rules. Shapes of the methods' results: see above; efforts and payoffs are (N,).
+    # Each game: its rules. Efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
-    scored_at: ClassVar[str] = "nash"  # the efforts at which the welfare score of a graph is counted
-    c: float
-    stages: str  # of a round: `G` links, `E` efforts
+    scored_at: ClassVar[str] = "nash"  # which efforts the welfare score of a graph assumes (rewards.welfare)
+    c: float  # cost of a link, paid at both ends
+    stages: str  # the stages of a round, by the letters of their kinds: `G` links, `E` efforts
     rounds: int  # T
-    types: tuple[float, ...]  # what tells agents apart, (N,): BCZ's alpha, PGG's endowments
-    key: str  # names the instance: instances that differ only in seat order and stages are the same
-    caps: np.ndarray  # the largest allowed effort of each agent, (N,)
-    parameters: dict[str, float]  # what the rules tell every player, apart from types and caps
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every game is a dataclass
+
+    @property
+    def types(self) -> tuple[float, ...]:
+        """What tells agents apart, (N,): BCZ's alpha, PGG's endowments."""
+        raise NotImplementedError
+
+    @property
+    def key(self) -> str:
+        """One name for all seat orders and stages of an instance, for memory and the held-out split."""
+        raise NotImplementedError
+
+    @property
+    def caps(self) -> np.ndarray:
+        """The largest allowed effort of each agent, (N,)."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """What the rules tell every player, apart from types and caps."""
+        raise NotImplementedError
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """pi (N,)."""
@@ -76,17 +99,16 @@ class Game:
         """The efforts with the highest welfare on this graph, (N,)."""
         raise NotImplementedError
 
-    def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """(links_NN, welfare) of the graph of highest welfare at `nash` or `planner` efforts. Exact; see
-        world/solved.py."""
+    def efficient_graph(self, solution: str = "nash") -> tuple[np.ndarray, float]:
+        """(links_NN, welfare) of the graph of highest welfare at `nash` or `planner` efforts. Exact. Decorate
+        it with `solved_once`."""
         raise NotImplementedError
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """[i, j]: what i gains from the link ij at these efforts, all other links as they are; (N, N)."""
         raise NotImplementedError
 
-    # Each game, its words: what an agent reads is made of these by prompts.py, from what the seat observes
-    # alone.
+    # Each game: its words, of which prompts.py makes what an agent reads, from what the seat observes alone.
     payoff_rule: ClassVar[str]  # one sentence
     type_name: ClassVar[str]  # what `types` are called, such as alpha
     parameter_format: ClassVar[str] = "g"
@@ -102,7 +124,8 @@ class Game:
         `hints`."""
         return ""
 
-    # Each game, its draws: two free numbers u and v and the agents' types make an instance (world/draws.py).
+    # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
+    # these are p = delta (N-1) and g = c / (delta mean(alpha)^2). See world/draws.py.
     fixable: ClassVar[tuple[str, ...]]  # parameters that --fix can hold fixed
     ranges: ClassVar[tuple[tuple[float, float], tuple[float, float]]]  # of u and v in training, both uniform
     grid: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # their values in evaluation
@@ -113,14 +136,14 @@ class Game:
         """The instance, rounded to the digits that players read. fixed: by name. Raises GameError."""
         raise NotImplementedError
 
-    # all games
+    # All games
 
     def check(self) -> None:
         """GameError for what no game allows; every game's __post_init__ calls it."""
         values = [getattr(self, f.name) for f in fields(self) if f.name not in ("stages", "rounds")]
         numbers = [v for value in values for v in np.atleast_1d(value)]
-        if not all(isinstance(v, (int, float, np.number)) and abs(v) <= LARGEST for v in numbers):
-            raise GameError(f"game parameters must be finite numbers, of at most {LARGEST:g}")
+        if not all(isinstance(v, (int, float, np.number)) and abs(v) <= LARGEST_PARAMETER for v in numbers):  # type: ignore
+            raise GameError(f"game parameters must be finite numbers, of at most {LARGEST_PARAMETER:g}")
         if not 2 <= self.N <= MAX_AGENTS:
             raise GameError(f"a game needs 2 to {MAX_AGENTS} agents, got {self.N}")
         check_stages(self.stages)
@@ -137,27 +160,41 @@ class Game:
         return f"{self.name.upper()}-{self.stages}"
 
     def to_json(self) -> dict:
-        fields_of = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"game": self.name} | fields_of
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"game": self.name} | values
 
     def welfare(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> float:
         return float(self.payoffs(links_NN, efforts_N).sum())
 
-    def efforts(self, solution: str, links_NN: np.ndarray) -> np.ndarray:
-        """solution: `nash` or `planner`."""
+    def solve_efforts(self, solution: str, links_NN: np.ndarray) -> np.ndarray:
+        """Nash or planner efforts on this graph, (N,). solution: `nash` or `planner`."""
         return {"nash": self.nash_efforts, "planner": self.planner_efforts}[solution](links_NN)
 
     def nash_graph(self) -> np.ndarray:
-        """From the complete graph, repeat "keep a link iff neither end gains without it", efforts at Nash. It
-        only removes, so it ends, and nobody drops a link that is left. In BCZ it is the greatest such graph:
-        dropping links lowers efforts, which drops more links."""
+        """Starts from the complete graph and repeats "keep a link iff neither end gains without it", at
+        Nash efforts. Links are only removed, so the loop terminates; then no agent wants to drop a link. In
+        BCZ this is the greatest such graph, because dropping links lowers efforts, which drops more
+        links."""
         links_NN = complete_graph(self.N)
         while True:
-            keeps_NN = self.link_gains(links_NN, self.nash_efforts(links_NN)) >= 0
-            kept_NN = links_NN * (keeps_NN & keeps_NN.T)
-            if (kept_NN == links_NN).all():
+            wanted_NN = self.link_gains(links_NN, self.nash_efforts(links_NN)) >= 0
+            remaining_NN = links_NN * (wanted_NN & wanted_NN.T)
+            if (remaining_NN == links_NN).all():
                 return links_NN
-            links_NN = kept_NN
+            links_NN = remaining_NN
+
+
+def solved_once(efficient_graph):
+    """Decorator of a game's efficient_graph: every instance is solved once, and each caller gets a copy."""
+    solve = lru_cache(maxsize=4096)(efficient_graph)
+
+    @wraps(efficient_graph)
+    def cached(game: Game, solution: str = "nash") -> tuple[np.ndarray, float]:
+        links_NN, W = solve(game, solution)
+        return links_NN.copy(), W
+
+    cached.cache_clear = solve.cache_clear
+    return cached
 
 
 GAMES: dict[str, type[Game]] = {}  # by name, as in --game
@@ -180,8 +217,108 @@ def game_from_json(d: dict) -> Game:
 
 
 def check_stages(stages: str) -> None:
-    if not isinstance(stages, str) or set(stages) != {"G", "E"}:
-        raise GameError(f"stages must be a string of G (links) and E (efforts), such as GE, got {stages!r}")
+    """GameError for stages that no game can have: a round needs links and efforts, other kinds may be
+    added."""
+    if not isinstance(stages, str) or not {"G", "E"} <= set(stages) <= set(KINDS):
+        letters = ", ".join(f"{kind.letter} ({kind.noun})" for kind in KINDS.values())
+        raise GameError(f"stages must be a string of {letters}, such as GE, got {stages!r}")
+
+
+# -------------------- decisions
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """One agent's decision. action: for links a row (N,) of {0, 1}, for efforts a float. belief: what is
+    expected of the others, (N,), with 0 in the own position; None where nothing is stated."""
+
+    kind: "Kind"
+    action: Any
+    belief: np.ndarray | None = None
+
+
+class Kind:
+    """A kind of decision: how it is asked for, answered, played, rewarded and measured. The two kinds of the
+    paper are in decisions.py; docs/your-own-stage.md adds a third in one file.
+
+    `actions` are those of all agents in one stage: an array of N rows. `seen` is an Observation, `target` a
+    rewards.Target, `style` a prompts.PromptStyle."""
+
+    letter: str  # in --stages and in files
+    name: str  # in logs and flags
+    noun: str  # in prompts: what is chosen
+    answer: str  # in prompts: the form of what stands behind `Decision:`
+    beliefs = True  # whether a reply states what is expected of the others
+
+    # The rules.
+
+    def check(self, actions, game: Game) -> np.ndarray:
+        """The actions as an array of its own. Raises ValueError for actions that the rules do not allow."""
+        raise NotImplementedError
+
+    def fallback(self, N: int) -> Decision:
+        """What a reply that is not compliant plays."""
+        raise NotImplementedError
+
+    def random(self, game: Game, seat: int, rng: np.random.Generator) -> Decision:
+        """A random decision that the rules allow, with random beliefs."""
+        raise NotImplementedError
+
+    # The text.
+
+    def result(self, seen: "Observation") -> str:
+        """What everybody reads when the next stage begins: the result of this one. "" if nothing is said."""
+        return ""
+
+    def question(self, seen: "Observation", style) -> str:
+        raise NotImplementedError
+
+    def write(self, action) -> str:
+        """The action as it stands behind `Decision:`."""
+        raise NotImplementedError
+
+    def read(self, text: str, seat: int, N: int, cap: float) -> tuple[Any, str | None]:
+        """(action, None), or (None, the rule that the text behind `Decision:` breaks)."""
+        raise NotImplementedError
+
+    def write_belief(self, belief_N: np.ndarray) -> str:
+        raise NotImplementedError
+
+    def allows_belief(self, belief_N: np.ndarray) -> bool:
+        """Whether these N finite numbers can be a belief."""
+        return True
+
+    def to_text(self, actions: np.ndarray) -> str:
+        """All agents' actions as one line of a file; `from_text` reads exactly the same actions again."""
+        raise NotImplementedError
+
+    def from_text(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    # Experts, rewards, metrics.
+
+    def expert_actions(self, expert: str, state: "State") -> np.ndarray:
+        """What an exact expert without a rule for this kind (experts.RULES) plays in all seats."""
+        raise NotImplementedError
+
+    def expert_decision(self, actions: np.ndarray, game: Game, seat: int) -> Decision:
+        """The decision of one seat, which believes that all others play these actions."""
+        raise NotImplementedError
+
+    def sample_level(self, decision: Decision, target) -> float:
+        """The sample level of r^S for a compliant decision: likeness to the expert's, in [0, 2]."""
+        raise NotImplementedError
+
+    def belief_accuracy(self, belief_N: np.ndarray, target) -> float | None:
+        """How well the belief predicts the target's actions, in [0, 1]."""
+        return None
+
+    def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
+        """U2 of the decision that `seat` took among these actions; None for a kind that pays nothing."""
+        return None
+
+
+KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it
 
 
 # -------------------- play
@@ -189,7 +326,8 @@ def check_stages(stages: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What has happened so far: for each finished stage the actions, proposals (N, N) or efforts (N,)."""
+    """What has happened so far: the actions of every finished stage, for example proposals (N, N) or efforts
+    (N,)."""
 
     game: Game
     history: tuple[np.ndarray, ...] = ()
@@ -204,15 +342,19 @@ class State:
         return len(self.history) // len(self.game.stages) + 1
 
     @property
-    def kind(self) -> str:
-        """`G` or `E`: what is chosen next."""
-        return self.game.stages[len(self.history) % len(self.game.stages)]
+    def kind(self) -> Kind:
+        """What is chosen next."""
+        return self.kind_of(len(self.history))
 
-    def last(self, kind: str) -> np.ndarray | None:
+    def kind_of(self, stage: int) -> Kind:
+        """The kind of the stage-th decision of the game, from 0."""
+        return KINDS[self.game.stages[stage % len(self.game.stages)]]
+
+    def last(self, letter: str) -> np.ndarray | None:
         """The latest actions of a kind, None before there were any."""
-        for actions in reversed(self.history):
-            if (actions.ndim == 2) == (kind == "G"):
-                return actions
+        for stage in reversed(range(len(self.history))):
+            if self.kind_of(stage).letter == letter:
+                return self.history[stage]
         return None
 
     @property
@@ -229,32 +371,38 @@ class State:
         """The state in which the stage-th decision of the game (from 0) was taken."""
         return State(self.game, self.history[:stage])
 
-    def step(self, actions: np.ndarray) -> "State":
+    def step(self, actions: Sequence | np.ndarray) -> "State":
         """All agents act at once. Raises ValueError for actions that the rules do not allow."""
         if self.done:
             raise ValueError("the game is over")
-        N, actions = self.game.N, np.asarray(actions)
-        if self.kind == "G":
-            if actions.shape != (N, N) or not np.isin(actions, (0, 1)).all() or actions.diagonal().any():
-                raise ValueError(f"proposals must be {N} x {N} entries in {{0, 1}} with a zero diagonal")
-            actions = actions.astype(int)
-        elif actions.shape != (N,) or not ((actions >= 0) & (actions <= self.game.caps)).all():
-            raise ValueError(f"efforts must be {N} numbers from 0 to the cap of the seat")
-        else:
-            actions = actions.astype(float)  # a copy: the caller's array may change later, history must not
-        return State(self.game, (*self.history, actions))
+        return State(self.game, (*self.history, self.kind.check(actions, self.game)))
 
     def round_results(self) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """(links_NN, efforts_N, payoffs_N) at the end of every finished round."""
         per_round = len(self.game.stages)
         ends = [self.before(k) for k in range(per_round, len(self.history) + 1, per_round)]
-        return [(s.links, s.efforts, self.game.payoffs(s.links, s.efforts)) for s in ends]
+        rounds = [(s.links, s.last("E")) for s in ends]
+        return [(G, x, self.game.payoffs(G, x)) for G, x in rounds if x is not None]
+
+
+def history_to_text(state: State) -> list[str]:
+    """A text for each finished stage, for files, such as `0110 1000 1000 0000` or `1.33 1.2 1.0 1.0`."""
+    return [state.kind_of(stage).to_text(actions) for stage, actions in enumerate(state.history)]
+
+
+def history_from_text(game: Game, texts: list[str]) -> State:
+    """The state after these stages. Raises ValueError for actions that the game does not allow."""
+    state = State(game)
+    for text in texts:
+        state = state.step(state.kind.from_text(text))
+    return state
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
     """What one seat knows when it decides: a function of (state, seat) and of nothing else."""
 
+    # The game.
     game: str
     N: int
     seat: int
@@ -264,22 +412,26 @@ class Observation:
     cap: float
     stages: str
     rounds: int
+    # The position in it.
     round: int
     stage: int  # of the round, from 0
-    kind: str
-    previous: str | None  # the kind of the stage before, whose result is news
+    kind: Kind
+    previous: Kind | None  # the kind of the previous stage, whose result is reported now
+    # The results so far.
     links: np.ndarray
     efforts: np.ndarray | None
     last_payoff: float | None  # own, of the last finished round
+    last_actions: np.ndarray | None  # everybody's, of the previous stage
 
 
 def observe(state: State, seat: int, information: str = "full") -> Observation:
     """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
-    (c and BCZ's cap were set with all types in view, so even `local` tells a little of the others.)"""
+    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
-    game, per_round = state.game, len(state.game.stages)
-    ended = state.before(len(state.history) // per_round * per_round)  # the end of the last finished round
+    game, per_round, stage = state.game, len(state.game.stages), len(state.history)
+    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
+    x = ended.efforts
     return Observation(
         game=game.name,
         N=game.N,
@@ -291,10 +443,11 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         stages=game.stages,
         rounds=game.rounds,
         round=state.round,
-        stage=len(state.history) % len(game.stages),
+        stage=stage % per_round,
         kind=state.kind,
-        previous=game.stages[(len(state.history) - 1) % len(game.stages)] if state.history else None,
+        previous=state.kind_of(stage - 1) if stage else None,
         links=state.links,
         efforts=state.efforts,
-        last_payoff=float(game.payoffs(ended.links, ended.efforts)[seat]) if ended.history else None,
+        last_payoff=None if x is None else float(game.payoffs(ended.links, x)[seat]),
+        last_actions=state.history[-1] if stage else None,
     )

@@ -11,12 +11,14 @@ is merged into the base first; only then is "adapter off" the SFT policy and not
 
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
-    merge(model)                                 W += scaling * B A, unwrapped (bf16: A, B stay, frozen)
+    merge(model)                                 W += scaling * B A, and the layer is unwrapped
     lora_layers, lora_parameters                 the layers; all A and B (by name: models/adapters.py)
+
+Below fp32 `merge` keeps the wrapper and freezes A and B instead, because the rounded sum would lose most of
+the adapter.
 """
 
 import math
-import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -28,12 +30,12 @@ DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 @dataclass
 class LoRAConfig:
-    """targets: names or path endings of layers, or a string, a regex for the whole path. base_model and
+    """targets: names of layers, such as q_proj, or longer endings of their module paths. base_model and
     base_fingerprint: what the adapter was trained on, for those who load it (models/adapters.py)."""
 
     r: int
     alpha: float
-    targets: tuple[str, ...] | str = DEFAULT_TARGETS
+    targets: tuple[str, ...] = DEFAULT_TARGETS
     base_model: str = ""
     base_fingerprint: str | None = None
 
@@ -42,10 +44,6 @@ class LoRAConfig:
             raise ValueError(f"LoRA rank r must be a positive integer, got {self.r!r}")
         if type(self.alpha) not in (int, float) or not math.isfinite(self.alpha):
             raise ValueError(f"LoRA alpha must be a finite number, got {self.alpha!r}")
-        try:
-            re.compile(self.targets if isinstance(self.targets, str) else "")
-        except re.error as error:
-            raise ValueError(f"LoRA targets {self.targets!r} are not a valid regex: {error}") from None
 
     @property
     def scaling(self) -> float:
@@ -56,12 +54,19 @@ class LoRALinear(nn.Module):
     """A frozen linear layer with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the paper.
 
     A and B are fp32 also where W is bf16: an optimizer step is often below bf16's resolution of 1/256 and
-    would be rounded away. base is an nn.Linear, or a LoRALinear that `merge` has frozen."""
+    would be rounded away. base is an nn.Linear, or below fp32 a LoRALinear that `merge` has frozen.
+
+    Another kind of layer is a subclass. It names its trained parameters in `parts`, which are saved under
+    these names, and overrides `merged_weight`. Where two adapters are not the sum of their products, it says
+    that they cannot be stacked into one: then SFT and RFT are saved as two (models/adapters.py)."""
+
+    parts = ("A", "B")
+    stackable = True
 
     def __init__(self, base: nn.Module, r: int, scaling: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scaling, self.disabled, self.frozen = base, scaling, False, False
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = int(base.in_features), int(base.out_features)  # type: ignore
         device = next(base.parameters()).device
         # A is drawn on the generator's device and then moved, so that a seed gives the same A on every device
         A = torch.empty(r, self.in_features, device=generator.device, dtype=torch.float32)
@@ -75,6 +80,12 @@ class LoRALinear(nn.Module):
         h = self.base(x) + self.scaling * (x.float() @ self.A.T) @ self.B.T
         return h.to(x.dtype)
 
+    def merged_weight(self) -> torch.Tensor:
+        """W + scaling * B A. The sum is taken in float64 on the CPU and rounded once, so that it is the
+        same on every device."""
+        A, B, W = [p.detach().cpu().double() for p in (self.A, self.B, self.base.get_parameter("weight"))]
+        return (W + self.scaling * B @ A).float()
+
     def freeze(self) -> None:
         """From now on this layer counts as a part of the base."""
         self.frozen = True
@@ -82,14 +93,13 @@ class LoRALinear(nn.Module):
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers of the model's adapter by module path, in the model's order; empty if there is no
-    adapter."""
+    """The layers of the model's adapter by module path, in the model's order; {} without an adapter."""
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear) and not m.frozen}
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
     """A (r, in) and B (out, r) of every LoRA layer: what the optimizer gets."""
-    return [p for layer in lora_layers(model).values() for p in (layer.A, layer.B)]
+    return [getattr(layer, part) for layer in lora_layers(model).values() for part in layer.parts]
 
 
 def require_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -117,20 +127,14 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def inject(model: nn.Module, config: LoRAConfig, generator: torch.Generator, layer=LoRALinear) -> None:
-    """Freezes the model and wraps every linear layer that config.targets names (by PEFT's rules) in a
-    `layer`.
+    """Freezes the model and wraps every linear layer that config.targets names in a `layer` (the fast engine
+    passes a class of its own, fast/lora_products.py).
 
-    A target is the last part of a module path ("q_proj") or more of it; a string instead of a tuple is a
-    regex for the whole path, and "all-linear" is every Linear but the output head. ValueError: the model has
-    an adapter already, or some target names no Linear (nothing is changed then)."""
+    A target is the last part of a module path ("q_proj") or more of it. ValueError: the model has an adapter
+    already, or some target names no Linear (nothing is changed then)."""
     require_no_layers(model)
     linears = _linears(model)
-    if config.targets == "all-linear":
-        matches = {"all-linear": [n for n, m in linears.items() if m is not model.get_output_embeddings()]}
-    elif isinstance(config.targets, str):
-        matches = {config.targets: [n for n in linears if re.fullmatch(config.targets, n)]}
-    else:
-        matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in config.targets}
+    matches = {t: [n for n in linears if n == t or n.endswith("." + t)] for t in config.targets}
     for target, names in matches.items():
         if not names:
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
@@ -155,7 +159,7 @@ def adapter_off(model: nn.Module):
             layer.disabled = True
         yield model
     finally:
-        for layer, disabled in zip(layers, before):
+        for layer, disabled in zip(layers, before, strict=True):
             layer.disabled = disabled
 
 
@@ -166,8 +170,9 @@ def remove(model: nn.Module) -> None:
 
 
 def require_untied(model: nn.Module) -> None:
-    """ValueError: an adapted weight is tied to another module (merging would change that one too)."""
-    owners = {}
+    """ValueError: an adapted weight is tied to another module, as the output head is to the embedding in many
+    small models. Merging would change that module too."""
+    owners: dict[int, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(p), []).append(name.removesuffix(".weight").removesuffix(".base"))
     for name, layer in lora_layers(model).items():
@@ -179,11 +184,9 @@ def require_untied(model: nn.Module) -> None:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """In fp32: W += scaling * B A in every wrapped layer, then unwraps it. Below fp32: freezes the adapter.
-
-    The sum is taken in float64 on the CPU and rounded once, so it is the same on every device. Rounded to
-    bf16 it would lose nine tenths of an adapter that was trained for 50 steps. ValueError: no adapter, or as
-    in require_untied."""
+    """In fp32: W := merged_weight() in every wrapped layer, then unwraps it. Below fp32: freezes the adapter,
+    because a sum rounded to bf16 would lose nine tenths of an adapter that was trained for 50 steps.
+    ValueError: no adapter, or as in require_untied."""
     layers = require_layers(model)
     require_untied(model)
     for name in list(layers):
@@ -191,7 +194,6 @@ def merge(model: nn.Module) -> nn.Module:
         if isinstance(layer.base, LoRALinear) or layer.base.weight.dtype != torch.float32:
             layer.freeze()
             continue
-        W = layer.base.weight
-        W.copy_((W.cpu().double() + layer.scaling * layer.B.cpu().double() @ layer.A.cpu().double()).float())
+        layer.base.get_parameter("weight").copy_(layer.merged_weight())
         _set_module(model, name, layer.base)
     return model

@@ -1,16 +1,25 @@
-"""Decisions as text: what an agent is told, how it must answer, and the strict reading of its answer.
+"""Decisions as text: what an agent reads, how it must answer, and the strict reading of its answer.
 
-[choice] One game is one conversation per agent: the system message states the rules and the numbers the agent
-knows; each stage adds a user message (what was seen since, and the question) and the agent's reply. The
+[choice] One game is one conversation per agent: the system message states the rules and the numbers that the
+agent knows; each stage adds a user message (what was seen since, and the question) and the agent's reply. The
 prompt of a decision is the conversation so far. `messages` is the only place that builds prompts:
-fine-tuning, reinforcement and evaluation all call it.
+fine-tuning, reinforcement and evaluation all call it. One whole game of agent 1, as it reads and answers it:
 
-A reply is two lines, the first of which (the theory-of-mind channel) can be switched off:
+    system     1 round: links, efforts. A link forms if both choose it, at cost c each. Payoff: alpha x -
+               x^2/2 + delta x (sum of linked efforts) - c (links). Reply:
+               Belief: [what you expect, per agent]
+               Decision: [0 or 1 per agent, you 0] or one effort
+               You are agent 1 of 4. delta 0.067, c 0.268, effort x 0 to 7.
+    user       Round 1 links. Your alpha 1 of [1, 1, 3, 3]. If all link, at best replies to alpha a link
+               earns [0, 0.54, 1.22, 1.22] c. Whom do you choose?
+    assistant  Belief: [0, 0, 1, 1]               whom it expects to choose it, for each agent
+               Decision: [0, 0, 1, 1]             whom it chooses; the own position is 0 in every list
+    user       Round 1 efforts. Links: 1-3, 1-4, 2-3, 2-4, 3-4. Your alpha 1, 2 links to alphas [3, 3]. Best
+               reply to efforts alpha: 1.40. Your effort?
+    assistant  Belief: [0, 1.46, 3.42, 3.42]      the efforts that it expects of the others
+               Decision: 1.46                     its own effort
 
-    Belief: [1, 0, 1, 0]     graph: whom I expect to choose me     effort: the efforts I expect of the others
-    Decision: [1, 0, 1, 0]   graph: whom I choose                  effort: one number
-
-The own position is 0 in every list.
+The Belief line is the theory-of-mind channel of the paper; it can be switched off.
 """
 
 import re
@@ -18,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import GAMES, Observation, State, observe
+from games import GAMES, KINDS, Decision, Kind, Observation, State, observe
 
-EFFORT_DIGITS = 2  # efforts are told, and by experts played, with two decimals
+EFFORT_DIGITS = 2  # efforts stand in prompts, and experts play them, with two decimals
 
 
 @dataclass(frozen=True)
@@ -28,61 +37,74 @@ class PromptStyle:
     """information: `full` (everyone's type is known) or `local` (only one's own); belief: ask for the Belief
     line; hints: print worked numbers (Game.link_hint, effort_facts) next to the question [choice: a small
     model cannot multiply]. They do not give the answer away: in BCZ, linking wherever the printed number is
-    at least 1 still gets one in ten of the efficient graph's entries wrong."""
+    at least 1 still gets one in ten of the efficient graph's entries wrong. max_new_tokens: the longest reply
+    that is sampled; None for the default."""
 
     information: str = "full"
     belief: bool = True
     hints: bool = True
+    max_new_tokens: int | None = None
+
+    def reply_limit(self, N: int) -> int:
+        """The longest reply in tokens. The default has room for the two labels and for two lists of N
+        entries, each of which takes up to 3.5 tokens."""
+        return self.max_new_tokens or 20 + 7 * N
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a policy answers to a prompt. ids: its tokens, with the first end-of-turn token if the reply
+    reached it; logps: log pi_old of each token, as it was sampled; ended: whether it reached the end."""
+
+    text: str
+    ids: list[int]
+    logps: list[float]
+    ended: bool
+
+
+# -------------------- what the agent reads
 
 
 def tell_numbers(values) -> str:
-    """[1.20, 0, 0.95]: how efforts and worked numbers stand in prompts."""
+    """[1.20, 0, 0.95]: the format of efforts and worked numbers."""
     return "[" + ", ".join(f"{v:.{EFFORT_DIGITS}f}" if v else "0" for v in values) + "]"
 
 
 def tell_short(values) -> str:
-    """[1, 2.33, 3]: how types and rows stand in prompts, without digits that say nothing."""
+    """[1, 2.33, 3]: the format of types and rows, without trailing zeros."""
     return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
-def _links(links_NN: np.ndarray) -> str:
-    """`none`, `all`, or the pairs, agents counted from 1 as in the rest of the text."""
+def tell_links(links_NN: np.ndarray) -> str:
+    """`none`, `all`, or the pairs, with agents counted from 1 as everywhere in the text."""
     N = len(links_NN)
     pairs = [f"{i + 1}-{j + 1}" for i in range(N) for j in range(i + 1, N) if links_NN[i, j]]
     return {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
 
 
 def system_message(seen: Observation, style: PromptStyle) -> str:
-    """First what all games have in common, then the numbers: what is common is computed once for all."""
-    stages = ", ".join({"G": "links", "E": "efforts"}[s] for s in seen.stages)
+    """The shared rules come first, so that the fast engine computes their keys and values once for all
+    prompts."""
+    stages = ", ".join(KINDS[letter].noun for letter in seen.stages)
     rounds = "1 round" if seen.rounds == 1 else f"{seen.rounds} rounds"
     belief = "Belief: [what you expect, per agent]\n" if style.belief else ""
+    answers = " or ".join(kind.answer for letter, kind in KINDS.items() if letter in seen.stages)
     game = GAMES[seen.game]
     digits = game.parameter_format
     parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
     return (
         f"{rounds}: {stages}. A link forms if both choose it, at cost c each. {game.payoff_rule} Reply:\n"
-        f"{belief}Decision: [0 or 1 per agent, you 0] or one effort\n"
+        f"{belief}Decision: {answers}\n"
         f"You are agent {seen.seat + 1} of {seen.N}. {parameters}, effort x 0 to {seen.cap:g}."
     )
 
 
-def question(seen: Observation, style: PromptStyle) -> str:
-    """The user message of a stage: the results since the agent's last decision, its own numbers, the
-    question."""
-    news = f"Efforts were {tell_numbers(seen.efforts)}. " if seen.previous == "E" else ""
-    game = GAMES[seen.game]
-    own = f"Your {game.type_name} {seen.own_type:g}"
-    if seen.previous == "G" and seen.kind == "G":  # (the question about efforts tells the links itself)
-        news += f"Links formed: {_links(seen.links)}. "
+def user_message(seen: Observation, style: PromptStyle) -> str:
+    """The results since the agent's last decision, and the question of this stage."""
+    news = seen.previous.result(seen) if seen.previous else ""
     if seen.last_payoff is not None and seen.stage == 0:
         news += f"Your payoff was {seen.last_payoff:.2f}. "
-    if seen.kind == "G":
-        if seen.types is not None:
-            own += f" of {tell_short(seen.types)}" + (game.link_hint(seen) if style.hints else "")
-        return f"{news}Round {seen.round} links. {own}. Whom do you choose?"
-    own += game.effort_facts(seen, style.hints)
-    return f"{news}Round {seen.round} efforts. Links: {_links(seen.links)}. {own}. Your effort?"
+    return news + seen.kind.question(seen, style)
 
 
 def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle) -> list[dict]:
@@ -95,7 +117,7 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
     chat = [{"role": "system", "content": system_message(observe(state, seat, style.information), style)}]
     for stage in range(len(state.history) + 1):
         seen = observe(state.before(stage), seat, style.information)
-        chat.append({"role": "user", "content": question(seen, style)})
+        chat.append({"role": "user", "content": user_message(seen, style)})
         if stage < len(own_replies):
             chat.append({"role": "assistant", "content": own_replies[stage]})
     return chat
@@ -104,23 +126,10 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 # -------------------- what the agent answers
 
 
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """One agent's decision. action: row (N,) of {0, 1} for `G`, a float for `E`. belief: what is expected of
-    the others, (N,), own position 0; None where there is none."""
-
-    kind: str
-    action: np.ndarray | float
-    belief: np.ndarray | None = None
-
-
 def format_reply(decision: Decision, style: PromptStyle) -> str:
-    graph = decision.kind == "G"
-    lines = []
+    lines = [f"Decision: {decision.kind.write(decision.action)}"]
     if style.belief and decision.belief is not None:
-        lines.append("Belief: " + (tell_short if graph else tell_numbers)(decision.belief))
-    action = tell_short(decision.action) if graph else f"{decision.action:.{EFFORT_DIGITS}f}"
-    lines.append(f"Decision: {action}")
+        lines.insert(0, f"Belief: {decision.kind.write_belief(decision.belief)}")
     return "\n".join(lines)
 
 
@@ -129,69 +138,48 @@ _LIST = re.compile(rf"\[\s*({NUMBER}(?:\s*,\s*{NUMBER})*)\s*\]", re.ASCII)
 _SCALAR = re.compile(NUMBER, re.ASCII)
 
 
+def read_list(text: str) -> list[str] | None:
+    """The entries of a text that is one list of numbers, as they are written; else None."""
+    match = _LIST.fullmatch(text)
+    return [entry.strip() for entry in match[1].split(",")] if match else None
+
+
+def read_number(text: str) -> float | None:
+    """The number, if the text is one number and nothing else."""
+    return float(text) if _SCALAR.fullmatch(text) else None
+
+
 def last_line(reply: str, label: str) -> str:
-    """What stands behind the label in the last line that begins with it; "" without one."""
-    found = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
-    return found[-1][len(label) :].strip() if found else ""
+    """What stands behind the label in the last line that begins with it; "" without such a line."""
+    lines = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
+    return lines[-1][len(label) :].strip() if lines else ""
 
 
-def read_belief(reply: str, kind: str, seat: int, N: int) -> np.ndarray | None:
-    """What the last `Belief:` line expects, (N,): N finite numbers, for `G` each 0 or 1; else None."""
-    match = _LIST.fullmatch(last_line(reply, "Belief:"))
-    belief_N = np.array([float(v) for v in match[1].split(",")]) if match else np.array([])
-    if len(belief_N) != N or not np.isfinite(belief_N).all():
+def read_belief(reply: str, kind: Kind, seat: int, N: int) -> np.ndarray | None:
+    """What the last `Belief:` line expects, (N,): N finite numbers that the kind allows; else None."""
+    if not kind.beliefs:
         return None
-    if kind == "G" and not np.isin(belief_N, (0, 1)).all():
+    belief_N = np.array([float(v) for v in read_list(last_line(reply, "Belief:")) or ()])
+    if len(belief_N) != N or not np.isfinite(belief_N).all() or not kind.allows_belief(belief_N):
         return None
     belief_N[seat] = 0
     return belief_N
 
 
-def _read(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | str:
-    """The decision of a compliant reply, or the first rule that the reply breaks."""
-    text, belief_N = last_line(reply, "Decision:"), read_belief(reply, kind, seat, N)
-    if not text:
-        return "no Decision line"
-    if kind == "E":
-        if _SCALAR.fullmatch(text) is None:
-            return "not one number"
-        if not 0 <= float(text) <= cap:
-            return "number outside [0, cap]"
-        return Decision("E", float(text) + 0.0, belief_N)  # + 0.0: -0 becomes 0
-    match = _LIST.fullmatch(text)
-    if match is None:
-        return "not one list of numbers"
-    entries = [entry.strip() for entry in match[1].split(",")]
-    if not set(entries) <= {"0", "1"}:
-        return "an entry that is not 0 or 1"
-    if len(entries) != N:
-        return "wrong length"
-    if entries[seat] != "0":
-        return "own position not 0"
-    return Decision("G", np.array(entries, int), belief_N)
+def read_reply(reply: str, kind: Kind, seat: int, N: int, cap: float) -> tuple[Decision | None, str | None]:
+    """(the decision, None) of a compliant reply, else (None, the first rule that the reply breaks).
+
+    A reply is data: it is parsed, never evaluated or repaired. It is compliant iff its last `Decision:`
+    line is exactly N entries in {0, 1} with a 0 in the own position (links), or one finite number in [0,
+    cap] (efforts). The Belief line does not decide compliance."""
+    text = last_line(reply, "Decision:")
+    action, broken = kind.read(text, seat, N, cap) if text else (None, "no Decision line")
+    if broken:
+        return None, broken
+    return Decision(kind, action, read_belief(reply, kind, seat, N)), None
 
 
-def parse_reply(reply: str, kind: str, seat: int, N: int, cap: float) -> Decision | None:
-    """The decision of a compliant reply, None for any other. A reply is data: parsed, never evaluated or
-    repaired.
-
-    Compliant iff the last `Decision:` line is exactly N entries in {0, 1} with a 0 in the own position (`G`),
-    or one finite number in [0, cap] (`E`). The Belief line does not decide compliance."""
-    found = _read(reply, kind, seat, N, cap)
-    return found if isinstance(found, Decision) else None
-
-
-def broken_rule(reply: str, kind: str, seat: int, N: int, cap: float) -> str | None:
-    """The first rule of `parse_reply` that a reply breaks, for logs; None for a compliant one."""
-    found = _read(reply, kind, seat, N, cap)
-    return None if isinstance(found, Decision) else found
-
-
-def reply_tokens(N: int) -> int:
-    """The longest reply that is sampled unless --max-new-tokens says so: room for two lines of N entries."""
-    return 20 + 7 * N
-
-
-def fallback(kind: str, N: int) -> Decision:
-    """What a reply that is not compliant plays: no links, effort 0."""
-    return Decision(kind, np.zeros(N, int) if kind == "G" else 0.0)
+def parse_reply(reply: str, state: State, seat: int) -> Decision | None:
+    """The decision that `seat` takes in `state` with this reply; None for a reply that is not compliant."""
+    decision, _ = read_reply(reply, state.kind, seat, state.game.N, float(state.game.caps[seat]))
+    return decision

@@ -1,69 +1,78 @@
-"""Rewards of a group of m replies to one prompt (one decision of one agent in an expert game).
+"""Rewards of a group of m replies to one prompt q (one decision of one agent in an expert game).
 
-[source] is fixed by the paper (arXiv 2509.21134), [choice] by this project. For rollout i of the group:
+[source] is fixed by the paper (arXiv 2509.21134), [choice] by this project. The experts of all agents propose
+P_expert at q, which forms G_expert. For reply i of the group:
 
     compliance   +0.5 if the reply is compliant, else -0.5 and every other term is 0                [source]
-    sample level, graph decision:   F1(row_i, expert row) + accuracy(row_i, expert row)             [source]
-    sample level, effort decision:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))        [choice]
+    sample level, links:    F1(row_i, expert row) + accuracy(row_i, expert row)                     [source]
+    sample level, efforts:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))                [choice]
     r^S_i = compliance + sample level + the optional terms below, each times its weight
-    graph level, graph decisions only:
+    graph level, links only:
         G_i = form(P_expert with the agent's row := row_i)                                          [source]
         s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                 [source]
         or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG,
         where those are mostly 0 and the empty graph would score best, at planner efforts           [choice]
-        R^G_i = s_i + w_local [s_i is the best of the group] + w_global [s_i >= the best so far in memory]
-                                                  [source: the terms; choice: w_local = w_global = 0.5]
+        R^G_i = s_i + w_local if s_i is the largest of the group
+                    + w_global if s_i reaches the best so far of this game instance (Memory)
+                                  [source: the terms; choice: that they are added, w_local = w_global = 0.5]
 
-Why terms of the reward and not subtracted baselines: a baseline that does not depend on the reply that was
-sampled leaves the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
+The paper calls the two bonuses prompt_best and memory_best and does not say whether they are added or
+subtracted as baselines. They are added here: a baseline that does not depend on the sampled reply leaves
+the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
 
-To add a term, write a function (decision, target) -> float and put it into TERMS; `--reward NAME=WEIGHT`
-switches it on, and it is logged by its name. Rewards that need the rest of the game played out:
-variants/credit.py.
+To add a term, write a function (rollout, target) -> float, which sees the reply's text and the decision,
+and put it into TERMS; `--weights NAME=WEIGHT` switches it on, and it is logged under its name. Other reward
+functions: variants/credit.py and variants/joint.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from games import Game, State, form_links
-from prompts import Decision
-
-GRAPH_SCORES = ("hamming", "welfare", "joint")
+from games import Decision, Game, Kind, State, form_links
+from prompts import Reply
 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the experts of all agents do in `state`, where `seat` decides: proposals (N, N) or efforts
-    (N,)."""
+    """What the experts of all agents do in `state`, where `seat` decides. actions: proposals (N, N) or
+    efforts (N,). game_index: which of the expert games it is."""
 
     state: State
     seat: int
     actions: np.ndarray
+    game_index: int = 0
 
     @property
     def game(self) -> Game:
         return self.state.game
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         return self.state.kind
 
     @property
     def cap(self) -> float:
         return float(self.game.caps[self.seat])
 
-    @property
-    def place(self) -> tuple[str, int, int, float]:
-        """What the parser needs to know: kind, seat, N, cap."""
-        return self.kind, self.seat, self.game.N, self.cap
-
     def with_own(self, decision: Decision) -> np.ndarray:
         """The experts' actions with the agent's own in their place."""
-        actions = self.actions.copy()
+        actions = list(self.actions)
         actions[self.seat] = decision.action
-        return actions
+        return np.array(actions)
+
+
+@dataclass
+class Rollout:
+    """One sampled reply to a prompt, and what training makes of it. (No game is played on from it.)
+    decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
+    name, A^S and A^G too; advantage: A_i."""
+
+    reply: Reply
+    decision: Decision | None
+    rewards: dict[str, float] = field(default_factory=dict)
+    advantage: float = 0.0
 
 
 # -------------------- sample level
@@ -92,99 +101,110 @@ def effort_score(effort: float, expert_effort: float, cap: float) -> float:
 
 
 def sample_level(decision: Decision | None, target: Target) -> float:
-    """Compliance apart; 0 for a reply that is not compliant."""
-    if decision is None:
-        return 0.0
-    expert = target.actions[target.seat]
-    if target.kind == "E":
-        return effort_score(decision.action, expert, target.cap)
-    return f1(decision.action, expert, target.seat) + accuracy(decision.action, expert, target.seat)
+    """Without compliance; 0 for a reply that is not compliant. For links it is f1 + accuracy, for efforts
+    effort_score (decisions.Links, decisions.Efforts)."""
+    return target.kind.sample_level(decision, target) if decision else 0.0
 
 
-def belief_accuracy(decision: Decision | None, target: Target) -> float:
-    """In [0, 1]: graph: share of the others whose choice of the agent was foreseen; effort: mean over the
-    others of max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states a
-    belief."""
-    if decision is None or decision.belief is None:
-        return 0.0
-    others = np.arange(target.game.N) != target.seat
-    if target.kind == "G":
-        return float((decision.belief == target.actions[:, target.seat])[others].mean())
-    error_N = np.abs(decision.belief - target.actions) / np.maximum(target.actions, 0.05 * target.game.caps)
-    return float(np.maximum(0, 1 - error_N)[others].mean())
+def belief_accuracy(decision: Decision | None, target: Target) -> float | None:
+    """In [0, 1]; 0 without a compliant reply that states a belief. None for a kind that has no beliefs."""
+    if not target.kind.beliefs:
+        return None
+    belief_N = decision.belief if decision else None
+    return 0.0 if belief_N is None else target.kind.belief_accuracy(belief_N, target)
 
 
-# Optional terms of r^S, of both kinds of decisions, and the weights that --reward changes. A term that
+# Optional terms of r^S, for both kinds of decisions, and their weights, which --weights changes. A term that
 # WEIGHTS does not name has weight 0.
-TERMS: dict[str, Callable[[Decision | None, Target], float]] = {"belief": belief_accuracy}
+TERMS: dict[str, Callable[[Rollout, Target], float | None]] = {
+    "belief": lambda rollout, target: belief_accuracy(rollout.decision, target),
+}
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
-# Names that a new term must not take: samples.jsonl and metrics.jsonl have them
-FIXED_TERMS = ("compliance", "sample", "r_S", "s", "local", "global", "R_G", "A_S", "A_G")
-FIXED_TERMS += ("step", "game", "stage", "kind", "seat", "reply", "expert", "broken", "advantage", "reward")
 
 
 # -------------------- graph level
 
 
-def graph_score(
-    decision: Decision | None, target: Target, score: str = "hamming", proposals_NN: np.ndarray | None = None
-) -> float:
-    """s_i: how near the graph with this row comes to the expert graph (1: the same), or to the efficient
-    one. proposals_NN: of a graph with other rows of the policy too (score `joint`: variants/joint.py)."""
+def hamming(
+    decision: Decision | None, target: Target, proposals_NN: np.ndarray | None = None
+) -> float | None:
+    """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen. proposals_NN:
+    other proposals than the experts' with this row among them (variants/joint.py)."""
+    if target.kind.letter != "G":
+        return None
     if decision is None:
         return 0.0
-    game = target.game
-    links_NN = form_links(target.with_own(decision) if proposals_NN is None else proposals_NN)
-    if score == "welfare":
-        efforts_N, (_, best) = game.efforts(game.scored_at, links_NN), game.efficient_graph(game.scored_at)
-        W = game.welfare(links_NN, efforts_N)
-        if best <= 0:  # no graph pays: 1 for one that loses nothing
-            return float(W >= best)
-        return round(max(0.0, W) / best, 9)  # rounding errors must not decide who gets a bonus
-    hamming = (links_NN != form_links(target.actions)).sum()
-    return float(1 - hamming / (game.N * (game.N - 1)))
+    game, proposals_NN = target.game, target.with_own(decision) if proposals_NN is None else proposals_NN
+    wrong = (form_links(proposals_NN) != form_links(target.actions)).sum()
+    return float(1 - wrong / (game.N * (game.N - 1)))
+
+
+def welfare(decision: Decision | None, target: Target) -> float | None:
+    """s_i by payoffs instead of likeness: the welfare of the graph with this row, as a share of the best."""
+    if target.kind.letter != "G":
+        return None
+    if decision is None:
+        return 0.0
+    game, links_NN = target.game, form_links(target.with_own(decision))
+    W = game.welfare(links_NN, game.solve_efforts(game.scored_at, links_NN))
+    _, best = game.efficient_graph(game.scored_at)
+    if best <= 0:  # in a public goods game in which no link pays, a graph without loss scores 1
+        return float(W >= best)
+    return round(max(0.0, W) / best, 9)  # rounding errors must not decide which reply gets a bonus
 
 
 class Memory:
-    """The best graph score so far of every game instance, by its key. Empty memory: 0."""
+    """The best graph score so far of every game instance, by its key. `best` is the dictionary that is
+    given."""
 
     def __init__(self, best: dict[str, float] | None = None):
-        self.best = dict(best or {})
+        self.best = {} if best is None else best
 
     def get(self, key: str) -> float:
         return self.best.get(key, 0.0)
 
-    def update(self, key: str, scores: list[float]) -> None:
+    def update(self, targets: list[Target], groups: list[list[Rollout]]) -> None:
         """To be called after the step: within a step all groups see the same memory."""
-        self.best[key] = max(self.get(key), *scores)
+        for target, group in zip(targets, groups, strict=True):
+            scores = [o.rewards["s"] for o in group if "s" in o.rewards]
+            if scores:
+                self.best[target.game.key] = max(self.get(target.game.key), *scores)
+
+
+# -------------------- the reward function
 
 
 def group_rewards(
-    decisions: list[Decision | None],
+    group: list[Rollout],
     target: Target,
+    memory: Memory,
+    weights: dict[str, float],
+    sample: list,
+    scores: list,
+) -> None:
+    """Writes all terms of one group into its rollouts: `compliance`, `sample`, the optional ones by name,
+    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample, scores: the
+    sample level and s_i of each reply."""
+    for o, sample_i, s in zip(group, sample, scores, strict=True):
+        optional = {name: term(o, target) for name, term in TERMS.items()}
+        bonus = sum(weights.get(name, 0.0) * (value or 0.0) for name, value in optional.items())
+        o.rewards = {"compliance": compliance(o.decision), "sample": sample_i} | optional
+        o.rewards["r_S"] = o.rewards["compliance"] + sample_i + bonus
+        if s is not None:
+            local = weights["local"] * (o.decision is not None and s == max(scores))
+            globally = weights["global"] * (o.decision is not None and s >= memory.get(target.game.key))
+            o.rewards |= {"s": s, "local": local, "global": globally, "R_G": s + local + globally}
+
+
+def expert_rewards(
+    targets: list[Target],
+    groups: list[list[Rollout]],
+    memory: Memory,
     *,
-    memory_best: float = 0.0,
     weights: dict[str, float] = WEIGHTS,
-    score: str = "hamming",
-    credits: list[float | None] | None = None,
-    proposals: list[np.ndarray] | None = None,
-) -> list[dict[str, float]]:
-    """All terms of every rollout of a group: `compliance`, `sample`, the optional ones by name, `r_S` (their
-    weighted sum); of graph decisions `s`, `local`, `global`, `R_G` too. Off by default: credits replace
-    `sample` (variants/credit.py); proposals, (N, N) for each reply, replace the experts' with its own row
-    (variants/joint.py)."""
-    groups_terms = []
-    for i, decision in enumerate(decisions):
-        terms = {"compliance": compliance(decision)}
-        terms["sample"] = sample_level(decision, target) if credits is None else credits[i] or 0.0
-        optional = {name: term(decision, target) for name, term in TERMS.items()}
-        bonus = sum(weights.get(name, 0.0) * value for name, value in optional.items())
-        groups_terms.append(terms | optional | {"r_S": terms["compliance"] + terms["sample"] + bonus})
-    if target.kind == "G":
-        graphs = proposals or [None] * len(decisions)
-        scores = [graph_score(d, target, score, P_NN) for d, P_NN in zip(decisions, graphs)]
-        for terms, decision, s in zip(groups_terms, decisions, scores):
-            local = weights["local"] * (decision is not None and s == max(scores))
-            globally = weights["global"] * (decision is not None and s >= memory_best)
-            terms |= {"s": s, "local": local, "global": globally, "R_G": s + local + globally}
-    return groups_terms
+    score: Callable[[Decision | None, Target], float | None] = hamming,
+) -> None:
+    """Writes the rewards of a step's groups, one for each target, into their rollouts. score: s_i."""
+    for target, group in zip(targets, groups, strict=True):
+        sample = [sample_level(o.decision, target) for o in group]
+        group_rewards(group, target, memory, weights, sample, [score(o.decision, target) for o in group])

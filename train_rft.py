@@ -4,275 +4,280 @@
     python train_rft.py --algo grpo --out runs/grpo --sft-adapter runs/tompo/sft/adapter
     python train_rft.py --resume runs/tompo         # after Ctrl-C or a crash: the same adapter, bit for bit
 
-One step, in the symbols of the paper (arXiv 2509.21134), is the body of the loop in `rft`:
-1. Take a batch of prompts q: decisions of one agent in expert games, graph and effort.
-2. Sample m replies to each from pi_theta (= pi_old) and record their log-probabilities.
-3. Rewards (rewards.py): compliance, sample level, and graph level with the memory of the game instance.
-4. Advantages (tompo.py): each level normalised within its group, A = w_sample A^S + w_graph A^G.
-5. Drop groups whose A is 0 throughout (--idle-groups). Minimise -J: clipped ratio times A, minus beta k3.
-
-pi_ref is the SFT policy: the SFT adapter is merged into the base weights before a new adapter is added, so
-"adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at step 0. RUN/adapter holds both adapters as one, for the
-plain base model.
+The algorithm (arXiv 2509.21134) is the loop in `rft`. pi_ref is the SFT policy: the SFT adapter is merged
+into the base weights before a new adapter is added, so "adapter off" is pi_ref, and KL(pi, pi_ref) is 0 at
+step 0. RUN/adapter holds both adapters as one, for the plain base model.
 """
 
-import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
-import argparse
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import lora
-import tompo
+from eval import check_lengths, evaluate_run, instances
 from models import adapters
 from models.load import put_adapter
-from play import held_out, metrics
-from play.expert_games import Record
-from policy import Policy, Rollout
-from prompts import parse_reply, reply_tokens
-from rewards import WEIGHTS, Memory, Target, group_rewards
-from run import checkpoint, dataset, ranks, training
+from play import metrics
+from play.dataset import Prompt, make_prompts, trained_seats
+from play.rft_log import RFTLog
+from policy import Policy
+from prompts import Reply, parse_reply
+from rewards import Memory, Rollout
+from run import ranks
 from run.curves import plot_curves
-from run.files import StopSignal, Stopwatch, print_times, reports_errors
-from run.rft_flags import add_rft_arguments, check_rft_arguments, objective_of
-from run.rft_log import SampleLog, add_sums, live_line, step_metrics, timing
+from run.errors import reports_errors
+from run.files import StopSignal, Stopwatch, print_times, run_folder
+from run.seeds import Stream, torch_generator
+from run.stage import Stage
+from settings import RFT, Settings, add_evaluation_flags, add_rft_flags, parse_training, training_parser
+from teachers.language import print_report
+from tompo import diagnostics
 from tools import diagnose, view
-from train_sft import sft
-from variants import joint
-from variants.credit import step_credits
-from world.draws import named_numbers
+from train_sft import (
+    MAX_GRAD_NORM,
+    clip_gradient,
+    learning_rate,
+    make_optimizer,
+    make_probe,
+    new_adapter,
+    run_sft,
+)
 
-REDRAWS = 2  # how often a step may ask for other prompts, with --idle-groups redraw
+PROBE_EVERY = 5  # steps
+
+
+def rft(
+    policy: Policy,
+    cfg: RFT,
+    conversations: list[list[Prompt]],
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    *,
+    reply_limit: int,
+    seed: int,
+    micro_batch: int,
+) -> None:
+    """The training loop. reply_limit: the longest reply in tokens; micro_batch: conversations in a pass. M:
+    the replies of a group; T: the reply tokens of a pass."""
+    memory = Memory(stage.state.setdefault("memory", {}))  # the checkpoints hold stage.state
+    log = RFTLog(stage)
+    for step in stage.steps():
+        # 1. Prompts q: decisions of one agent in expert games.
+        prompts = cfg.next_batch(conversations, cfg.prompts, step, seed)
+        targets = [q.target for q in prompts]
+        # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
+        generator = torch_generator(seed, Stream.RFT_REPLIES, step)
+        groups = sample(policy, prompts, cfg.m, reply_limit, cfg.temperature, generator)
+        sample_s = stage.elapsed
+        # 3. r^S of every reply, and R^G where links are chosen: all terms are in rewards.py.
+        cfg.reward(targets, groups, memory)
+        with_graph = [k for k, group in enumerate(groups) if "R_G" in group[0].rewards]
+        r_S = [reward_tensor(group, "r_S") for group in groups]
+        R_G = [reward_tensor(groups[k], "R_G") for k in with_graph]
+        # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise); without
+        # R^G, A = A^S.
+        A_S = cfg.advantage(r_S)
+        A_G = dict(zip(with_graph, cfg.advantage(R_G), strict=True))
+        A = [cfg.w_sample * A_M + cfg.w_graph * A_G[k] if k in A_G else A_M for k, A_M in enumerate(A_S)]
+        note_advantages(groups, A, A_S, A_G)
+        # 5. [choice] A group whose rewards are all equal has A = 0, and so no policy gradient. It is left
+        # out of E, its KL term too. w_i = 1 / (replies in all live groups * |o_i|), so that sum_i sum_t w_i
+        # (...) over the whole step is E[ (1/m) sum_i (1/|o_i|) sum_t (...) ] (tompo.mean_of_replies).
+        live = [(q, group, A_M) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
+        lengths = [len(o.reply.ids) for _, group, _ in live for o in group]
+        w = cfg.aggregation(lengths, reply_limit) if live else []
+        # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
+        for _ in range(cfg.inner_epochs):
+            passes = []  # for the log
+            for b in batches(policy, live, w, micro_batch):
+                ref_T = torch.cat(policy.reference_logps(*b.texts, cfg.temperature)) if cfg.beta else None
+                logp_T = torch.cat(policy.token_logps(*b.texts, cfg.temperature))
+                rho_T = cfg.ratio(logp_T - b.old_T, b.lengths).exp()  # pi_theta / pi_old
+                J_T = cfg.loss(rho_T, logp_T, b.A_T, *cfg.clip)  # min(rho A, clip(rho, 1-eps, 1+eps) A)
+                if cfg.beta:
+                    J_T = J_T - cfg.beta * cfg.kl(logp_T, ref_T)  # k3
+                loss = -(b.w_T * J_T).sum()
+                loss.backward()
+                measured = diagnostics(logp_T, b.old_T, ref_T, rho_T, b.A_T, *cfg.clip)
+                passes.append({"loss": loss.item()} | measured)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(step, cfg.steps, cfg.lr)
+            norm = clip_gradient(optimizer, MAX_GRAD_NORM)  # of the sum over all processes
+            optimizer.step()  # a step without live groups has gradient 0, and Adam's momentum still moves
+            optimizer.zero_grad()
+        # 7. The memory learns of the step only now, so that all its groups were rewarded by the same memory.
+        memory.update(targets, groups)
+        log.end_step(step, prompts, groups, passes, lr=lr, grad_norm=norm, sample_s=sample_s)
+
+
+# -------------------- what the loop calls
+
+
+def sample(
+    policy: Policy, prompts: list[Prompt], M: int, S: int, temperature: float, generator: torch.Generator
+) -> list[list[Rollout]]:
+    """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them. Several
+    processes share the prompts; every token of every reply has a random number of its own."""
+    uniforms_PMS = torch.rand(len(prompts), M, S, generator=generator)
+
+    def sample_own(indices: list[int]) -> list[list[Reply]]:
+        return policy.sample([prompts[i].ids for i in indices], uniforms_PMS[indices], temperature)
+
+    replies = ranks.split([q.conversation for q in prompts], sample_own)
+    return [
+        [Rollout(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
+        for q, group in zip(prompts, replies, strict=True)
+    ]
+
+
+def reward_tensor(group: list[Rollout], name: str) -> Tensor:
+    return torch.tensor([o.rewards[name] for o in group])
+
+
+def note_advantages(
+    groups: list[list[Rollout]], A: list[Tensor], A_S: list[Tensor], A_G: dict[int, Tensor]
+) -> None:
+    """Writes the advantages, (M,) for each group, into the rollouts, for the log. A_G: by group."""
+    for k, group in enumerate(groups):
+        A_G_M = A_G.get(k, torch.zeros(len(group)))
+        for o, a, a_S, a_G in zip(group, A[k].tolist(), A_S[k].tolist(), A_G_M.tolist(), strict=True):
+            o.advantage = a
+            o.rewards |= {"A_S": a_S, "A_G": a_G}
 
 
 @dataclass
-class Prompt:
-    """One decision of an expert game, as a prompt of RFT."""
+class Batch:
+    """What one pass scores. texts: the token ids of its prompts, and those of all replies to each; lengths:
+    of the replies; old_T, A_T, w_T: log pi_old, A and w of every reply token, in the order of the
+    replies."""
 
-    record: Record
-    ids: list[int]
-    target: Target
-
-
-def make_prompts(policy: Policy, records: list[Record], args) -> list[list[Prompt]]:
-    """The decisions in the trained seats, by conversation (an agent in a game). Checks all that RFT needs."""
-    trained, conversations = training.in_trained_seats(args, records), {}
-    dataset.check_kinds(trained, args.prompts)
-    for r, target in dataset.targets(records, trained):
-        prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
-        policy.check_length(len(prompt.ids), 0)  # the longest may take minutes to encode
-        conversations.setdefault((r.game, r.seat), []).append(prompt)
-    prompts = sum(conversations.values(), [])
-    policy.check_length(max(len(p.ids) for p in prompts), reply_limit(args, prompts))
-    return list(conversations.values())
+    texts: tuple[list[list[int]], list[list[list[int]]]]
+    lengths: list[int]
+    old_T: Tensor
+    A_T: Tensor
+    w_T: Tensor
 
 
-def next_batch(
-    conversations: list[list[Prompt]], counts: list[int], step: int, seed: int, draw: int = 0
-) -> list[Prompt]:
-    """The prompts of a step: counts[0] graph and counts[1] effort decisions, from the same conversations
-    where possible (they share tokens). Draw 0 goes through all conversations once an epoch; later draws take
-    random ones."""
-    # Here and below the number behind the seed is a purpose: every use of the run's seed has its own.
-    rng, batch = np.random.default_rng([seed, 7, step, draw]), []
-    order = checkpoint.shuffled(len(conversations), max(counts), step, seed, 4)
-    for k, i in enumerate(rng.permutation(len(conversations))[: max(counts)] if draw else order):
-        for kind, count in zip("GE", counts):
-            if k < count:
-                of_kind = [p for p in conversations[i] if p.target.kind == kind]
-                batch.append(of_kind[rng.integers(len(of_kind))])
-    return batch
+def batches(
+    policy: Policy, live: list[tuple[Prompt, list[Rollout], Tensor]], weights: list[float], size: int
+) -> Iterator[Batch]:
+    """The live groups (prompt, replies, A), pass by pass; several processes share them. weights: w_i of all
+    replies, group by group."""
+    weight = iter(weights)
+    groups = [(q, group, A_M.tolist(), [next(weight) for _ in group]) for q, group, A_M in live]
+    own = [groups[k] for k in ranks.share([q.conversation for q, *_ in live])]
+    ids, replies = [q.ids for q, *_ in own], [[o.reply.ids for o in group] for _, group, *_ in own]
+    for indices in policy.batches(ids, replies, size):
+        part = [own[i] for i in indices]
+        rollouts = [o for _, group, *_ in part for o in group]
+        lengths = torch.tensor([len(o.reply.ids) for o in rollouts])
+        old_T = torch.tensor([logp for o in rollouts for logp in o.reply.logps])
+        A_T = torch.tensor([a for _, _, A_M, _ in part for a in A_M]).repeat_interleave(lengths)
+        w_T = torch.tensor([w for *_, w_M in part for w in w_M]).repeat_interleave(lengths)
+        texts = [ids[i] for i in indices], [replies[i] for i in indices]
+        yield Batch(texts, lengths.tolist(), *(values.to(policy.device) for values in (old_T, A_T, w_T)))
 
 
-def reply_limit(args, prompts: list[Prompt]) -> int:
-    return args.max_new_tokens or reply_tokens(max(p.target.game.N for p in prompts))
+# -------------------- the run
 
 
-def share_of(batch: list[Prompt]) -> list[int]:
-    """Which of the prompts this process computes; those of one conversation stay together."""
-    return ranks.share([(p.record.game, p.record.seat) for p in batch])
-
-
-def act(
-    args, policy: Policy, conversations: list[list[Prompt]], step: int, memory: Memory
-) -> tuple[list[Prompt], list[list[Rollout]]]:
-    """The prompts of a step and a judged group of m replies to each. With `--idle-groups redraw`, others are
-    asked until the step has its numbers of groups with variance, at most REDRAWS times."""
-    batch, groups, lacking = [], [], args.prompts
-    for draw in range(1 + REDRAWS * (args.idle_groups == "redraw")):
-        more = next_batch(conversations, lacking, step, args.seed, draw)
-        more = joint.with_other_seats(args, more, conversations)
-        sampled = sample(args, policy, more, checkpoint.seeded(args.seed, 6, step, draw))
-        credits, proposals = step_credits(args, more, sampled, step), joint.proposals(args, more, sampled)
-        for p, group, of_credit, of_joint in zip(more, sampled, credits, proposals):
-            judge(args, group, p.target, memory, credits=of_credit, proposals=of_joint)
-        batch, groups = batch + more, groups + sampled
-        live = "".join(p.target.kind for p, group in zip(batch, groups) if has_variance(group))
-        lacking = [count - live.count(kind) for kind, count in zip("GE", args.prompts)]
-        if not any(lacking):
-            break
-    return batch, groups
-
-
-def sample(args, policy: Policy, batch: list[Prompt], generator: torch.Generator) -> list[list[Rollout]]:
-    """m replies to every prompt, each with what the strict parser reads in it."""
-    mine, limit = share_of(batch), reply_limit(args, batch)
-    groups = policy.sample([p.ids for p in batch], args.m, limit, args.temperature, generator, only=mine)
-    groups = ranks.whole(mine, groups)
-    for p, group in zip(batch, groups):
-        for o in group:
-            o.decision = parse_reply(o.text, *p.target.place)
-    return groups
-
-
-def has_variance(group: list[Rollout]) -> bool:
-    """False for an idle group: every A is 0, so that only the KL penalty could move the policy."""
-    return any(o.advantage for o in group)
-
-
-def judge(args, group: list[Rollout], target: Target, memory: Memory, credits=None, proposals=None) -> None:
-    """Writes the rewards and the advantage of every rollout of a group into it. credits, proposals: see
-    rewards.group_rewards."""
-    terms = group_rewards(
-        [o.decision for o in group],
-        target,
-        memory_best=memory.get(target.game.key),
-        weights=WEIGHTS | named_numbers(args.reward, "--reward"),
-        score=args.graph_score,
-        credits=credits,
-        proposals=proposals,
-    )
-    r_S_M = torch.tensor([t["r_S"] for t in terms])
-    R_G_M = torch.tensor([t["R_G"] for t in terms]) if target.kind == "G" else None
-    settings = dict(weights=args.level_weights, advantage=objective_of(args)["advantage"])
-    A_M, A_S_M, A_G_M = tompo.dual_level_advantages(r_S_M, R_G_M, algo=args.algo, **settings)
-    for o, t, A, A_S, A_G in zip(group, terms, A_M.tolist(), A_S_M.tolist(), A_G_M.tolist()):
-        o.rewards, o.advantage = t | {"A_S": A_S, "A_G": A_G}, A
-
-
-def gradient(
-    args, policy: Policy, groups: list[list[Rollout]], mine: list[int], limit: int
-) -> tuple[float, dict]:
-    """Adds the gradient of -J over the groups `mine`, weighted as part of all groups. limit: the longest
-    reply allowed. Returns their part of the loss, and sums for the log."""
-    if not groups:
-        return 0.0, {}
-    rollouts = [o for group in groups for o in group]
-    objective = objective_of(args)
-    weights = tompo.AGGREGATIONS[objective["aggregation"]]([len(o.reply_ids) for o in rollouts], limit)
-    for o, weight in zip(rollouts, weights):
-        o.weight = weight
-    groups = [groups[i] for i in mine]
-    rows = policy.pack([group[0].prompt_ids for group in groups], [[o.reply_ids for o in g] for g in groups])
-    loss, sums = 0.0, []
-    for part in training.micro_batches(rows, args.micro_batch):
-        rollouts = [o for row in part for i in row.prompts for o in groups[i]]
-        assert [t for row in part for t in row.targets] == [t for o in rollouts for t in o.reply_ids]
-
-        lengths = [len(o.reply_ids) for o in rollouts]
-
-        def per_token(values):  # of each rollout -> of each reply token
-            return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(policy.device)
-
-        old_logps = [logp for o in rollouts for logp in o.sampled_logps]
-        ref_logp_T = torch.cat(policy.reference_logps(part, args.temperature)) if args.beta else None
-        part_loss, part_sums = tompo.objective_loss(
-            torch.cat(policy.token_logps(part, args.temperature)),
-            old_logp_T=torch.tensor(old_logps, device=policy.device),
-            ref_logp_T=ref_logp_T,
-            advantage_T=per_token([o.advantage for o in rollouts]),
-            weight_T=per_token([o.weight for o in rollouts]),
-            clip_eps=(args.clip_eps[0], args.clip_eps[-1]),
-            beta=args.beta,
-            lengths=lengths,
-            **{name: objective[name] for name in ("loss", "ratio", "kl")},
+def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, stop: StopSignal) -> bool:
+    """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one.
+    Returns False if it was stopped before the end, after saving a checkpoint."""
+    cfg, seed = settings.rft, settings.run.seed
+    adapter = new_adapter(policy, settings.lora, seed, Stream.RFT_ADAPTER)
+    optimizer = make_optimizer(policy.model)
+    parameters = adapters.named_parameters(policy.model)
+    N = max(q.target.game.N for conversation in conversations for q in conversation)
+    with Stage(folder, cfg.algo.upper(), cfg.steps, parameters, optimizer, stop, settings.flags) as stage:
+        stage.probe = make_probe(settings, policy, stage, cfg.algo.upper(), PROBE_EVERY)
+        if stage.steps_done == 0 and ranks.first():
+            tqdm.write("RFT: with one inner epoch the loss shows beta KL alone; its gradient holds A too")
+        limit, micro_batch = settings.players.style.reply_limit(N), settings.run.micro_batch
+        rft(
+            policy,
+            cfg,
+            conversations,
+            optimizer,
+            stage,
+            reply_limit=limit,
+            seed=seed,
+            micro_batch=micro_batch,
         )
-        part_loss.backward()
-        loss, sums = loss + part_loss.item(), [*sums, part_sums]
-    return loss, add_sums(sums)
+    if stage.finished and ranks.first():
+        save_both(policy, cfg.sft_adapter or folder / "sft" / "adapter", folder / "adapter", adapter)
+    return stage.finished
 
 
-def rft(policy: Policy, args, conversations: list[list[Prompt]], folder: Path, stop: StopSignal) -> bool:
-    """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one. Returns
-    False if it was stopped before the end (after saving a checkpoint)."""
-    config = training.new_adapter(policy, args, purpose=3)
-    limit = reply_limit(args, sum(conversations, []))
-    with training.Loop(args, policy, folder, args.algo.upper(), args.steps, args.lr, stop) as loop:
-        memory, clock, samples = Memory(loop.extra.get("memory")), Stopwatch(), SampleLog(loop)
-        loop.keep = lambda: {"memory": memory.best}
-        if loop.done == 0 and ranks.first():
-            tqdm.write("RFT: a policy loss of 0 at step 0 is right: rho is 1, and advantages have mean 0")
-        for step in loop:
-            with clock("sample"):
-                batch, groups = act(args, policy, conversations, step, memory)
-            kept = [i for i, g in enumerate(groups) if args.idle_groups == "keep" or has_variance(g)]
-            trained, mine = [groups[i] for i in kept], share_of([batch[i] for i in kept])
-            with clock("update"):
-                for _ in range(args.inner_epochs):
-                    losses, sums = zip(*ranks.exchange(gradient(args, policy, trained, mine, limit)))
-                    lr, norm = loop.optimizer_step(sum(losses))
-            for p, group in zip(batch, groups):  # only now: within a step all groups see the same memory
-                if p.target.kind == "G":
-                    memory.update(p.target.game.key, [o.rewards["s"] for o in group])
-            line = step_metrics(batch, groups, add_sums(list(sums)))
-            line |= {"loss": sum(losses), "lr": lr, "grad_norm": norm} | timing(groups, clock)
-            samples.write(step, batch, groups)
-            loop.end_step(line, live_line(line))
-    if loop.finished and ranks.first():
-        of_sft = adapters.read_chain(args.sft_adapter or folder / "sft" / "adapter")
-        stacked = adapters.stack_adapters(*of_sft, adapters.adapter_state(policy.model), config)
-        adapters.write_adapter(folder / "adapter", *stacked)
-    return loop.finished
+def save_both(policy: Policy, sft_adapter: str | Path, folder: Path, config: lora.LoRAConfig) -> None:
+    """RFT's adapter was trained on the base with SFT's merged in. For the plain base, both are one adapter of
+    twice the rank. Layers that cannot be stacked so are saved alone, to be used on the merged base."""
+    if policy.layer.stackable:
+        state = adapters.adapter_state(policy.model)
+        stacked = adapters.stack_adapters(*adapters.read_chain(sft_adapter), state, config)
+        adapters.write_adapter(folder, *stacked)
+    else:
+        adapters.save_adapter(policy.model, folder, config)
+        print(f"{folder} is for the base with {sft_adapter} merged in: see tools.merge")
+
+
+def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
+    """The policy, the records of the expert games and the prompts of RFT. What can be wrong with them is
+    found here, before anything is trained."""
+    data, style = settings.data, settings.players.style
+    instances(settings.games, settings.evaluation)  # complains about its flags
+    records = data.load(settings.games, settings.players)
+    policy = settings.model.load()
+    if settings.rft.sft_adapter:
+        put_adapter(policy, settings.rft.sft_adapter)
+    trained = trained_seats(records, data.seat, data.seed)
+    conversations = make_prompts(policy, records, trained, settings.rft.prompts, style)
+    check_lengths(settings, policy)
+    return policy, records, conversations
 
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description="ToMPO: SFT, reinforcement and evaluation in one run.")
-    training.add_training_arguments(parser, "runs/tompo")
-    add_rft_arguments(parser)
-    held_out.add_eval_arguments(parser, seat=False, fewest=0)
     ranks.start()
-    args = training.parse(parser, "train_rft.py", argv)
-    check_rft_arguments(args)
-    held_out.held_out_instances(args)  # complains about its flags before anything is trained
-    clock = Stopwatch()
+    parser = training_parser("ToMPO: SFT, reinforcement and evaluation in one run.", "runs/tompo")
+    add_rft_flags(parser)
+    add_evaluation_flags(parser, fewest=0)
+    settings = parse_training(parser, "train_rft.py", argv)
+    clock, algo = Stopwatch(), settings.rft.algo
     with clock("load"):
-        records = training.load_records(args)
-        policy = training.load_policy_of_rank(args)
-        if args.sft_adapter:
-            put_adapter(policy, args.sft_adapter)
-        conversations = make_prompts(policy, records, args)
-        held_out.check_lengths(args, policy)
-    with training.run_folder(args) as folder, StopSignal() as stop:
-        finished = True
-        if not args.sft_adapter:
-            with clock("SFT"):
-                if (folder / "sft" / "adapter" / adapters.CONFIG_FILE).exists():
-                    put_adapter(policy, folder / "sft" / "adapter")
-                else:
-                    finished = sft(policy, args, records, folder / "sft", stop)
-        if finished:
-            lora.merge(policy.model)
-            with clock("RFT"):
-                finished = rft(policy, args, conversations, folder, stop)
+        policy, records, conversations = prepare(settings)
+    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+        with StopSignal() as stop:
+            finished = True
+            if not settings.rft.sft_adapter:
+                with clock("SFT"):
+                    if (folder / "sft" / "adapter" / adapters.CONFIG_FILE).exists():
+                        put_adapter(policy, folder / "sft" / "adapter")
+                    else:
+                        finished = run_sft(settings, policy, records, folder / "sft", stop)
+            if finished:
+                lora.merge(policy.model)
+                with clock("RFT"):
+                    finished = run_rft(settings, policy, conversations, folder, stop)
     if ranks.first():
         plot_curves(folder)
     if not finished:
         print(f"stopped and saved; continue with: python train_rft.py --resume {folder}")
         raise SystemExit(130)
-    if args.eval_games:
+    if settings.evaluation.games:
         with clock("evaluation"):
-            results = held_out.evaluate_run(args, policy, folder)
+            results = evaluate_run(settings, policy, folder)
     if ranks.first():
-        if args.eval_games:
-            print("\n" + metrics.report(results, args.rounds))
+        if settings.evaluation.games:
+            print("\n" + metrics.report(results))
         print("\n" + diagnose.summary(folder))
-        dataset.print_report()
+        print_report()
         print_times(folder, clock)
-        print(f"adapter (SFT and {args.algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
+        print(f"adapter (SFT and {algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
         print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
         print(f"{view.of_run(folder)}\nwhat the columns of the table mean: docs/settings.md, section Metrics")
 

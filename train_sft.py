@@ -6,14 +6,14 @@
 [choice] The default model trains on both kinds of decision: untrained, it never keeps to the reply format,
 and RFT has no signal without some compliant replies.
 
-All decisions of an agent in a game are one conversation. The loss is the mean of -log pi over the reply
-tokens of the chosen kind (and each reply's end-of-turn token); `--train-on separate` trains an adapter for
-each kind. A label is the expert's answer, also where a random one was played. By default run/dataset.py:
-weak_labels then makes half of the link decisions in the labels random (--label-noise).
+All decisions of an agent in a game are one conversation. The loss is the mean of -log pi over the tokens of
+the labels (and each label's end-of-turn token). A label is the expert's answer, also where a random one was
+played. [choice] In half of the labels of links the decision is random (--label-noise), so that RFT has
+something to learn.
 """
 
-import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
-import argparse
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,133 +21,216 @@ import torch
 from tqdm import tqdm
 
 import lora
+from games import KINDS
 from models import adapters
-from play.expert_games import Record
+from play.dataset import Record, trained_seats, with_label_noise
+from play.probe import Probe, probe_targets
 from policy import Policy
-from run import checkpoint, dataset, ranks, training
-from run.files import StopSignal, Stopwatch, reports_errors
+from run import ranks
+from run.errors import InputError, reports_errors
+from run.files import StopSignal, run_folder
+from run.seeds import Stream, shuffled, torch_generator
+from run.stage import Stage
+from settings import SFT, LoRA, Settings, parse_training, training_parser
+from teachers.language import print_report
 
 HELD_OUT_GAMES = 12  # for the reply loss before and after
+HELD_OUT_PASS = 12  # conversations in a pass of the reply loss, which has no gradients to keep
+MAX_GRAD_NORM = 1.0
+PROBE_EVERY = 10  # steps
 
 
 @dataclass
 class Conversation:
-    """The trained decisions of one agent in one game. rows: what the policy scores; kinds: of each target, G
-    or E."""
+    """The trained decisions of one agent in one game: the prompts, the one reply to each that is imitated,
+    and the kinds of decision by name. Later prompts contain what was played, which may differ from the
+    label."""
 
-    rows: list
-    kinds: str
+    prompts: list[list[int]]
+    replies: list[list[list[int]]]
+    kinds: list[str]
+
+    @property
+    def label_tokens(self) -> int:
+        return sum(len(reply) for (reply,) in self.replies)
+
+    @property
+    def tokens(self) -> int:
+        """Different tokens: the last prompt contains the earlier ones, and the fast engine reads them
+        once."""
+        return max(map(len, self.prompts)) + self.label_tokens
 
 
-def conversations(policy: Policy, records: list[Record], train_on: str) -> list[Conversation]:
-    """One conversation for each (game, seat) of the data set: its decisions of the trained kind as prompts,
-    with the label as their one reply. Later prompts hold what was played, which may differ from the label."""
-    kinds = {"effort": "E", "graph": "G", "both": "GE"}[train_on]
+def conversations(policy: Policy, records: list[Record], kinds: tuple[str, ...]) -> list[Conversation]:
+    """One for each agent of each game, with its decisions of these kinds (letters)."""
     decisions: dict[tuple[int, int], list[Record]] = {}
     for r in records:
         if r.kind in kinds:
             decisions.setdefault((r.game, r.seat), []).append(r)
-    found = []
-    for of_agent in decisions.values():
-        prompts = [policy.encode_prompt(r.prompt) for r in of_agent]
-        replies = [[policy.encode_reply(r.label)] for r in of_agent]
-        rows = policy.pack(prompts, replies)
-        policy.check_length(max(row.longest for row in rows), 0)
-        order = [i for row in rows for i in row.prompts]
-        found.append(Conversation(rows, "".join(of_agent[i].kind * len(replies[i][0]) for i in order)))
-    return found
+    result = []
+    for agent in decisions.values():
+        prompts = [policy.encode_prompt(r.prompt) for r in agent]
+        replies = [[policy.encode_reply(r.label)] for r in agent]
+        for prompt, (reply,) in zip(prompts, replies, strict=True):
+            policy.check_length(len(prompt), len(reply))
+        result.append(Conversation(prompts, replies, [KINDS[r.kind].name for r in agent]))
+    return result
+
+
+def prompts_and_replies(part: list[Conversation]) -> tuple[list, list]:
+    """Those of all these conversations, in order."""
+    return [p for c in part for p in c.prompts], [r for c in part for r in c.replies]
 
 
 @torch.no_grad()
-def reply_loss(
-    policy: Policy, test: list[Conversation], conversations_per_pass: int = 12
-) -> dict[str, float]:
-    """Mean -log pi of the target tokens, by kind of decision."""
+def reply_loss(policy: Policy, test: list[Conversation]) -> dict[str, float]:
+    """Mean -log pi of the label tokens, by kind of decision."""
     losses: dict[str, list[float]] = {}
-    for part in training.micro_batches(test, conversations_per_pass):
-        logps = torch.cat(policy.token_logps([row for c in part for row in c.rows])).tolist()
-        for kind, logp in zip("".join(c.kinds for c in part), logps, strict=True):
-            losses.setdefault(kind, []).append(-logp)
+    for part in chunks(test, HELD_OUT_PASS):
+        kinds = [kind for c in part for kind in c.kinds]
+        for kind, logps in zip(kinds, policy.token_logps(*prompts_and_replies(part)), strict=True):
+            losses.setdefault(kind, []).extend((-logps).tolist())
     return {kind: sum(values) / len(values) for kind, values in losses.items()}
 
 
-def sft(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
-    """Trains a new adapter on `policy` and saves it to FOLDER/adapter; continues from a checkpoint in FOLDER
-    if there is one. Returns False if it was stopped before the end (after saving a checkpoint)."""
-    config = training.new_adapter(policy, args, purpose=1)
-    trained = training.in_trained_seats(args, records)
-    data = conversations(policy, dataset.weak_labels(args, records, trained), args.train_on)
-    held_out = dataset.simulate_args(args, HELD_OUT_GAMES, args.seed, "held-out")
-    test = conversations(policy, training.in_trained_seats(args, held_out), "both")
-    with training.Loop(args, policy, folder, "SFT", args.sft_steps, args.sft_lr, stop) as loop:
-        if loop.done == 0:
-            log_reply_loss(loop, policy, test)
-        clock = Stopwatch()
-        for step in loop:
-            with clock("step"):
-                batch = checkpoint.shuffled(len(data), args.sft_batch, step, args.seed, 2)
-                rows = [data[i].rows for i in batch]
-                targets = sum(len(row.targets) for of_one in rows for row in of_one)  # of the whole step
-                mine = [row for i in ranks.share(range(len(rows))) for row in rows[i]]
-                loss = 0.0
-                for part in training.micro_batches(mine, args.micro_batch):
-                    part_loss = -torch.cat(policy.token_logps(part)).sum() / targets
-                    part_loss.backward()
-                    loss += part_loss.item()
-                loss = sum(ranks.exchange(loss))
-                lr, norm = loop.optimizer_step(loss)
-            speed = sum(len(row.ids) for of_one in rows for row in of_one) / clock.last["step"]
-            line = {"loss": loss, "lr": lr, "grad_norm": norm, "tokens_per_s": speed}
-            loop.end_step(line, f"loss {loss:.3f}, {speed:.0f} tok/s")
-    if not loop.finished:
-        return False
-    log_reply_loss(loop, policy, test)
+def sft(
+    policy: Policy, cfg: SFT, data: list[Conversation], optimizer, stage: Stage, seed: int, micro_batch: int
+) -> None:
+    """The training loop. micro_batch: see Policy.batches."""
+    for step in stage.steps():
+        # 1. A batch of conversations; every epoch goes through all of them in a new order.
+        order = shuffled(len(data), cfg.batch, step, seed, Stream.SFT_ORDER)
+        batch = [data[i] for i in order]
+        label_tokens = sum(c.label_tokens for c in batch)
+        # 2. The mean of -log pi over the label tokens of the batch, pass by pass; processes share the batch.
+        loss = 0.0
+        for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
+            # An engine may need several passes for the prompts of these conversations, in an order of its
+            # own.
+            prompts, replies = prompts_and_replies(part)
+            for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
+                logps = policy.token_logps([prompts[i] for i in own], [replies[i] for i in own])
+                part_loss = -torch.cat(logps).sum() / label_tokens
+                part_loss.backward()
+                loss += part_loss.item()
+        loss = sum(ranks.exchange(loss))
+        # 3. The optimizer step.
+        optimizer.param_groups[0]["lr"] = learning_rate(step, cfg.steps, cfg.lr)
+        norm = clip_gradient(optimizer, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        values = {"loss": loss, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+        values["tokens_per_s"] = sum(c.tokens for c in batch) / stage.elapsed
+        stage.end_step(values, f"loss {values['loss']:.3f}, {values['tokens_per_s']:.0f} tok/s")
+
+
+# -------------------- what both stages of training share
+
+
+def chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora.LoRAConfig:
+    """Injects a fresh adapter into the policy's model. stream: SFT and RFT draw A from different ones."""
+    try:
+        adapter = lora.LoRAConfig(config.rank, config.alpha, config.targets, policy.name)
+        lora.inject(policy.model, adapter, torch_generator(seed, stream), policy.layer)
+        lora.require_untied(policy.model)  # now, and not when SFT is done and is to be merged
+    except ValueError as e:
+        raise InputError(str(e)) from None
+    return adapter
+
+
+def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
+    # A fused optimizer would change A and B without a trace, and fast/lora_products.py would not see it.
+    parameters = lora.lora_parameters(model)
+    return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over a tenth of the steps, but at least 3, then cosine to 0; `step` from 0.
+
+    Adam's first steps are the sign of the gradient at full length: without a warm-up the first batch of RFT
+    alone can push a policy to one answer for everything."""
+    warmup = max(3, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
+    """Sums the gradients of all processes and clips the sum. Returns its norm before clipping."""
+    parameters = optimizer.param_groups[0]["params"]
+    ranks.sum_gradients(parameters)
+    return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+
+
+# -------------------- the stage
+
+
+def run_sft(
+    settings: Settings, policy: Policy, records: list[Record], folder: Path, stop: StopSignal
+) -> bool:
+    """Trains a new adapter on the policy and saves it to FOLDER/adapter; continues from a checkpoint in
+    FOLDER if there is one. Returns False if it was stopped before the end, after saving a checkpoint."""
+    cfg, seed, style, data = settings.sft, settings.run.seed, settings.players.style, settings.data
+    trained = trained_seats(records, data.seat, seed)
+    labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
+    held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
+    test = conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS))
+    train = conversations(policy, labels, cfg.kinds)
+    adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
+    optimizer = make_optimizer(policy.model)
+    parameters = adapters.named_parameters(policy.model)
+    with Stage(folder, "SFT", cfg.steps, parameters, optimizer, stop, settings.flags) as stage:
+        stage.probe = make_probe(settings, policy, stage, "SFT", PROBE_EVERY)
+        if stage.steps_done == 0:
+            log_reply_loss(stage, policy, test)
+        sft(policy, cfg, train, optimizer, stage, seed, settings.run.micro_batch)
+        if stage.finished:
+            log_reply_loss(stage, policy, test)
+            if ranks.first():
+                adapters.save_adapter(policy.model, folder / "adapter", adapter)
+    return stage.finished
+
+
+def make_probe(settings: Settings, policy: Policy, stage: Stage, name: str, every: int) -> Probe | None:
+    """The probe of a stage, every so many steps. None with a language model as the expert, whose answers
+    may cost money."""
+    players, data = settings.players, settings.data
+    if players.expert.language:
+        return None
+    seat = data.seat if isinstance(data.seat, int) else 0
+    targets = probe_targets(settings.games.families, data.agents[0], seat, players.expert, players.style)
+    return Probe(
+        stage, name, every, policy, targets, players.style, Path(settings.run.out), settings.run.seed
+    )
+
+
+def log_reply_loss(stage: Stage, policy: Policy, test: list[Conversation]) -> None:
     if ranks.first():
-        adapters.save_adapter(policy.model, folder / "adapter", config)
-    return True
-
-
-def log_reply_loss(loop: training.Loop, policy: Policy, test: list[Conversation]) -> None:
-    if ranks.first():
-        losses = {
-            {"G": "graph", "E": "effort"}[kind]: loss for kind, loss in reply_loss(policy, test).items()
-        }
-        loop.log.write({"step": loop.done} | {f"held_out_loss_{kind}": loss for kind, loss in losses.items()})
-        told = ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
-        tqdm.write(f"SFT held-out reply loss: {told}")
-
-
-def sft_separately(policy: Policy, args, records: list[Record], folder: Path, stop: StopSignal) -> bool:
-    """An adapter for each kind of decision: FOLDER/graph/adapter and FOLDER/effort/adapter; what was finished
-    before a resume is kept. Returns False if it was stopped before the end."""
-    for kind in ("graph", "effort"):
-        if not (folder / kind / "adapter" / adapters.CONFIG_FILE).exists():
-            of_kind = argparse.Namespace(**vars(args) | {"train_on": kind, "probes": 0})
-            if not sft(policy, of_kind, records, folder / kind, stop):
-                return False
-            lora.remove(policy.model)
-    return True
+        losses = reply_loss(policy, test)
+        named = {f"held_out_loss_{kind}": loss for kind, loss in losses.items()}
+        stage.log.write({"step": stage.steps_done} | named)
+        text = ", ".join(f"{kind} {loss:.3f}" for kind, loss in losses.items())
+        tqdm.write(f"SFT held-out reply loss: {text}")
 
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description="LoRA fine-tuning on expert games.")
-    training.add_training_arguments(parser, "runs/sft")
     ranks.start()
-    args = training.parse(parser, "train_sft.py", argv)
-    records = training.load_records(args)
-    policy = training.load_policy_of_rank(args)
-    with training.run_folder(args) as folder, StopSignal() as stop:
-        separate = args.train_on == "separate"
-        finished = (sft_separately if separate else sft)(policy, args, records, folder, stop)
-    dataset.print_report()
+    parser = training_parser("LoRA fine-tuning on expert games.", "runs/sft")
+    settings = parse_training(parser, "train_sft.py", argv)
+    records = settings.data.load(settings.games, settings.players)
+    policy = settings.model.load()
+    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+        with StopSignal() as stop:
+            finished = run_sft(settings, policy, records, folder, stop)
+    print_report()
     if not finished:
         print(f"stopped and saved; continue with: python train_sft.py --resume {folder}")
         raise SystemExit(130)
-    if separate:
-        print(f"adapters: {folder}/graph/adapter, {folder}/effort/adapter")
-        print(f"next:     python eval.py --policy {folder}")
-        return
     print(f"adapter: {folder / 'adapter'}\nnext:    python train_rft.py --sft-adapter {folder / 'adapter'}")
 
 

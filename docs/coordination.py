@@ -1,12 +1,11 @@
-"""A third game, written from outside: weakest-link coordination on a network. your-own-game.md walks through
-this file.
+"""A third game in one file: weakest-link coordination on a network. your-own-game.md walks through it.
 
-Agents choose links, then efforts. Every link pays its two ends by the weaker of their two efforts:
+Agents choose links, then efforts. Every link pays its two ends by the smaller of their two efforts:
 
     payoff   pi_i = alpha_i sum_j g_ij min(x_i, x_j) - x_i^2/2 - c sum_j g_ij,   0 <= x_i <= cap
 
-So nobody gains by giving more than its partners, and many effort profiles are equilibria: who is trusted
-decides.
+So nobody gains by giving more than all its partners do, and there are many equilibria: which one is played
+depends on what agents expect of each other.
 
     python -m docs.coordination --game coordination --expert planner --out runs/coordination
 """
@@ -17,17 +16,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import Game, GameError, Observation, empty_graph, register
+from games import Game, GameError, Observation, empty_graph, register, solved_once
 from prompts import tell_numbers, tell_short
-from world.solved import solved_once
 
 MAX_LABELLED = 5  # agents up to which all labelled graphs are enumerated: 1024 at 5
 
 
 def best_reply(alpha: float, others) -> float:
-    """To the efforts of those one is linked to. Payoff is concave in the own effort x, with slope alpha k - x
-    where k of the others give more than x. So it rises up to the greatest x that some k of the others reach
-    and alpha k does."""
+    """The best effort of an agent whose partners give the efforts `others`. The payoff is concave in the own
+    effort x, and its slope is alpha k - x where k partners give more than x. So it rises up to the largest x
+    that does not exceed alpha k while k partners give at least x, for some k."""
     return max((min(alpha * k, y) for k, y in enumerate(sorted(others, reverse=True), 1)), default=0.0)
 
 
@@ -37,7 +35,7 @@ class Coordination(Game):
     """alpha: what the weaker effort of a link is worth to each agent (N,); c: cost of a link, paid at both
     ends; cap: the largest allowed effort; stages, rounds: see Game."""
 
-    # rules
+    # The rules.
 
     name = "coordination"
     alpha: tuple[float, ...]
@@ -74,13 +72,13 @@ class Coordination(Game):
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         x = np.minimum(self.cap, efforts_N)
-        return np.array([best_reply(a, x[row_N == 1]) for a, row_N in zip(self.alpha, links_NN)])
+        rows = zip(self.alpha, links_NN, strict=True)
+        return np.array([best_reply(alpha, x[row_N == 1]) for alpha, row_N in rows])
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        """The greatest equilibrium. It exists since best replies rise with the others' efforts (the game is
-        supermodular): from the cap, which is above every equilibrium, repeated best replies only fall, stay
-        above every equilibrium, and so end in one of them, after finitely many steps because each is 0,
-        the cap or an alpha_i k."""
+        """The greatest equilibrium. Best replies rise with the others' efforts (the game is supermodular).
+        So repeated best replies that start from the cap only fall, and stay above every equilibrium. They
+        end in one after finitely many steps, because every effort is 0, the cap or some alpha_i k."""
         x = self.caps
         while True:
             previous, x = x, self.best_response(links_NN, x)
@@ -88,19 +86,19 @@ class Coordination(Game):
                 return x
 
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        """Exact. Let S_t be the set of those who give more than t. Then welfare, the links' cost apart, is
-        the integral over t from 0 to the cap of
+        """Exact. Let S_t be the set of agents who give more than t. Then welfare, without the cost of links,
+        is the integral over t from 0 to the cap of
 
             sum of alpha_i + alpha_j over the links inside S_t  -  t |S_t|.
 
-        This is supermodular in S_t, so the best sets for each t alone are nested: they belong to efforts,
-        which are optimal. The highest effort is the density (sum per member) of the densest set, which gives
-        it; the next one is that of the densest addition to this set, and so on. The cap ends the integral,
-        and so cuts efforts off."""
+        The integrand is supermodular in S_t, so the best sets of all t are nested, and therefore belong to
+        one profile of efforts, which is optimal. The agents of the densest set (the largest sum per member)
+        give the highest effort, which is this density; the next effort is the density of the densest
+        addition to that set, and so on. The integral ends at the cap, so no effort exceeds it."""
         sets_SN = np.array(list(itertools.product((0, 1), repeat=self.N)))
         size_S = sets_SN.sum(1)
         value_S = (sets_SN @ (links_NN * np.add.outer(self.alpha, self.alpha)) * sets_SN).sum(1) / 2
-        x, now = np.zeros(self.N), 0  # the set of those whose effort is known, the empty one at first
+        x, now = np.zeros(self.N), 0  # now: the set of the agents whose effort is known, empty at first
         while size_S[now] < self.N:
             larger = np.flatnonzero((sets_SN >= sets_SN[now]).all(1) & (size_S > size_S[now]))
             density = (value_S[larger] - value_S[now]) / (size_S[larger] - size_S[now])
@@ -110,34 +108,34 @@ class Coordination(Game):
         return np.minimum(x, self.cap)
 
     @solved_once
-    def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """Raises GameError for more than 5 agents."""
+    def efficient_graph(self, solution: str = "nash") -> tuple[np.ndarray, float]:
+        """(links_NN, welfare) of the best of all graphs. Raises GameError for more than 5 agents."""
         if self.N > MAX_LABELLED:
             raise GameError(f"the efficient graph of this game is known for at most {MAX_LABELLED} agents")
         pairs = list(itertools.combinations(range(self.N), 2))
         best_links, best_welfare = None, -np.inf
         for chosen in itertools.product((0, 1), repeat=len(pairs)):
             links_NN = empty_graph(self.N)
-            for (i, j), linked in zip(pairs, chosen):
+            for (i, j), linked in zip(pairs, chosen, strict=True):
                 links_NN[i, j] = links_NN[j, i] = linked
-            W = self.welfare(links_NN, self.efforts(efforts, links_NN))
+            W = self.welfare(links_NN, self.solve_efforts(solution, links_NN))
             if W > best_welfare + 1e-9:
                 best_links, best_welfare = links_NN, W
         return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """alpha_i min(x_i, x_j) - c, whatever the other links."""
+        """alpha_i min(x_i, x_j) - c, whatever the other links are."""
         return np.array(self.alpha)[:, None] * np.minimum.outer(efforts_N, efforts_N) - self.c
 
-    # words
+    # The words.
 
     payoff_rule = "Payoff: alpha (sum over links of the smaller of the two efforts) - x^2/2 - c (links)."
     type_name = "alpha"
 
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
-        """What each link would earn its two ends on average, if all gave half of mean alpha (N-1), in units
-        of c."""
+        """What each link would earn its two ends on average if all gave half of mean alpha (N-1), in units of
+        c."""
         c, mean = seen.parameters["c"], sum(seen.types) / seen.N
         if not c:
             return ""
@@ -148,8 +146,8 @@ class Coordination(Game):
 
     @classmethod
     def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """How many links, to which alphas, and the best reply if each neighbour gives alpha times its own
-        links."""
+        """The number of own links, the alphas at their other ends, and as a hint the best reply if each
+        partner gives its alpha times the number of its links."""
         linked = np.flatnonzero(seen.links[seen.seat])
         text = f", {len(linked)} links"
         if seen.types is not None and len(linked):
@@ -160,8 +158,8 @@ class Coordination(Game):
                 text += f". Best reply if each gives alpha times its links: {best:.2f}"
         return text
 
-    # draws: u is cap / (mean(alpha) (N-1)), v is c / (mean(alpha)^2 (N-1) / 2). Of homogeneous agents whom
-    # the cap does not bind, all should link up to v = 1, and nobody above.
+    # The draws: u is cap / (mean(alpha) (N-1)), v is c / (mean(alpha)^2 (N-1) / 2). If agents are homogeneous
+    # and the cap does not bind, all should link up to v = 1, and nobody above.
 
     fixable = ("cap", "c")
     ranges = ((0.5, 1.3), (0.2, 1.2))

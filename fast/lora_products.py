@@ -1,10 +1,10 @@
-"""LoRA's products joined: the same h = W x + scaling B A x as lora.LoRALinear, in one product with W instead
-of three.
+"""The same h = W x + scaling B A x as lora.LoRALinear, in one product with W instead of three products.
 
-A `JointLoRALinear` keeps a working copy, made anew after any of W, B and A was changed in place (what writes
-to `.data`, or a fused optimizer, it cannot see). In fp32 it is the sum W + scaling B A. In bf16 that would
-lose every change of W that is smaller than W's resolution, and the first steps are; so there it is [W, B],
-for [x, scaling A x], and one product adds both before it rounds.
+A `JointLoRALinear` stores a working copy, which it makes anew after W, B or A was changed in place. (It does
+not see what is written to `.data`, or by a fused optimizer.) In fp32 the working copy is the sum
+W + scaling B A. In bf16 the sum would lose every change of W that is smaller than W's resolution, as those of
+the first steps are. So there the working copy is [W, B], which is multiplied with [x, scaling A x]: one
+product adds both parts before it rounds.
 """
 
 import torch
@@ -19,7 +19,7 @@ class JointLoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Module, r: int, scaling: float, generator: torch.Generator):
         super().__init__(base, r, scaling, generator)
-        self._working, self._joint_A, self._working_of = None, None, None
+        self._working, self._joint_A, self._versions = None, None, None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.disabled:
@@ -36,33 +36,35 @@ class JointLoRALinear(LoRALinear):
         return self.base.bias
 
     def working(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(the working copy, the A that widens x for it or None)."""
+        """The working copy and, below fp32, the joint A: x is multiplied with it to get the rest of the
+        working copy's input. In fp32 the latter is None."""
         if self.frozen and self._working is not None:
             return self._working, self._joint_A
-        # W, or the [W, B'] and A' of a base that is a frozen adapter
+        # W is the base's weight, or the [W, B'] of a frozen adapter, whose A' is then `below`.
         W, below = self.base.working() if isinstance(self.base, LoRALinear) else (self.base.weight, None)
         versions = [p._version for p in (W, self.B, self.A)]
-        if self._working_of != versions:
-            with torch.inference_mode(False), torch.no_grad():  # sampling may make it, the update uses it
+        if self._versions != versions:
+            with torch.inference_mode(False), torch.no_grad():  # training uses what sampling has made
                 if W.dtype == torch.float32:
                     self._working = torch.addmm(W, self.B, self.A, alpha=self.scaling)
                 else:
                     self._working = torch.cat([W, self.B.to(W.dtype)], 1)
                     A = (self.scaling * self.A).to(W.dtype)
                     self._joint_A = A if below is None else torch.cat([below, A])
-            self._working_of = versions
+            self._versions = versions
         return self._working, self._joint_A
 
     def freeze(self) -> None:
-        """W, and every B that is frozen above it, become views of the working copy, which holds W once."""
+        """W, and the B of this layer and of every frozen one in it, become views of the working copy, so that
+        W stands in memory once."""
         super().freeze()
-        self._hold(self.working()[0])
+        self._share(self.working()[0])
 
-    def _hold(self, S: torch.Tensor) -> None:
+    def _share(self, S: torch.Tensor) -> None:
         self._working, n = S, S.shape[1] - self.B.shape[1]
         self.B = nn.Parameter(S[:, n:], requires_grad=False)
         if isinstance(self.base, LoRALinear):
-            self.base._hold(S[:, :n])
+            self.base._share(S[:, :n])
         else:
             self.base.weight = nn.Parameter(S[:, :n], requires_grad=False)
 
@@ -73,9 +75,9 @@ def _joint(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
 
 
 class _SumLinear(torch.autograd.Function):
-    """h = S x + bias with S = W + scaling B A at hand: one product instead of three, and no (out)-wide sum.
-    Backward, with g = dJ/dh:  dJ/dx = S^T g,  dJ/dA = scaling (B^T g) x^T,  dJ/dB = scaling g (A x)^T;  W is
-    frozen."""
+    """h = S x + bias, with S = W + scaling B A given. With g = dJ/dh the gradients are
+    dJ/dx = S^T g,  dJ/dA = scaling (B^T g) x^T,  dJ/dB = scaling g (A x)^T;  W is frozen.
+    In the code the formulas stand transposed, because a token is a row there."""
 
     @staticmethod
     def forward(ctx, x, A, B, scaling, S, bias):
@@ -86,7 +88,6 @@ class _SumLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, A, B, S = ctx.saved_tensors
-        # A row is a token, so the formulas stand transposed.
         g, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = (g @ S).view(x.shape) if ctx.needs_input_grad[0] else None
         dA = (g @ B).mul_(ctx.scaling).T @ rows
@@ -95,9 +96,9 @@ class _SumLinear(torch.autograd.Function):
 
 
 class _JointLinear(torch.autograd.Function):
-    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32: one product adds both before it
-    rounds. Backward: [W, B]^T g = [dJ/dx without z, dJ/dz], and the rest as above. What was frozen before
-    stands between: [W, B'] for W, and its A' above scaling A in joint_A."""
+    """h = [W, B] [x, z] + bias with z = scaling A x, for weights below fp32. [W, B]^T g is the gradient with
+    respect to x without the part that goes through z, then that with respect to z; the other gradients are as
+    above. On top of frozen adapters, W is [W, B'], and their A' stands above scaling A in joint_A."""
 
     @staticmethod
     def forward(ctx, x, A, B, scaling, S, joint_A, bias):
@@ -118,13 +119,12 @@ class _JointLinear(torch.autograd.Function):
 
 
 def linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """F.linear. On a CPU, where x has few rows, in fp32, W x^T takes half the time of x W^T in MKL, and four
-    fifths in oneDNN (in bf16 less for 32 rows, but more for 24 or 40)."""
+    """The same as F.linear. Where x has few rows, a CPU computes W x^T in half the time of x W^T in fp32 with
+    MKL, and in four fifths with oneDNN. (In bf16 it is faster for 32 rows, but slower for 24 or 40.)"""
     few = x.numel() < 56 * x.shape[-1] and x.dtype == torch.float32
     if x.device.type != "cpu" or bias is not None or not few:
         return F.linear(x, W, bias)
     y = (W @ x.reshape(-1, x.shape[-1]).T).T
-    # What is wider than x is narrowed by another product soon, which wants it as it is
-    if W.shape[0] <= W.shape[1]:
+    if W.shape[0] <= W.shape[1]:  # a wide y is the input of a product that wants it as it is
         y = y.contiguous()
     return y.view(*x.shape[:-1], -1)

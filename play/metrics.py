@@ -1,99 +1,44 @@
-"""What is measured in played games, and the tables that show it. Needs no language model.
+"""What is measured in played games, and the tables that show it. No language model is needed.
 
-Metrics, [choice] where the paper only names them:
-    U1      share of the policy's decisions that are compliant; Wilson interval
-    s       graph score of its graph decisions against the expert's: see rewards.py; 0 if not compliant
-    row     share of the N-1 other agents for whom a graph decision is the expert's; 0 if not compliant.
-            Unlike s it sees proposals that nobody answers
-    U2      strategic efficiency of a decision: 1 - (u_best - u) / (u_best - u_worst) given what the others
-            actually play: over all 2^(N-1) own rows (payoff at the Nash efforts of the graph that would
-            form), or over all efforts in [0, cap]; 1 where u_best = u_worst
-    U3      cooperative outcome of a game: realised welfare / welfare of the first best (planner); games in
-            which that is 0 are left out
-    U3 gain (W - W_empty) / (W* - W_empty): 0 for nobody linking at Nash efforts, 1 for the first best; games
-            without a difference are left out
-    belief  graph: share of the others whose choice of the agent was foreseen; effort: mean over the others of
-            max(0, 1 - |belief - effort| / max(effort, 0.05 cap)); 0 without a compliant reply that states one
+The metrics are a [choice] where the paper only names them; docs/settings.md explains them at length. The
+unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
+compliant plays no links or effort 0, and counts. Where the policy sits in several seats, the value of a
+game is the mean over its seats.
 
-The unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
-compliant plays no links / effort 0, and counts; the columns `| ok` are U2 of compliant decisions and U3 of
-games in which every decision of the policy was compliant. Where the policy sits in several seats, a game's
-value is the mean over its seats. All of it is also reported for round 1 alone where games have more rounds.
+A new metric is one entry of METRICS. Where a metric does not exist, as U3 where the first best is 0 or s for
+efforts, it is None and left out of means.
 """
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
-import games
-from games import Game, State
-from play.hindsight import effort_payoff, row_payoff, row_payoffs, tell_history
-from prompts import Decision
-from rewards import Target, accuracy, belief_accuracy, graph_score
-from run.files import InputError, read_json
-
-METRICS = ("U1", "s", "row", "U2", "U3", "U3 gain", "belief", "U2 | ok", "U3 | ok")
-COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
+from decisions import LINKS
+from games import KINDS, Decision, Game, State, empty_graph, history_to_text
+from rewards import Target, accuracy, belief_accuracy, hamming
+from run.errors import InputError, library_errors
+from run.files import read_json
 
 
-# -------------------- metrics
-
-
-def strategic_efficiency(state: State, seat: int, actions: np.ndarray) -> float:
-    """U2 of the decision that `seat` took among `actions`, all agents' actions of the stage."""
-    game = state.game
-    if state.kind == "G":
-        u, all_u = row_payoff(state, seat, actions, actions[seat]), row_payoffs(state, seat, actions)
-        best, worst = all_u.max(), all_u.min()
-    else:
-        u, nothing, cap = (
-            effort_payoff(state, seat, actions, x) for x in (actions[seat], 0.0, game.caps[seat])
-        )
-        best = effort_payoff(state, seat, actions, game.best_response(state.links, actions)[seat])
-        worst = min(nothing, cap)  # own payoff is concave in the own effort
-    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
-
-
-def measured(
-    decision: Decision | None, state: State, seat: int, actions: np.ndarray, experts: np.ndarray | None
-) -> dict[str, float | None]:
-    """s, row, U2 and belief of what `seat` decided. actions: all agents' of the stage; experts: what the
-    experts of all agents propose, which graph decisions are compared with."""
-    s = row = None
-    if state.kind == "G":
-        s = graph_score(decision, Target(state, seat, experts))
-        row = accuracy(decision.action, experts[seat], seat) if decision else 0.0
-    belief = belief_accuracy(decision, Target(state, seat, actions))
-    return {"s": s, "row": row, "U2": strategic_efficiency(state, seat, actions), "belief": belief}
-
-
-@cache
-def welfare_bounds(game: Game) -> tuple[float, float]:
-    """(W* of the first best, W of nobody linking at Nash efforts)."""
-    empty_NN = games.empty_graph(game.N)
-    return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Turn:
-    """One decision of the policy. decision is None for a reply that is not compliant; repaired: not
-    compliant, but a decision was read out of it and played (see prompts.repair_reply)."""
+    """One decision of the policy. decision: that of the reply, None if it is not compliant; played: the same,
+    or what play/repair.py read in the reply; actions: what all agents play in this stage; expert_actions:
+    what the experts of all agents would play, None for kinds that no metric compares with them."""
 
-    round: int
-    kind: str
+    state: State
+    seat: int
     reply: str
     decision: Decision | None
-    s: float | None  # graph decisions only
-    row: float | None  # graph decisions only
-    U2: float
-    belief: float
-    seat: int = 0
-    repaired: bool = False
+    played: Decision | None
+    actions: np.ndarray
+    expert_actions: np.ndarray | None
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Played:
     """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage."""
 
@@ -103,241 +48,252 @@ class Played:
     history: tuple[np.ndarray, ...] = ()
 
 
-# -------------------- results
+def compliant(turn: Turn) -> float:
+    return float(turn.decision is not None)
 
 
-def mean_interval(values) -> dict:
-    """Mean and 95 % t interval over instances; nan and None are left out."""
-    x = np.array([v for v in values if v is not None and not math.isnan(v)], float)
-    if len(x) == 0:
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    half = _t95(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    low, high = (None, None) if math.isnan(half) else (float(x.mean() - half), float(x.mean() + half))
-    return {"mean": float(x.mean()), "low": low, "high": high, "n": len(x)}
+def graph_score(turn: Turn) -> float | None:
+    """As in training (rewards.hamming); 0 if not compliant."""
+    return hamming(turn.played, Target(turn.state, turn.seat, turn.expert_actions))
+
+
+def row_agreement(turn: Turn) -> float | None:
+    """Share of the others whom a link decision treats as the expert does; 0 if not compliant. Unlike the
+    graph score it sees proposals that nobody answers."""
+    if turn.state.kind is not LINKS:
+        return None
+    return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
+
+
+@lru_cache(maxsize=2**13)
+def efficiency(turn: Turn) -> float | None:
+    """1 - (u_best - u) / (u_best - u_worst) given what the others actually play (see decisions.py)."""
+    return turn.state.kind.efficiency(turn.state, turn.seat, turn.actions)
+
+
+def belief(turn: Turn) -> float | None:
+    """Of the Belief line; 0 without a compliant reply that states one."""
+    return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
+
+
+@cache
+def welfare_bounds(game: Game) -> tuple[float, float]:
+    """(W* of the first best, W of nobody linking at Nash efforts)."""
+    empty_NN = empty_graph(game.N)
+    return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
+
+
+def welfare_share(played: Played) -> float | None:
+    """Cooperative outcome: realised welfare W / W*."""
+    first_best, _ = welfare_bounds(played.game)
+    return float(np.mean(played.welfares)) / first_best if first_best > 1e-9 else None
+
+
+def welfare_gain(played: Played) -> float | None:
+    """(W - W_empty) / (W* - W_empty): 0 for nobody linking, 1 for the first best."""
+    first_best, empty = welfare_bounds(played.game)
+    gain = float(np.mean(played.welfares)) - empty
+    return gain / (first_best - empty) if first_best - empty > 1e-9 else None
+
+
+def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
+    """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
+    return lambda played: mean_interval(metric(t) for t in played.turns if where(t))["mean"]
+
+
+METRICS: dict[str, Callable[[Played], float | None]] = {
+    "U1": mean_of(compliant),  # its interval is Wilson's
+    "s": mean_of(graph_score),
+    "row": mean_of(row_agreement),
+    "U2": mean_of(efficiency),
+    "U3": welfare_share,
+    "U3 gain": welfare_gain,
+    "belief": mean_of(belief),
+    "U2 | ok": mean_of(efficiency, compliant),
+    "U3 | ok": lambda played: welfare_share(played) if all(map(compliant, played.turns)) else None,
+}
+DETAILS = ("U3 gain", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
+COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
+
+
+def per_instance(played: Played) -> dict[str, float | None]:
+    """The metrics of one game; U2 also for each kind of decision."""
+    values = {name: metric(played) for name, metric in METRICS.items()}
+    for kind in (kind for letter, kind in KINDS.items() if letter in played.game.stages):
+        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(played)
+    return values
+
+
+# -------------------- means and intervals
+
+UNKNOWN = {"mean": None, "low": None, "high": None, "n": 0}
+Z95 = 1.959964  # the 0.975 quantile of the normal distribution
+# Those of Student's t with 1, 2, ... degrees of freedom
+T95 = 12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622
 
 
 def _t95(df: int) -> float:
-    """The 0.975 quantile of Student's t (a table below 10 degrees of freedom, then the Cornish-Fisher
-    expansion)."""
-    table = {
-        1: 12.7062,
-        2: 4.3027,
-        3: 3.1824,
-        4: 2.7764,
-        5: 2.5706,
-        6: 2.4469,
-        7: 2.3646,
-        8: 2.3060,
-        9: 2.2622,
-    }
-    if df in table:
-        return table[df]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * df)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
-    )
+    """From the table, then by the Cornish-Fisher expansion."""
+    if df <= len(T95):
+        return T95[df - 1]
+    z, second = Z95, (5 * Z95**5 + 16 * Z95**3 + 3 * Z95) / (96 * df**2)
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * df**3)
+    return z + (z**3 + z) / (4 * df) + second + third
+
+
+def mean_interval(values: Iterable[float | None]) -> dict:
+    """Mean and 95 % t interval over instances; nan and None are left out."""
+    x = np.array([v for v in values if v is not None and not math.isnan(v)], float)
+    if len(x) == 0:
+        return dict(UNKNOWN)
+    interval = {"mean": float(x.mean()), "low": None, "high": None, "n": len(x)}
+    if len(x) > 1:
+        half = _t95(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+        interval |= {"low": float(x.mean() - half), "high": float(x.mean() + half)}
+    return interval
 
 
 def wilson_interval(successes: float, n: float) -> dict:
     """Share and 95 % Wilson interval."""
-    z = 1.959964
-    share = successes / n
+    z, share = Z95, successes / n
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     return {"mean": share, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": n}
 
 
-def _mean(values: list[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def per_instance(played: Played, rounds: int | None = None) -> dict:
-    """The metrics of one game, over its first `rounds` rounds."""
-    rounds = rounds or played.game.rounds
-    turns = [t for t in played.turns if t.round <= rounds]
-    first_best, empty = welfare_bounds(played.game)
-    W = float(np.mean(played.welfares[:rounds]))
-    gain = (W - empty) / (first_best - empty) if first_best - empty > 1e-9 else None
-    share = W / first_best if first_best > 1e-9 else None  # in some games nobody can do better than 0
-    ok = [t for t in turns if t.decision is not None]
-    return {
-        "U1": len(ok) / len(turns),
-        "s": float(np.mean([t.s for t in turns if t.kind == "G"])),
-        "row": float(np.mean([t.row for t in turns if t.kind == "G"])),
-        "U2": float(np.mean([t.U2 for t in turns])),
-        "U3": share,
-        "U3 gain": gain,
-        "belief": float(np.mean([t.belief for t in turns])),
-        "U2 | ok": _mean([t.U2 for t in ok]),
-        "U3 | ok": share if len(ok) == len(turns) else None,
-        "U2 graph": float(np.mean([t.U2 for t in turns if t.kind == "G"])),
-        "U2 effort": float(np.mean([t.U2 for t in turns if t.kind == "E"])),
-    }
-
-
-def _compliance(turns: list[Turn], seats: float) -> dict:
-    """U1. The decisions of several seats of a game are not independent: for the interval they count as those
-    of one."""
-    return wilson_interval(sum(t.decision is not None for t in turns) / seats, len(turns) / seats)
+def _intervals(rows: list[dict[str, float | None]], turns: list[Turn], seats: int) -> dict[str, dict]:
+    """{metric: mean and interval} over games. rows: the metrics of each; turns: all of theirs. In that of U1
+    the decisions of several seats count as those of one, because they are not independent."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = {name: mean_interval(row.get(name) for row in rows) for name in names}
+    return table | {"U1": wilson_interval(sum(map(compliant, turns)) / seats, len(turns) / seats)}
 
 
 def summarise(games_played: list[Played]) -> dict:
     """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same},
     "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
-    in each stage), and all agents' "actions" by stage (play/hindsight.py); "repaired": how many replies}."""
+    in each stage), and all agents' "actions" by stage (as text); "repaired": how many replies}."""
     seats = len({t.seat for t in games_played[0].turns})
+    round_1 = [
+        replace(p, turns=[t for t in p.turns if t.state.round == 1], welfares=p.welfares[:1])
+        for p in games_played
+    ]
 
-    def table(rows, turns):
-        return {"U1": _compliance(turns, seats)} | {
-            m: mean_interval([row[m] for row in rows]) for m in rows[0] if m != "U1"
-        }
+    def table(part):
+        return _intervals([per_instance(p) for p in part], [t for p in part for t in p.turns], seats)
 
-    rows = [per_instance(p) for p in games_played]
-    first = [per_instance(p, 1) for p in games_played]
-    turns = [t for p in games_played for t in p.turns]
-    parts: dict[str, list[int]] = {}
-    for i, p in enumerate(games_played):
-        parts.setdefault(p.game.label, []).append(i)
-
-    def table_of(part):
-        return table([rows[i] for i in part], [t for i in part for t in games_played[i].turns])
-
+    labels = dict.fromkeys(p.game.label for p in games_played)
     return {
-        "all rounds": table(rows, turns),
-        "round 1": table(first, [t for t in turns if t.round == 1]),
-        "games": {label: table_of(part) for label, part in parts.items()},
-        "instances": [{"instance": p.game.to_json()} | row for p, row in zip(games_played, rows)],
+        "all rounds": table(games_played),
+        "round 1": table(round_1),
+        "games": {label: table([p for p in games_played if p.game.label == label]) for label in labels},
+        "instances": [{"instance": p.game.to_json()} | per_instance(p) for p in games_played],
         "replies": [[t.reply for t in p.turns] for p in games_played],
         "seats": [sorted({t.seat for t in p.turns}) for p in games_played],
-        "actions": [tell_history(p.history) for p in games_played],
-        "repaired": sum(t.repaired for t in turns),
+        "actions": [history_to_text(State(p.game, p.history)) for p in games_played],
+        "repaired": sum(bool(t.played and not t.decision) for p in games_played for t in p.turns),
     }
-
-
-def of_seat(games_played: list[Played], seat: int) -> list[Played]:
-    """The same games with the turns of one seat alone."""
-    return [replace(p, turns=[t for t in p.turns if t.seat == seat]) for p in games_played]
 
 
 def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:
     """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a
     game counts once, with its mean over the plays."""
-    rows = [[per_instance(p) for p in plays] for plays in zip(*by_seat)]  # [game][seat]
-    turns = [t for of_one in by_seat for p in of_one for t in p.turns]
-
-    def mean(metric):
-        return [_mean([row[metric] for row in of_game if row[metric] is not None]) for of_game in rows]
-
-    return {"U1": _compliance(turns, len(by_seat))} | {
-        m: mean_interval(mean(m)) for m in rows[0][0] if m != "U1"
-    }
+    rows = []
+    for plays in zip(*by_seat, strict=True):  # of one game
+        values = [per_instance(played) for played in plays]
+        rows.append({name: mean_interval(row[name] for row in values)["mean"] for name in values[0]})
+    return _intervals(rows, [t for plays in by_seat for p in plays for t in p.turns], len(by_seat))
 
 
 def paired_difference(a: dict, b: dict, metric: str) -> dict:
-    """a - b of two summaries over the same instances: mean and interval of the differences."""
-    pairs = [(x[metric], y[metric]) for x, y in zip(a["instances"], b["instances"])]
-    return mean_interval([x - y for x, y in pairs if x is not None and y is not None])
+    """a - b of two summaries over the same instances: mean and interval of the differences. A person may have
+    played only the first of them."""
+    instances = zip(a["instances"], b["instances"], strict=False)
+    pairs = [(x.get(metric), y.get(metric)) for x, y in instances]
+    return mean_interval(x - y for x, y in pairs if x is not None and y is not None)
 
 
-def tell_interval(v: dict, digits: int = 2, sign: str = "") -> str:
-    """mean [low, high]; digits: of the interval; sign: "+" for differences; "-" where nothing is known."""
-    if v["mean"] is None:
-        return "-"
-    ends = "" if v["low"] is None else f" [{v['low']:{sign}.{digits}f}, {v['high']:{sign}.{digits}f}]"
-    return f"{v['mean']:{sign}.3f}{ends}"
+# -------------------- tables
 
 
-def format_table(tables: dict[str, dict]) -> str:
-    """One line per policy: mean [low, high] of every metric. tables: {policy: {metric: mean and
-    interval}}."""
+def tell_interval(v: dict, digits: int = 2, sign: str = "", short: bool = False) -> str:
+    """`mean [low, high]`, or with `short` `mean ±half its width` if it is symmetric, as t intervals are; "-"
+    where nothing is known. digits: of the interval; sign: "+" for differences."""
+    if v["low"] is None:
+        return "-" if v["mean"] is None else f"{v['mean']:{sign}.3f}"
+    mean, low, high = v["mean"], v["low"], v["high"]
+    if short and abs(low + high - 2 * mean) < 1e-9:
+        return f"{mean:{sign}.3f} ±{high - mean:.{digits}f}"
+    return f"{mean:{sign}.3f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
 
-    rows = [["policy", *METRICS]]
-    rows += [[name, *(tell_interval(table[m]) for m in METRICS)] for name, table in tables.items()]
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    return "\n".join("".join(text.ljust(w) for text, w in zip(row, widths)).rstrip() for row in rows)
+
+def align(rows: list[list[str]]) -> str:
+    """The rows as lines, in columns as wide as their longest text. A first text that is longer than 30
+    characters, such as the folder of an adapter, stands in a line of its own."""
+    first, *widths = (max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+    first, lines = min(first, 32), []
+    for name, *cells in rows:
+        start = name.ljust(first) if len(name) + 2 <= first else f"{name}\n{' ' * first}"
+        cells = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        lines.append((start + "".join(cells)).rstrip())
+    return "\n".join(lines)
 
 
-def report(results: dict[str, dict], rounds: int) -> str:
+def format_table(tables: dict[str, dict], metrics=None, digits: int = 2, sign: str = "") -> str:
+    """One line per policy: mean and interval of these metrics, or of all but DETAILS. tables: {policy:
+    {metric: both}}."""
+    metrics = metrics or [name for name in METRICS if name not in DETAILS]
+    rows = [["policy", *metrics]]
+    for name, table in tables.items():
+        rows.append([name, *(tell_interval(table.get(m, UNKNOWN), digits, sign, True) for m in metrics)])
+    return align(rows)
+
+
+def report_differences(first: str, others: list[str], difference: Callable[[str, str], dict]) -> str:
+    """difference: (name of another, metric) -> mean and interval of first - other."""
+    tables = {name: {m: difference(name, m) for m in COMPARED} for name in others}
+    return f"\n\n{first} minus the others, paired by instance\n" + format_table(tables, COMPARED, 3, "+")
+
+
+def report(results: dict[str, dict]) -> str:
     """The tables that are printed, and the paired differences of the first row to every other."""
     first, *others = results
-    text = format_table({name: summary["all rounds"] for name, summary in results.items()})
-    if rounds > 1:
-        text += "\n\nround 1 alone\n" + format_table(
-            {name: summary["round 1"] for name, summary in results.items()}
-        )
-    labels = results[first]["games"]
-    for label in labels if len(labels) > 1 else ():
-        text += f"\n\n{label} alone\n" + format_table(
-            {name: summary["games"][label] for name, summary in results.items()}
-        )
-    differences = {
-        name: {metric: paired_difference(results[first], results[name], metric) for metric in COMPARED}
-        for name in others
-    }
-    return text + f"\n\n{first} minus the others, paired by instance:" + _difference_lines(differences)
-
-
-def _difference_lines(differences: dict[str, dict[str, dict]]) -> str:
-    text = ""
-    for name, of_metric in differences.items():
-        line = f"\n  - {name}: ".ljust(max(map(len, differences)) + 7)
-        for metric, d in of_metric.items():
-            line += f"{metric} {tell_interval(d, 3, '+')}".ljust(30)
-        text += line.rstrip()
-    return text
-
-
-def read_results(path: str) -> dict[str, dict]:
-    """The results in an eval.json. Raises InputError."""
-    try:
-        results = read_json(path)["results"]
-        for summary in results.values():
-            summary["instances"], [summary["all rounds"][m]["mean"] for m in METRICS]
-    except (TypeError, KeyError, AttributeError):
-        raise InputError(
-            f"{path} is not an eval.json of this version; give those that train_rft.py or --json wrote"
-        ) from None
-    return results
+    text, parts = format_table({name: s["all rounds"] for name, s in results.items()}), {}
+    if results[first]["instances"][0]["instance"]["rounds"] > 1:
+        parts["round 1"] = {name: s["round 1"] for name, s in results.items()}
+    if len(results[first]["games"]) > 1:
+        for label in results[first]["games"]:
+            parts[label] = {name: s["games"][label] for name, s in results.items()}
+    for label, tables in parts.items():
+        text += f"\n\n{label} alone\n{format_table(tables)}"
+    return text + report_differences(
+        first, others, lambda name, m: paired_difference(results[first], results[name], m)
+    )
 
 
 def report_seeds(paths: list[str]) -> str:
-    """The tables of several runs' eval.json that differ in their training seed. Raises InputError."""
-    runs = [read_results(path) for path in paths]
-    played = [[i["instance"] for i in next(iter(run.values()))["instances"]] for run in runs]
-    for path, of_run, run in zip(paths, played, runs):
-        if of_run != played[0]:
-            raise InputError(
-                f"{path} was played on other games than {paths[0]}; give runs with the same flags"
-            )
-        if list(run)[0] != list(runs[0])[0]:
-            raise InputError(
-                f"{path} is a run of {list(run)[0]}, {paths[0]} of {list(runs[0])[0]}; give one kind"
-            )
-    return format_seeds(runs)
+    """The tables of several runs' eval.json that differ in their training seed: means over runs with 95 % t
+    intervals over the runs' means, so they describe training and not one adapter. Metrics that are newer than
+    a file may be missing in it. Raises InputError."""
+    runs: list[dict] = []
+    for path in paths:
+        with library_errors(f"{path} is not an eval.json that train_rft.py or --json wrote"):
+            runs.append(read_json(path)["results"])
+            for summary in runs[-1].values():
+                summary["instances"][0]["instance"], summary["all rounds"]["U1"]["mean"]
+    first, *others = runs[0]
+    for path, run in zip(paths, runs, strict=True):
+        games, expected = ([row["instance"] for row in r[next(iter(r))]["instances"]] for r in (run, runs[0]))
+        if next(iter(run)) != first or games != expected:
+            raise InputError(f"{path} and {paths[0]} are not runs of one kind on the same games")
+    others = [name for name in others if all(name in run for run in runs)]
 
+    def mean(name, m):
+        return mean_interval(run[name]["all rounds"].get(m, UNKNOWN)["mean"] for run in runs)
 
-def format_seeds(runs: list[dict[str, dict]]) -> str:
-    """The same of several runs that differ in their training seed: means over runs with 95 % t intervals over
-    the runs' means, so they speak of training, not of one adapter. runs: the results of each."""
-    names = [name for name in runs[0] if all(name in run for run in runs)]
-    first, *others = names
+    def difference(name, m):
+        return mean_interval(paired_difference(run[first], run[name], m)["mean"] for run in runs)
 
-    def over_runs(value):
-        return mean_interval([value(run)["mean"] for run in runs])
-
-    table = {name: {m: over_runs(lambda run: run[name]["all rounds"][m]) for m in METRICS} for name in names}
-    differences = {
-        name: {m: over_runs(lambda run: paired_difference(run[first], run[name], m)) for m in COMPARED}
-        for name in others
-    }
-    text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n" + format_table(
-        table
-    )
-    return (
-        text
-        + f"\n\n{first} minus the others, paired by instance within each run:"
-        + _difference_lines(differences)
-    )
+    text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n"
+    text += format_table({name: {m: mean(name, m) for m in METRICS} for name in (first, *others)})
+    return text + report_differences(first, others, difference)

@@ -1,13 +1,10 @@
-"""Checkpoints: everything a stopped run needs to end in the same adapter, bit for bit, as one that was never
-stopped.
+"""Checkpoints: what a stopped run needs to end in the same adapter, bit for bit, as one that was not stopped.
 
-A checkpoint is a folder `step-000040` with two files, no pickle: tensors.safetensors (adapter, optimizer
-moments) and state.json (steps done, memory, whatever else the loop keeps, and a checksum of all this). It is
-written under another name and renamed when it is complete, so a killed write is never taken for a checkpoint;
-one that a disk or an editor has changed is passed over for the one before.
-
-There are no random states to save: every random number of a run comes from a generator that is seeded by the
-run's seed, its purpose and the step (`seeded`), so the number of steps done is the whole random state.
+A checkpoint is a folder `step-000040` with two files, neither of them a pickle: tensors.safetensors
+("adapter.NAME" for each parameter, "optimizer.INDEX.KEY" for its moments) and state.json (the steps done,
+what else the stage keeps, and a checksum of all this). It is written under another name and renamed when it
+is complete, so half of one is never taken for a checkpoint. One that a disk or an editor has changed is
+passed over for the one before. Random states are not needed (run/seeds.py).
 """
 
 import hashlib
@@ -16,106 +13,98 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
-from run.files import InputError, library_errors, read_json, write_atomic, write_json
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A torch generator seeded by several numbers: (seed, purpose, step)."""
-    return torch.Generator().manual_seed(
-        int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-    )
+from run.errors import InputError, library_errors
+from run.files import read_json, write_atomic, write_json
 
 
-def shuffled(count: int, size: int, step: int, *seeds: int) -> list[int]:
-    """The indices of the step-th batch of `size` when `count` items are gone through in a new order every
-    epoch."""
-    indices = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(position, count)
-        indices.append(int(np.random.default_rng([*seeds, epoch]).permutation(count)[offset]))
-    return indices
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {f"optimizer.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    adapter: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    extra: dict,
-    keep: int = 2,
-) -> Path:
-    """Writes FOLDER/step-XXXXXX (`step` steps are done) and keeps `keep` checkpoints."""
+def save(
+    folder: Path, step: int, parameters: dict[str, Parameter], optimizer: Optimizer, state: dict
+) -> None:
+    """Writes FOLDER/step-XXXXXX, where `step` is the number of steps done and `state` any JSON object."""
     final = Path(folder) / f"step-{step:06d}"
     temporary = final.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed process may have left it
+    tensors = {f"adapter.{name}": p for name, p in parameters.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": tensor for key, tensor in moments.items()}
     with library_errors(f"cannot write the checkpoint {final}"):
         temporary.mkdir(parents=True)
-        tensors = {f"adapter.{k}": v for k, v in adapter.items()} | _optimizer_tensors(optimizer)
-        data = safetensors.torch.save({k: v.detach().contiguous() for k, v in tensors.items()})
+        data = safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
         write_atomic(temporary / "tensors.safetensors", data)
-        state = {"step": step, "extra": extra}
-        write_json(temporary / "state.json", state | {"sha256": _checksum(data, state)})
-        shutil.rmtree(final, ignore_errors=True)  # one that was passed over
+        checksum = _checksum(data, step, state)
+        write_json(temporary / "state.json", {"step": step, "extra": state, "sha256": checksum})
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
         os.rename(temporary, final)
-    prune(folder, step, keep)
-    return final
+    prune(folder, step)
 
 
-def prune(folder: Path, step: int, keep: int = 2) -> None:
-    """Removes the checkpoints before that of `step` but for `keep` - 1, and what kills have left: of a write,
-    or of this."""
+def prune(folder: Path, step: int) -> None:
+    """Of the checkpoints before that of `step`, leaves the newest one alone. Removes also what killed
+    processes have left, of a write or of a removal."""
     before = [path for path in Path(folder).glob("step-??????") if path.name < f"step-{step:06d}"]
-    for path in [*sorted(before)[: len(before) - keep + 1], *Path(folder).glob("step-*.tmp")]:
+    for path in [*sorted(before)[:-1], *Path(folder).glob("step-*.tmp")]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _checksum(tensors: bytes, state: dict) -> str:
-    checksum = hashlib.sha256(tensors)
-    checksum.update(json.dumps([state["step"], state["extra"]]).encode())
-    return checksum.hexdigest()
+def restore(folder: Path, parameters: dict[str, Parameter], optimizer: Optimizer) -> tuple[int, dict] | None:
+    """Copies the newest whole checkpoint of a folder into the parameters and the optimizer. Returns the
+    number of steps done and the state; None if there is no checkpoint.
 
-
-def restore(folder: Path, optimizer: torch.optim.Optimizer) -> tuple[int, dict, dict] | None:
-    """Loads the newest checkpoint of a folder that is whole; None if there is none. InputError: none of them
-    is (to begin anew without a word would cost the user the run)."""
+    InputError: none of them is whole (to begin anew without a word would cost the user the run), or the
+    newest whole one has other parameters."""
     damaged = []
     for path in sorted(Path(folder).glob("step-??????"), reverse=True):
         try:
-            found = load_checkpoint(path, optimizer)
+            step, tensors, state = _read(path)
         except InputError as e:
             damaged.append(e)
             continue
         if damaged:
             print(f"{damaged[0]}; going on from {path.name}, the newest one that is whole")
-        return found
+        with library_errors(f"{path} was saved with other settings than those in config.json"):
+            _load(tensors, parameters, optimizer)
+        return step, state
     if damaged:
         raise damaged[0]
     return None
 
 
-def load_checkpoint(
-    path: Path, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, torch.Tensor], dict]:
-    """Restores the optimizer in place. Returns (steps done, adapter tensors, extra)."""
+def _checksum(tensors: bytes, step: int, state: dict) -> str:
+    checksum = hashlib.sha256(tensors)
+    checksum.update(json.dumps([step, state]).encode())
+    return checksum.hexdigest()
+
+
+def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:
     with library_errors(f"the checkpoint {path} is damaged"):
-        data, state = (path / "tensors.safetensors").read_bytes(), read_json(path / "state.json")
-        if state.get("sha256") != _checksum(data, state):
-            raise ValueError("its checksum is another")
-        tensors, step, extra = safetensors.torch.load(data), state["step"], state["extra"]
-    moments: dict[int, dict] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            moments.setdefault(int(index), {})[key] = tensor
-    full = optimizer.state_dict()
-    optimizer.load_state_dict({"state": moments, "param_groups": full["param_groups"]})
-    adapter = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-    return step, adapter, extra
+        data, content = (path / "tensors.safetensors").read_bytes(), read_json(path / "state.json")
+        step, state = content["step"], content["extra"]
+        if content["sha256"] != _checksum(data, step, state):
+            raise ValueError("its checksum does not match")
+        return step, safetensors.torch.load(data), state
+
+
+@torch.no_grad()
+def _load(tensors: dict[str, torch.Tensor], parameters: dict[str, Parameter], optimizer: Optimizer) -> None:
+    """ValueError: the tensors are not those of the parameters; nothing is changed then."""
+    values, moments = {}, {}
+    for key, tensor in tensors.items():
+        kind, name = key.split(".", 1)
+        if kind == "adapter":
+            values[name] = tensor
+        else:
+            index, name = name.split(".")
+            moments.setdefault(int(index), {})[name] = tensor
+    saved, here = ({name: tuple(t.shape) for name, t in group.items()} for group in (values, parameters))
+    for name in [*here, *saved]:
+        if saved.get(name) != here.get(name):
+            shapes = f"{saved.get(name, 'none')} there and {here.get(name, 'none')} in this model"
+            raise ValueError(f"the shape of {name} is {shapes}")
+    for name, p in parameters.items():
+        p.copy_(values[name])
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

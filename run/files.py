@@ -1,125 +1,24 @@
-"""Files of a run, and errors a user can mend: what every script shares. Needs neither torch nor
-transformers.
-"""
+"""Files of a run, signals and clocks: what every script shares. Needs no torch (but for `run_folder`)."""
 
 import argparse
-import functools
 import json
-import math
 import os
 import platform
 import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import filelock
 
-from games import MAX_AGENTS, GameError
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line that says what, and how to mend it."""
-
-
-def one_line(text, longest: int = 300) -> str:
-    """What an error or a server says, on one line. Control characters, with which a file or a server could
-    steer the user's terminal, become ?."""
-    line = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-    return (line or type(text).__name__) if len(line) <= longest else line[: longest - 3] + "..."
-
-
-@contextmanager
-def library_errors(what: str, advice: str = "", kind: type[InputError] = InputError):
-    """Whatever a library raises inside, of whatever type, becomes an InputError: WHAT, its words, ADVICE."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as e:
-        raise kind(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
-
-
-def reports_errors(main):
-    """Decorator for a script's main: an error that is no fault of the code ends it with one line and exit
-    status 2. OSError is for what no library_errors has named, such as standard output on a full disk."""
-
-    @functools.wraps(main)
-    def wrapped(*args, **kwargs):
-        try:
-            main(*args, **kwargs)
-            print(end="", flush=True)  # what is left in the buffer may not fit on the disk either
-        except KeyboardInterrupt:
-            advice = "training goes on with --resume, other scripts with the same command"
-            print(f"\ninterrupted; what was saved before is kept: {advice}", file=sys.stderr)
-            raise SystemExit(130) from None
-        except BrokenPipeError:  # for example `eval.py | head`
-            _drop_output()
-            raise SystemExit(1) from None
-        except (InputError, GameError, OSError) as e:
-            print(f"error: {one_line(e, 2000)}", file=sys.stderr)
-            try:
-                print(end="", flush=True)
-            except OSError:
-                _drop_output()
-            raise SystemExit(2) from None
-
-    return wrapped
-
-
-def _drop_output() -> None:
-    """Else the end of the process would try once more to write it, and tell of that."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """`4` -> (4, 4), `4-8` -> (4, 8); for argparse."""
-    low, dash, high = text.partition("-")
-    try:
-        a, b = int(low), int(high) if dash else int(low)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number such as 4 or a range such as 4-8"
-        ) from None
-    if not 2 <= a <= b <= MAX_AGENTS:
-        raise argparse.ArgumentTypeError(f"{text!r} must rise, and a game needs 2 to {MAX_AGENTS} agents")
-    return a, b
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An argparse type: an int or float from low (or, with `above`, from anything above it) to high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-            least = f"{'above' if above else 'at least'} {low}"
-            bounds = least if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
-            )
-        return value
-
-    return parse
-
-
-positive_int = number(int, 1)
-seed_int = number(int, 0)
-share = number(float, 0, 1)
-
-
-def seat_choice(*words: str):
-    """An argparse type: a seat, counted from 0, or one of the words."""
-    return lambda text: text if text in words else seed_int(text)
+from run.errors import InputError, library_errors
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes the whole file or leaves the old one as it was. The file that is renamed at the end always has
-    the same name, so what a kill leaves of it is taken over by the next write."""
+    """Writes the whole file or leaves the old one as it was. The temporary file of a path has always the same
+    name, so the next write takes over what a killed one has left."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")
     with library_errors(f"cannot write {path}"):
@@ -134,19 +33,19 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
             raise
 
 
-def write_json(path, value) -> None:
+def write_json(path: str | os.PathLike, value) -> None:
     write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(path):
-    """Raises InputError for a file that is missing or not JSON."""
+def read_json(path: str | os.PathLike):
+    """InputError: the file is missing or is not JSON."""
     with library_errors(f"cannot read {path}"):
         return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Of a JSONL file, the lines that are whole objects: a kill may leave half a line, and a picture or a
-    resume must not cost the user a long run."""
+    """The lines of a JSONL file that are whole objects; [] if there is no file. A kill may leave half a line,
+    and neither a picture nor a resume must fail for it."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
@@ -156,9 +55,8 @@ def read_lines(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def refuse_existing(path) -> None:
-    """To be called before any work: an output file that exists, or whose folder does not, is an
-    InputError."""
+def refuse_existing(path: str | os.PathLike) -> None:
+    """To be called before any work. InputError: the output file exists, or its folder does not."""
     if Path(path).exists():
         raise InputError(f"{path} exists already and is not overwritten; name another file or remove it")
     if not Path(path).parent.is_dir():
@@ -166,10 +64,10 @@ def refuse_existing(path) -> None:
 
 
 def lock(path: str | os.PathLike, taken: str):
-    """Holds a lock on a file of this name, which the death of the process frees too. A context manager;
-    raises InputError, which says `taken`, where another process has it."""
+    """A context manager that holds a lock on a file of this name. The death of the process frees it too.
+    InputError with the text `taken`: another process has the lock."""
     with library_errors(f"cannot lock {path}"):
-        Path(path).absolute().parent.stat()  # filelock would make a folder that is not there
+        Path(path).absolute().parent.stat()  # filelock would make a folder that is missing
         try:
             return filelock.FileLock(path).acquire(timeout=0)
         except filelock.Timeout:
@@ -177,26 +75,38 @@ def lock(path: str | os.PathLike, taken: str):
 
 
 @contextmanager
-def run_folder(folder: str, arguments: dict | None):
-    """Inside, the run folder is this process's alone. arguments: what config.json says of a new run, whose
-    folder is made and may hold nothing; None for one that is resumed."""
+def run_folder(folder: str | os.PathLike, flags: dict | None):
+    """Inside the block, no other run can use the folder. Of several processes, the first one does all this.
+
+    flags: what config.json is to hold; the folder of a new run is made, and may hold nothing. None for a run
+    that is resumed. InputError: the folder holds something, or another process trains in it."""
+    from run import ranks  # here, since it imports torch
+
     path = Path(folder)
-    # (A run that failed before its first step leaves no more than these, and nothing is lost with them.)
-    early = {"config.json", "config.json.tmp", ".lock"}
-    if arguments is not None:
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
-            advice = f"name another --out, or continue a run with --resume {folder}"
-            raise InputError(f"{folder} already holds something and is not overwritten; {advice}")
-        with library_errors(f"cannot make the run folder {folder}"):
-            path.mkdir(parents=True, exist_ok=True)
-    with lock(path / ".lock", f"another process is training in {folder}; wait until it has ended"):
-        if arguments is not None:
-            write_json(path / "config.json", arguments)
+    with ExitStack() as stack:
+        with ranks.first_goes_first():
+            if ranks.first():
+                if flags is not None:
+                    _make_folder(path)
+                busy = f"another process is training in {path}; wait until it has ended"
+                stack.enter_context(lock(path / ".lock", busy))
+                if flags is not None:
+                    write_json(path / "config.json", flags)
         yield path
 
 
-def resumed_arguments(folder: str, script: str) -> dict:
-    """The arguments of the run in a folder, which are the only settings a resumed run uses."""
+def _make_folder(path: Path) -> None:
+    # A run that failed before its first step leaves only these files, and nothing is lost with them.
+    early = {"config.json", "config.json.tmp", ".lock"}
+    with library_errors(f"cannot make the run folder {path}"):
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
+            advice = f"name another --out, or continue a run with --resume {path}"
+            raise InputError(f"{path} already holds something and is not overwritten; {advice}")
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def resumed_flags(folder: str | os.PathLike, script: str) -> dict:
+    """The flags of the run in a folder, as its config.json holds them."""
     config = read_json(Path(folder) / "config.json")
     if not isinstance(config, dict) or config.get("script") != script:
         raise InputError(f"{folder} is not a run of {script}: its config.json is not of that script")
@@ -204,7 +114,7 @@ def resumed_arguments(folder: str, script: str) -> dict:
 
 
 def argv_of(parser: argparse.ArgumentParser, values: dict) -> list[str]:
-    """The command line that gives these values, so that those of a file pass the checks of flags."""
+    """The command line that gives these values, so that the values of a file pass the checks of flags."""
     argv = []
     for action in parser._actions:
         value = values.get(action.dest)
@@ -220,27 +130,12 @@ def argv_of(parser: argparse.ArgumentParser, values: dict) -> list[str]:
     return argv
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def peak_memory_gib() -> float | None:
-    """The most memory that this process has held; None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used / (2**30 if sys.platform == "darwin" else 2**20)
-
-
 class JsonLines:
-    """An append-only log. Of the lines that it has already, those are kept that `keeps` says; so after a
-    resume no step stands in it twice. `writes` is False in all but one of several processes."""
+    """An append-only log (JSONL).
+
+    rows: the lines that the file had already and that `keeps` accepts. The others are removed, so that after
+    a resume no step stands in it twice. count: how many lines the file has. writes: whether this process
+    writes; of several, one does."""
 
     def __init__(self, path: Path, keeps: Callable[[dict], bool], writes: bool = True):
         self.path, self.file = path, None
@@ -250,11 +145,11 @@ class JsonLines:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
             self.file = open(path, "ab", buffering=0)
 
-    def write(self, value: dict) -> None:
+    def write(self, row: dict) -> None:
         if self.file:
-            data = (json.dumps(value) + "\n").encode()
+            data = (json.dumps(row) + "\n").encode()
             with library_errors(f"cannot write {self.path}"):
-                while data:  # a disk that is almost full takes a part
+                while data:  # a disk that is almost full takes a part of it
                     data = data[self.file.write(data) :]
             self.count += 1
 
@@ -265,21 +160,21 @@ class JsonLines:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop: the step in progress ends and is saved. A second one stops at once
-    (if it comes more than a second later: launchers may send one signal twice)."""
+    """Inside the block, Ctrl-C or SIGTERM sets `requested`: the step in progress is to end and be saved. A
+    second one interrupts at once if it comes more than a second later (launchers may send one twice)."""
 
     def __enter__(self):
         self.requested = False
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self.old = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _ask(self, number, frame):
+    def _request(self, number, frame):
         if self.requested:
-            if time.monotonic() - self.asked > 1:
+            if time.monotonic() - self.time > 1:
                 raise KeyboardInterrupt
             return
-        self.requested, self.asked = True, time.monotonic()
-        if os.environ.get("RANK", "0") == "0":  # several processes: one speaks
+        self.requested, self.time = True, time.monotonic()
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
             print("\nstopping after this step (again to stop at once, without saving) ...", file=sys.stderr)
 
     def __exit__(self, *_):
@@ -288,28 +183,39 @@ class StopSignal:
 
 
 class Stopwatch:
-    """Wall seconds by stage."""
+    """Wall seconds by part of the work: `with clock("sample"): ...`."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}  # in all
-        self.last: dict[str, float] = {}  # of the last time
+        self.seconds: dict[str, float] = {}
 
-    def __call__(self, stage: str) -> "Stopwatch":
-        self.stage = stage
-        return self
+    @contextmanager
+    def __call__(self, part: str):
+        started = time.perf_counter()
+        yield
+        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
-    def __enter__(self):
-        self.started = time.perf_counter()
 
-    def __exit__(self, *_):
-        elapsed = time.perf_counter() - self.started
-        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + elapsed
-        self.last[self.stage] = elapsed
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def peak_memory_gib() -> float | None:
+    """The most memory that this process has held; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def print_times(folder: Path, clock: Stopwatch) -> None:
-    """The minutes of each stage and the peak memory, on the screen and, with the machine, in timing.json."""
-    minutes = ", ".join(f"{stage} {seconds / 60:.1f} min" for stage, seconds in clock.seconds.items())
+    """Prints the minutes of each part and the peak memory; writes them and the machine to timing.json."""
+    minutes = ", ".join(f"{part} {seconds / 60:.1f} min" for part, seconds in clock.seconds.items())
     memory = peak_memory_gib()
     machine = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
     timing = {"seconds": clock.seconds, "peak_memory_gib": memory, "machine": machine}

@@ -1,9 +1,8 @@
-"""How idle threads wait. To be imported before torch, whose OpenMP reads it once, by every script that
-computes.
+"""How idle threads wait. Every script that computes imports this before torch, whose OpenMP reads it once.
 
 Between two operations the threads of libgomp (torch's on Linux) spin, by default for milliseconds. Where
-another process wants their core, what spins keeps it from working: a step beside one busy process takes many
-times as long. With a short spin it does not, and alone on the machine little is lost (docs/speed.md).
+another process needs their core, a step then takes many times as long. A short spin avoids this, and costs
+little where the machine has nothing else to do (docs/speed.md).
 """
 
 import os

@@ -1,8 +1,21 @@
 """What many tests share: one tiny model and one whole run on it."""
 
+import sys
+
 import pytest
 
 pytest.register_assert_rewrite("whole_runs", "reference")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scripts_compute_on_the_cpu():
+    """Also where there is a GPU; tests/fast/test_cuda.py is about GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "settings" in sys.modules:  # a test that runs a script has imported it
+            from whole_runs import on_device
+
+            on_device("cpu", patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,14 +44,18 @@ def engine(name, folder, dtype="float32", device="cpu", **adapter):
 
 
 def score(policy, prompts=PROMPTS, replies=REPLIES, temperature=1.0, micro_batch=100, reference=False):
-    """log pi, or log pi_ref, of the replies to each prompt, in the order of the prompts."""
-    method, found = policy.reference_logps if reference else policy.token_logps, {}
-    rows = policy.pack(prompts, replies)
-    for start in range(0, len(rows), micro_batch):
-        part = rows[start : start + micro_batch]
-        for row, logps in zip(part, method(part, temperature), strict=True):
-            found |= zip(row.prompts, logps.split([sum(map(len, replies[i])) for i in row.prompts]))
-    return [found[i] for i in range(len(prompts))]
+    """log pi, or log pi_ref, of all tokens of the replies to each prompt, in the order of the prompts."""
+    method = policy.reference_logps if reference else policy.token_logps
+    by_prompt = {}
+    for part in policy.batches(prompts, replies, micro_batch):
+        logps = iter(method([prompts[i] for i in part], [replies[i] for i in part], temperature))
+        by_prompt |= {i: torch.cat([next(logps) for _ in replies[i]]) for i in part}
+    return [by_prompt[i] for i in range(len(prompts))]
+
+
+def uniforms(number, *shape):
+    """Random numbers that belong to a seed, such as those that `sample` needs: (P, M, S)."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(number))
 
 
 def difference(a, b):
@@ -63,9 +67,9 @@ def difference(a, b):
 def gradients(policy, loss):
     """Those of every A and B; none is left behind."""
     loss.backward()
-    found = [p.grad for p in lora.lora_parameters(policy.model)]
+    result = [p.grad for p in lora.lora_parameters(policy.model)]
     policy.model.zero_grad(set_to_none=True)
-    return found
+    return result
 
 
 def assert_close(actual, expected, tolerance=1e-3):

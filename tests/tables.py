@@ -1,12 +1,17 @@
-"""Players that say what they are told to, and a game whose numbers are known by hand.
+"""Players with fixed answers, and a game whose numbers are known by hand.
 
 TRIO: N = 3, alpha = 1, delta = 0.1, c = 0.05, cap 3. Its first best is the complete graph with
 x = 1 / (1 - 0.4) = 5/3 and W* = 3 (5/3) / 2 - 2 * 0.05 * 3 = 2.2; nobody linking gives x = 1 and W = 1.5.
 """
 
-from play.players import expert_player
+from dataclasses import fields
+
+from experts import make_expert
+from play.players import expert_player, play_tables
 from prompts import PromptStyle
+from settings import Evaluation, Games, Players, Settings
 from world.bcz import BCZ
+from world.draws import Family
 
 STYLE = PromptStyle()
 TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
@@ -18,9 +23,24 @@ def constant(text):
 
 
 def expert(name, seed=0):
-    return expert_player(name, STYLE, seed)
+    return expert_player(make_expert(name), STYLE, seed)
+
+
+def play(games, player, seat, others, seed, **options):
+    """The player in one seat, or in each game in the seats that the list names; an expert in the others."""
+    seats = [(seat,)] * len(games) if isinstance(seat, int) else seat
+    rest, pairs = expert_player(others, STYLE, seed), zip(games, seats, strict=True)
+    tables = [[player if j in own else rest for j in range(game.N)] for game, own in pairs]
+    return play_tables(games, tables, seats, others, seed, **options)
 
 
 def by_seat(rows, effort):
     """A player with a row of links for each seat and one effort."""
-    return lambda asks: [f"Decision: {rows[a.seat] if a.state.kind == 'G' else effort}" for a in asks]
+    return lambda asks: [f"Decision: {rows[a.seat] if a.state.kind.letter == 'G' else effort}" for a in asks]
+
+
+def evaluation_of(expert, games, seat=0, seed=0, families=(Family(),), agents=4):
+    """The settings of an evaluation against this expert, without a model."""
+    groups = dict.fromkeys(field.name for field in fields(Settings))
+    groups |= {"players": Players(make_expert(expert), STYLE, make_expert), "games": Games(families)}
+    return Settings(**groups | {"evaluation": Evaluation(agents, games, seat, seed=seed)})

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tables import constant
+from tables import constant, play
 
 import eval as evaluation
 import lora
+from experts import make_expert
 from models import adapters as adapter_files
 from models.load import load_policy
-from play import metrics, players
 from play.metrics import summarise
-from play.players import play
-from policy import Policy, Rollout
+from policy import Policy
+from prompts import Reply
+from settings import Model
 from world.draws import held_out_grid
 
 SCRIPT = Path(evaluation.__file__).resolve()
-THREE_GAMES = [
-    held_out_grid(4)[i] for i in (0, 30, 59)
-]  # of 60, evenly spread; half of 59 is rounded to even
+THREE_GAMES = [held_out_grid(4)[i] for i in (0, 30, 59)]  # evenly spread; half of 59 is rounded to even
+SECOND_BEST = make_expert("second-best")
 
 
 def run(tmp_path, *flags, games=4):
@@ -40,45 +40,34 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
     command = ["eval.py", "--policy", "expert:planner", "expert:nash", "--eval-games", "8", "--rounds", "2"]
     monkeypatch.setattr(sys, "argv", [*command, "--json", "results.json"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[5] == ""
-    lines = [line for line in lines if line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
     rows = ["expert:planner", "expert:nash", "expert:second-best", "expert:random"]
-    assert lines[0].split() == " ".join(["policy", *metrics.METRICS]).split()
+    assert lines[0].split() == "policy U1 s row U2 U3 belief".split() and max(map(len, lines)) <= 120
     assert lines[5] == "round 1 alone"
     assert [line.split()[0] for line in lines[1:5] + lines[7:11]] == 2 * rows
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["results"]) == rows and written["arguments"]["eval_games"] == 8
-    for part, of_part in (("all rounds", lines[1:5]), ("round 1", lines[7:11])):
-        for result, line in zip(written["results"].values(), of_part):
-            assert len(result["instances"]) == 8
-            assert result[part]["U1"]["n"] == {"all rounds": 32, "round 1": 16}[part]
+    for part, printed, n in (("all rounds", lines[1:5], 32), ("round 1", lines[7:11], 16)):
+        for result, line in zip(written["results"].values(), printed, strict=True):
+            assert len(result["instances"]) == 8 and result[part]["U1"]["n"] == n
             assert all(f"{result[part][m]['mean']:.3f}" in line for m in ("U2", "U3")) and " 1.000 " in line
     first, nash = (written["results"][name]["instances"] for name in rows[:2])
-    difference = np.mean([a["U3"] - b["U3"] for a, b in zip(first, nash)])
-    (paired,) = [line for line in lines[11:] if "expert:nash:" in line]
-    assert "expert:planner minus" in lines[11] and f"U3 {difference:+.3f} [" in paired
+    difference = np.mean([a["U3"] - b["U3"] for a, b in zip(first, nash, strict=True)])
+    (paired,) = [line for line in lines[13:] if line.startswith("expert:nash ")]
+    assert "expert:planner minus" in lines[11] and f"{difference:+.3f} ±" in paired
 
 
 def test_one_game_prints_means_without_intervals(capsys):
     evaluation.main(["--eval-games", "1", "--policy", "expert:nash"])
     row, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expert:nash ")]
-    assert row.count("[") == 1  # only compliance, which counts decisions
+    assert row.count("[") == 1 and "±" not in row  # only compliance, which counts decisions
 
 
 # -------------------- seats
 
 
-def test_random_seats_are_the_same_for_all_policies(tmp_path):
-    """Two names of the same behaviour play the same games."""
-    policies = "expert:noisy:nash:0.0", "expert:nash"
-    a, b, *_ = run(tmp_path, "--policy", *policies, "--seat", "random", games=12).values()
-    assert a["instances"] == b["instances"]
-    assert a["instances"] != run(tmp_path, "--policy", *policies, games=12)["expert:nash"]["instances"]
-
-
-@pytest.mark.parametrize("name", ["expert:random", "expert:noisy:planner:0.5"])
-def test_by_seat_is_every_seat_alone(tmp_path, name, capsys):
+def test_by_seat_is_every_seat_alone(tmp_path, capsys):
+    name = "expert:noisy:planner:0.5"
     results = run(tmp_path, "--policy", name, "--by-seat", games=7)
     printed = capsys.readouterr().out
     alone = [run(tmp_path, "--policy", name, "--seat", str(i), games=7)[name] for i in range(4)]
@@ -87,7 +76,7 @@ def test_by_seat_is_every_seat_alone(tmp_path, name, capsys):
     means = np.mean([[row["U3"] for row in s["instances"]] for s in alone], 0)
     half = 2.4469 * means.std(ddof=1) / math.sqrt(7)
     (line,) = [line for line in printed.splitlines() if line.startswith("mean")]
-    assert f"{means.mean():.3f} [{means.mean() - half:.2f}, {means.mean() + half:.2f}]" in line
+    assert f"{means.mean():.3f} ±{half:.2f}" in line
     assert len({s["all rounds"]["U3"]["mean"] for s in alone}) == 4
 
 
@@ -99,9 +88,7 @@ def test_a_table_of_experts(tmp_path):
     first, always, third, never = (results[key]["all rounds"] for key in results)
     assert first["row"]["mean"] == third["row"]["mean"] == 1 and 0 < always["row"]["mean"] < 1
     assert always["row"]["mean"] + never["row"]["mean"] < 2 and never["s"]["mean"] < 1
-    assert (
-        len({json.dumps(results[key]["all rounds"]["U3"]) for key in results}) == 1
-    )  # one table, one welfare
+    assert len({json.dumps(s["all rounds"]["U3"]) for s in results.values()}) == 1  # one table, one welfare
     alone = run(tmp_path, "--table", *["expert:planner"] * 4, games=20)
     assert all(s["all rounds"]["U3"]["mean"] == pytest.approx(1, abs=1e-4) for s in alone.values())
 
@@ -111,7 +98,7 @@ def test_a_table_of_experts(tmp_path):
 
 @pytest.fixture
 def model_flags(model_dir):
-    return ["--model", model_dir, "--device", "cpu", "--max-new-tokens", "4"]
+    return ["--model", model_dir, "--max-new-tokens", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -127,34 +114,21 @@ def adapter_dir(model_dir, tmp_path_factory):
     return str(folder)
 
 
-def test_a_model_is_evaluated(model_flags, tmp_path, capsys):
-    """A random model is never compliant: its row is that of no links and effort 0."""
-    results = run(tmp_path, *model_flags, "--policy", "base", games=3)
-    assert list(results) == ["base", "expert:second-best", "expert:random"]
-    base = results["base"]
-    assert base["all rounds"]["U1"]["mean"] == 0 and base["all rounds"]["U1"]["n"] == 6
-    assert len(base["replies"]) == 3 and all(len(r) == 2 and isinstance(r[0], str) for r in base["replies"])
-    silent = summarise(play(THREE_GAMES, constant(""), 0, "second-best", 0))
-    assert [r["U3"] for r in base["instances"]] == [r["U3"] for r in silent["instances"]]
-    row, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("base")]
-    assert row.split()[1] == "0.000" and row.endswith("-")
-
-
 def test_few_shot_adds_a_row_that_has_read_that_many_expert_games(model_flags, tmp_path, monkeypatch):
     """The same uniforms and another prompt: another reply. Its prompts begin with the examples."""
-    made, read, real, encode = [], [], players.expert_examples, Policy.encode_prompt
+    made, read, real, encode = [], [], evaluation.expert_examples, Policy.encode_prompt
     noted = lambda *args: made.append((args[0], real(*args))) or made[-1][1]
-    monkeypatch.setattr(players, "expert_examples", noted)
+    monkeypatch.setattr(evaluation, "expert_examples", noted)
     monkeypatch.setattr(Policy, "encode_prompt", lambda self, chat: read.append(chat) or encode(self, chat))
-    names = ["--policy", "base", "few-shot:2", "--few-shot", "1", "--eval-agents", "3"]
+    names = ["--policy", "base", "few-shot:2", "--few-shot", "1", "--agents", "3"]
     results = run(tmp_path, *model_flags, *names, games=3)
     assert list(results) == ["base", "few-shot:2", "few-shot:1", "expert:second-best", "expert:random"]
     assert [count for count, _ in made] == [2, 1] == [len(chats) for _, chats in made]
     base, two, one = (results[name]["replies"] for name in ("base", "few-shot:2", "few-shot:1"))
     assert all(len({a[0], b[0], c[0]}) == 3 for a, b, c in zip(base, two, one, strict=True))
     assert len(base) == 3 and len(read) == 3 * 6
-    for chats, of_row in zip(([], made[0][1], made[1][1]), (read[:6], read[6:12], read[12:])):
-        for chat in of_row:
+    for chats, row in zip(([], made[0][1], made[1][1]), (read[:6], read[6:12], read[12:]), strict=True):
+        for chat in row:
             assert sum(m["content"].startswith("A new game.") for m in chat) == len(chats)
             assert not chats or chat[: len(chats[0])] == chats[0]
 
@@ -163,26 +137,24 @@ def test_repair_adds_rows_in_which_what_can_be_read_is_played(model_flags, tmp_p
     """The model says one thing, which is compliant at no stage: strictly nothing is played; leniently seat 0
     chooses agents 2 and 4 and takes effort 0.5."""
     text, meant = "Decision: 0.5, 1, 0, 1 or so", {"G": "[0, 1, 0, 1]", "E": "0.5"}
-    says = lambda self, prompt, reply, logps: Rollout(prompt, reply, logps, text, True)
-    monkeypatch.setattr(Policy, "_rollout", says)
+    monkeypatch.setattr(Policy, "_reply", lambda self, ids, logps: Reply(text, ids, logps, True))
     results = run(tmp_path, *model_flags, "--policy", "base", "expert:nash", "--repair", games=3)
     assert list(results) == ["base", "base repaired", "expert:nash", "expert:second-best", "expert:random"]
     assert [results[name]["repaired"] for name in results] == [0, 6, 0, 0, 0]
     assert "a decision was read and played: base repaired 6" in capsys.readouterr().out
-    lenient = lambda asks: [f"Decision: {meant[ask.state.kind]}" for ask in asks]
+    lenient = lambda asks: [f"Decision: {meant[ask.state.kind.letter]}" for ask in asks]
     for name, player in (("base", constant("")), ("base repaired", lenient)):
-        expected = summarise(play(THREE_GAMES, player, 0, "second-best", 0))
+        expected = summarise(play(THREE_GAMES, player, 0, SECOND_BEST, 0))
         for metric in ("s", "row", "U2", "U3"):
-            assert [r[metric] for r in results[name]["instances"]] == [
-                r[metric] for r in expected["instances"]
-            ]
+            values = ([r[metric] for r in s["instances"]] for s in (results[name], expected))
+            assert next(values) == next(values)
         assert results[name]["all rounds"]["U1"]["mean"] == 0 and results[name]["replies"] == [[text] * 2] * 3
     assert results["base"]["all rounds"]["U3"] != results["base repaired"]["all rounds"]["U3"]
 
 
 def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp_path, monkeypatch):
-    loads, load = [], players.load_policy_of_rank
-    monkeypatch.setattr(players, "load_policy_of_rank", lambda args: loads.append(1) or load(args))
+    loads, load = [], Model.load
+    monkeypatch.setattr(Model, "load", lambda self: loads.append(1) or load(self))
     table = run(tmp_path, *model_flags, "--table", "base", adapter_dir, "expert:nash", "base", games=2)
     assert list(table) == ["seat 0 base", f"seat 1 {adapter_dir}", "seat 2 expert:nash", "seat 3 base"]
     assert loads == [1] and table["seat 2 expert:nash"]["all rounds"]["U1"]["mean"] == 1
@@ -200,49 +172,26 @@ def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp
 # -------------------- what is refused
 
 
-def test_an_existing_file_is_not_overwritten(tmp_path, refused):
+def test_what_is_in_the_way_or_no_adapter_is_named(model_flags, tmp_path, refused):
     path = tmp_path / "results.json"
     path.write_text("mine")
     assert str(path) in refused(evaluation.main, ["--policy", "expert:nash", "--json", path])
     assert path.read_text() == "mine"
-
-
-def test_a_folder_that_is_no_adapter_is_one_line(model_flags, tmp_path, refused):
     assert str(tmp_path) in refused(evaluation.main, [*model_flags, "--policy", tmp_path])
 
 
-BAD_FLAGS = """
---policy bogus
---policy expert:bogus
---policy expert:
---policy expert:nash no/such/folder
---policy few-shot:0
---policy few-shot:9999
---policy few-shot:x
---expert bogus
---seat 4
---seat -1
---seat some
---eval-agents 2
---eval-games 0
---rounds 0
---eval-seed -1
---eval-temperature -1
---eval-temperature nan
---information none
---table expert:nash
---table expert:nash expert:nash expert:nash nowhere
---table expert:nash expert:nash expert:nash expert:nash --by-seat
---table expert:nash expert:nash expert:nash expert:nash --policy expert:nash
---by-seat --seat all
---by-seat --repair
---few-shot 0
---few-shot 1 --types 1 --fix delta=0.1 c=0.1
+NASH = "expert:nash expert:nash expert:nash"
+BAD_FLAGS = f"""
+policy bogus|policy expert:bogus|policy expert:|policy expert:nash no/such/folder|policy few-shot:0
+policy few-shot:9999|policy few-shot:x|expert bogus|seat 4|seat -1|seat some|agents 2|agents 13|eval-games 0
+rounds 0|eval-seed -1|eval-temperature -1|eval-temperature nan|information none|table expert:nash
+table {NASH} nowhere|table {NASH} expert:nash --by-seat|table {NASH} expert:nash --policy expert:nash
+by-seat --seat all|by-seat --repair|few-shot 0|few-shot 1 --types 1 --fix delta=0.1 c=0.1
 """
 
 
-@pytest.mark.parametrize("flags", BAD_FLAGS.strip().splitlines())
+@pytest.mark.parametrize("flags", BAD_FLAGS.strip().replace("\n", "|").split("|"))
 def test_bad_flags_are_one_line(flags, refused, monkeypatch):
-    monkeypatch.setattr(players, "load_policy_of_rank", lambda args: None)
-    policy = [] if "--table" in flags else ["--policy", "expert:nash"]
-    refused(evaluation.main, ["--eval-games", "1", *policy, *flags.split()])
+    monkeypatch.setattr(Model, "load", lambda self: None)
+    policy = [] if flags.startswith("table") else ["--policy", "expert:nash"]
+    refused(evaluation.main, ["--eval-games", "1", *policy, *f"--{flags}".split()])

@@ -8,12 +8,13 @@ import pytest
 from brute import bcz_payoffs
 
 import experts
-from experts import decide, make_expert
+from decisions import EFFORTS, LINKS
+from experts import make_expert
 from games import State, complete_graph, empty_graph, form_links, game_from_json
+from play.dataset import simulate_many
 from play.expert_games import label_decision, simulate
 from prompts import PromptStyle, format_reply, messages, parse_reply
-from run.dataset import simulate_many
-from run.files import InputError
+from run.errors import InputError
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 
@@ -32,18 +33,14 @@ def sample_games(count, N=4, seed=0, **kwargs):
     return [draw_game(rng, N, **kwargs) for _ in range(count)]
 
 
-def random_proposals(rng, N, density=0.6):
-    return (rng.random((N, N)) < density).astype(int) * complete_graph(N)
-
-
 def rows(name, state, rng=None):
     """The proposals (N, N) or efforts (N,) of an expert in every seat, and the beliefs (N, N)."""
-    decisions = decide(make_expert(name), [(state, i, rng) for i in range(state.game.N)])
-    assert all(d.kind == state.kind for d in decisions)
+    decisions = make_expert(name).decide_all([(state, i, rng, ()) for i in range(state.game.N)])
+    assert all(d.kind is state.kind for d in decisions)
     return np.array([d.action for d in decisions]), np.array([d.belief for d in decisions])
 
 
-# --- graph decisions
+# --- decisions about links
 
 
 def test_the_graphs_of_the_exact_solutions():
@@ -76,14 +73,14 @@ def test_selfish_by_brute_force_and_by_hand():
     assert P[0, 1] == P[1, 0] == 1 and P[2, 3] == P[3, 2] == 0
 
 
-# --- effort decisions: the answer to the graph that formed, whoever proposed it
+# --- decisions about efforts: the answer to the graph that formed, whoever proposed it
 
 
 @pytest.mark.parametrize("name", [n for n in experts.RULES if n != "myopic"])
 def test_efforts_answer_the_graph_that_formed(name):
     rng, k = np.random.default_rng(3), 2 if name == "planner" else 1
     for game in sample_games(10, seed=3):
-        P = random_proposals(rng, 4)
+        P = (rng.random((4, 4)) < 0.6).astype(int) * complete_graph(4)
         efforts, beliefs = rows(name, State(game).step(P))
         expected = ref_efforts(game, form_links(P), k)
         assert np.abs(efforts - expected).max() <= 0.005 + 1e-9 and (efforts == np.round(efforts, 2)).all()
@@ -106,7 +103,7 @@ def test_myopic_by_hand():
     state = state.step([[0, 1, 1], [1, 0, 0], [0, 0, 0]])  # seat 2 refuses
     assert rows("myopic", state)[0].tolist() == [2.1, 1.2, 1.0]
     state = state.step([2.0, 2.0, 2.0])
-    # everybody earns 0.4 > 0.15 now; seat 2 chose nobody, nobody but seat 0 chose seat 2
+    # Everybody earns 0.4 > 0.15 now. Seat 2 chose nobody, and only seat 0 chose seat 2.
     assert rows("myopic", state)[0].tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
 
 
@@ -128,10 +125,11 @@ def test_random_is_coins_and_uniform_efforts():
 def test_the_rate_of_noise():
     game = Family().make(np.ones(4), 0.25, 1.0)
     rng, count, rate = np.random.default_rng(6), 4000, 0.3
-    never, state = make_expert("noisy:never-link:0.3"), State(game)
-    linked = np.mean([never(state, 1, rng).action.any() for _ in range(count)])
-    p = rate * 7 / 8  # a random row is empty once in eight
-    assert linked == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / count))
+    for name in ("noisy:never-link:0.3", "noisy:noisy:never-link:0.2:0.125"):  # 0.7 = 0.8 * 0.875
+        never, state = make_expert(name), State(game)
+        linked = np.mean([never(state, 1, rng).action.any() for _ in range(count)])
+        p = rate * 7 / 8  # a random row is empty once in eight
+        assert linked == pytest.approx(p, abs=4 * np.sqrt(p * (1 - p) / count))
     nash, state = make_expert("noisy:nash:0.3"), State(game).step(empty_graph(4))
     differs = np.mean([nash(state, 1, rng).action != 1.0 for _ in range(count)])
     assert differs == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate) / count) + 0.005)
@@ -144,22 +142,12 @@ def test_the_ends_of_the_rate_and_nested_noise():
     assert all(zero(state, 0, rng).action.tolist() == [0, 1, 1, 1, 1, 1] for _ in range(50))
     assert np.mean([one(state, 0, rng).action.sum() for _ in range(400)]) == pytest.approx(2.5, abs=0.25)
     assert (nested(state, 0, rng).action == make_expert("nash")(state, 0, rng).action).all()
+    assert [expert.name for expert in (zero, one, nested)] == list(names)
 
 
-BAD_NAMES = [
-    "",
-    "bogus",
-    "Nash",
-    "nash ",
-    "noisy",
-    "noisy:",
-    "noisy:nash",
-    "noisy:nash:",
-    "noisy::0.1",
-    "x\ny",
-]
+BAD_NAMES = ["", "bogus", "Nash", "nash ", "noisy", "noisy:", "noisy:nash", "noisy:nash:", "noisy::0.1"]
 BAD_NAMES += ["noisy:nash:x", "noisy:nash:1.01", "noisy:nash:-0.1", "noisy:nash:nan", "noisy:nash:inf"]
-BAD_NAMES += ["noisy:bogus:0.1", "random:0.5", "noisy:ran\ndom:0.1"]
+BAD_NAMES += ["noisy:bogus:0.1", "random:0.5", "noisy:ran\ndom:0.1", "x\ny"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -167,8 +155,8 @@ def test_bad_names_are_one_line(name):
     with pytest.raises(InputError) as caught:
         make_expert(name)
     inner = name.removeprefix("noisy:").rpartition(":")[0]  # where only the inner name is wrong, it is named
-    said = str(caught.value)
-    assert "\n" not in said and (repr(name) in said or repr(inner) in said)
+    text = str(caught.value)
+    assert "\n" not in text and (repr(name) in text or repr(inner) in text)
 
 
 # --- whole games
@@ -181,18 +169,18 @@ def test_every_named_expert_plays_whole_games_compliantly(name, game):
     records = simulate([(k, g, rng) for k, g in enumerate(drawn)], make_expert(name), STYLE)
     assert [r.game for r in records] == [0] * 20 + [1] * 20
     for r in records:
-        for text in (r.reply, r.label):
-            assert parse_reply(text, r.kind, r.seat, 5, drawn[r.game].caps[r.seat]) is not None
+        state = State(drawn[r.game]) if r.kind == "G" else State(drawn[r.game]).step(empty_graph(5))
+        assert all(parse_reply(text, state, r.seat) is not None for text in (r.reply, r.label))
 
 
 def test_games_side_by_side_are_the_games_alone():
     """Each draws from its own random numbers; of unequal length too."""
-    drawn = [
-        draw_game(np.random.default_rng(k), 3 + k, family=Family("bcz", "GE", 1 + k % 2)) for k in range(4)
-    ]
+    families = [Family("bcz", "GE", 1 + k % 2) for k in range(4)]
+    drawn = [draw_game(np.random.default_rng(k), 3 + k, family=families[k]) for k in range(4)]
     expert = make_expert("noisy:nash:0.4")
-    plays = [(7 * k, game, np.random.default_rng([9, k])) for k, game in enumerate(drawn)]
-    alone = [(7 * k, game, np.random.default_rng([9, k])) for k, game in enumerate(drawn)]
+    plays, alone = (
+        [(7 * k, game, np.random.default_rng([9, k])) for k, game in enumerate(drawn)] for _ in range(2)
+    )
     expected = [r for play in alone for r in simulate([play], expert, STYLE, 0.3)]
     assert simulate(plays, expert, STYLE, 0.3) == expected
     assert {r.game for r in expected} == {0, 7, 14, 21} and any(r.replaced for r in expected)
@@ -200,7 +188,8 @@ def test_games_side_by_side_are_the_games_alone():
 
 @pytest.fixture(scope="module")
 def data():
-    return simulate_many(60, "second-best", 0, STYLE, (3, 5), families=(Family("bcz", "GE", 2),), noise=0.15)
+    family = Family("bcz", "GE", 2)
+    return simulate_many(60, make_expert("second-best"), 0, STYLE, (3, 5), families=(family,), noise=0.15)
 
 
 def by_stage(records):
@@ -213,26 +202,24 @@ def by_stage(records):
 def test_records_tell_what_was_played_and_what_came_of_it(data):
     """Links, efforts and payoffs follow from the replies alone; prompts are the conversation with those
     replies."""
-    said, states, checked = defaultdict(list), {}, 0
+    replies, states = defaultdict(list), {}
     for (index, stage), group in by_stage(data).items():
         game = game_from_json(group[0].instance)
         state = states.get(index, State(game))
         where = [(r.round, r.kind, r.seat) for r in group]
         assert where == [(stage // 2 + 1, "GE"[stage % 2], seat) for seat in range(game.N)]
-        played = np.array([parse_reply(r.reply, r.kind, r.seat, game.N, game.cap).action for r in group])
+        played = np.array([parse_reply(r.reply, state, r.seat).action for r in group])
         states[index] = state.step(played)
         for r in group:
-            assert r.prompt == messages(state, r.seat, said[index, r.seat], STYLE)
+            assert r.prompt == messages(state, r.seat, replies[index, r.seat], STYLE)
+            replies[index, r.seat].append(r.reply)
             if r.kind == "G":
                 assert r.proposals == played.tolist() and r.links == (played * played.T).tolist()
                 assert r.efforts is None and r.payoffs is None
             else:
                 assert r.efforts == played.tolist()
                 assert np.allclose(r.payoffs, bcz_payoffs(game, np.array(r.links), played), atol=1e-6)
-            checked += 1
-        for r in group:
-            said[index, r.seat].append(r.reply)
-    assert checked == len(data) > 500 and {len(r.instance["alpha"]) for r in data} == {3, 4, 5}
+    assert len(data) > 500 and {len(r.instance["alpha"]) for r in data} == {3, 4, 5}
     assert [(r.game, r.stage, r.seat) for r in data] == sorted((r.game, r.stage, r.seat) for r in data)
 
 
@@ -240,23 +227,23 @@ def test_labels_answer_the_state_that_really_arose(data):
     """Also after other agents' moves were replaced: the effort is Nash for the links that formed."""
     off_path = 0
     for r in data:
-        game, action = game_from_json(r.instance), label_decision(r).action
-        if r.kind == "E":
+        game, label = game_from_json(r.instance), label_decision(r)
+        if label.kind is EFFORTS:
             G = np.array(r.links)
-            assert action == pytest.approx(ref_efforts(game, G, 1)[r.seat], abs=0.005 + 1e-9)
+            assert label.action == pytest.approx(ref_efforts(game, G, 1)[r.seat], abs=0.005 + 1e-9)
             off_path += (G != game.efficient_graph()[0]).any()
         else:
-            assert action.tolist() == game.efficient_graph()[0][r.seat].tolist()
+            assert label.action.tolist() == game.efficient_graph()[0][r.seat].tolist()
     assert off_path > 50
 
 
 def test_labels_of_an_expert_that_looks_back():
     """myopic: labels are rebuilt from the recorded history of the game."""
-    records = simulate_many(15, "myopic", 1, STYLE, families=(Family("bcz", "GE", 3),), noise=0.3)
-    states = {}
+    expert, family = make_expert("myopic"), Family("bcz", "GE", 3)
+    records, states = simulate_many(15, expert, 1, STYLE, families=(family,), noise=0.3), {}
     for (index, _), group in by_stage(records).items():
         state = states.get(index, State(game_from_json(group[0].instance)))
         for r in group:
-            assert r.label == format_reply(make_expert("myopic")(state, r.seat, None), STYLE)
-        states[index] = state.step(np.array(group[0].proposals if r.kind == "G" else group[0].efforts))
+            assert r.label == format_reply(expert(state, r.seat, None), STYLE)
+        states[index] = state.step(group[0].proposals if state.kind is LINKS else group[0].efforts)
     assert len(records) == 15 * 6 * 4 and all(state.done for state in states.values())

@@ -1,4 +1,4 @@
-"""What games have in common: consent, stages, rounds, observations, validation."""
+"""What games have in common: consent, stages, rounds, observations, files, validation."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ import pytest
 from brute import bcz_payoffs, random_graph
 
 import games
+from decisions import EFFORTS, LINKS
 from games import GameError, State, complete_graph, game_from_json, observe
 from world.bcz import BCZ
 from world.draws import Family, draw_game
@@ -18,18 +19,14 @@ from world.draws import Family, draw_game
 
 
 GOOD = {"alpha": (1.0, 2.0), "delta": 0.1, "c": 0.2, "cap": 5.0, "stages": "GE", "rounds": 1}
-BAD = [  # a field, a value, a word of the refusal
+BAD = [  # a field, a value, words of the refusal
     *(("alpha", (1.0,) * N, f"2 to 12 agents, got {N}") for N in (0, 1, 13)),
     *(("alpha", (1.0, v), "alpha") for v in (0.0, -2.0)),
     *(("alpha", (1.0, v), "finite") for v in (math.nan, "2\n", None)),
-    *(
-        ("delta", -0.1, "delta"),
-        ("delta", math.inf, "finite"),
-        ("c", 1e300, "at most 1e+06"),
-        ("c", "0.1", "finite"),
-    ),
-    *(("c", -0.1, "c must not be negative"), ("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
-    *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5)),
+    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e+06")),
+    *(("c", "0.1", "finite"), ("c", -0.1, "c must not be negative")),
+    *(("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
+    *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5, ["G", "E"])),
     ("stages", "GXE", "GXE"),
     *(("rounds", v, "whole number from 1") for v in (0, -3, 1.5, math.nan, "2", None)),
 ]
@@ -102,13 +99,19 @@ def play(game, *actions):
     return state
 
 
+def assert_results(state, *expected):
+    for (G, x, pi), (links, efforts) in zip(state.round_results(), expected, strict=True):
+        assert G.tolist() == links.tolist() and x.tolist() == efforts
+        np.testing.assert_allclose(pi, bcz_payoffs(state.game, links, efforts))
+
+
 def test_two_rounds_stage_by_stage():
     state = State(TRIO)
     expected = [  # kind, round, links and efforts before each decision, and how many rounds have ended
-        (IN_VAIN, "G", 1, games.empty_graph(3), None, 0),
-        ([4.0, 1.5, 2.5], "E", 1, HUB, None, 0),
-        (ALL, "G", 2, HUB, [4.0, 1.5, 2.5], 1),
-        ([5, 2, 3], "E", 2, ALL, [4.0, 1.5, 2.5], 1),
+        (IN_VAIN, LINKS, 1, games.empty_graph(3), None, 0),
+        ([4.0, 1.5, 2.5], EFFORTS, 1, HUB, None, 0),
+        (ALL, LINKS, 2, HUB, [4.0, 1.5, 2.5], 1),
+        ([5, 2, 3], EFFORTS, 2, ALL, [4.0, 1.5, 2.5], 1),
     ]
     for actions, kind, number, links, efforts, ended in expected:
         assert (state.kind, state.round, state.done) == (kind, number, False)
@@ -116,11 +119,7 @@ def test_two_rounds_stage_by_stage():
         assert (state.efforts if efforts is None else state.efforts.tolist()) == efforts
         state = state.step(actions)
     assert state.done and state.efforts.tolist() == [5, 2, 3] and state.last("G").tolist() == ALL.tolist()
-    (G1, x1, pi1), (G2, x2, pi2) = state.round_results()
-    assert G1.tolist() == HUB.tolist() and x1.tolist() == [4.0, 1.5, 2.5]
-    assert G2.tolist() == ALL.tolist() and x2.tolist() == [5, 2, 3]
-    np.testing.assert_allclose(pi1, bcz_payoffs(TRIO, HUB, [4.0, 1.5, 2.5]))
-    np.testing.assert_allclose(pi2, bcz_payoffs(TRIO, ALL, [5, 2, 3]))
+    assert_results(state, (HUB, [4.0, 1.5, 2.5]), (ALL, [5, 2, 3]))
     for actions in (ALL, [1, 2, 3]):
         with pytest.raises(ValueError, match="over"):
             state.step(actions)
@@ -138,14 +137,12 @@ REVISED = [  # stages, their actions, and the links and efforts that count
 def test_a_later_stage_revises_the_earlier_one(stages, actions, links, efforts):
     game = replace(TRIO, stages=stages)
     state = State(game)
-    for letter, a in zip(stages, actions):
-        assert state.kind == letter and state.round == 1 and state.round_results() == []
+    for letter, a in zip(stages, actions, strict=True):
+        assert state.kind.letter == letter and state.round == 1 and state.round_results() == []
         state = state.step(a)
     state = play(game, *actions, *actions)
-    assert state.done and len(state.round_results()) == 2
-    for G, x, pi in state.round_results():
-        assert G.tolist() == links.tolist() and x.tolist() == efforts
-        np.testing.assert_allclose(pi, bcz_payoffs(game, links, efforts))
+    assert state.done
+    assert_results(state, (links, efforts), (links, efforts))
 
 
 BAD_PROPOSALS = [np.ones((3, 3), int), 2 * ALL, -ALL, ALL * 0.5, ALL * math.nan, complete_graph(4), ALL[:2]]
@@ -155,11 +152,9 @@ BAD_EFFORTS += [[-0.001, 1, 1], [1, 9.001, 1], [1, math.nan, 1], [math.inf, 1, 1
 
 
 def test_bad_actions_are_refused():
-    links, efforts = State(TRIO), State(TRIO).step(ALL)
-    for state, bad, words in (
-        (links, BAD_PROPOSALS, "3 x 3"),
-        (efforts, BAD_EFFORTS, r"3 numbers from 0 to the cap"),
-    ):
+    efforts = State(TRIO).step(ALL)
+    cases = [(State(TRIO), BAD_PROPOSALS, "3 x 3"), (efforts, BAD_EFFORTS, "3 numbers from 0 to the cap")]
+    for state, bad, words in cases:
         for actions in bad:
             with pytest.raises(ValueError, match=words):
                 state.step(actions)
@@ -175,15 +170,23 @@ def test_history_is_not_the_callers_array():
     assert state.history == () and len(after_links.history) == 1  # a step leaves the state it came from alone
 
 
+def test_a_history_as_text_is_read_back_exactly():
+    state = play(replace(TRIO, stages="GEE"), IN_VAIN, [1 / 3, 0.1 + 0.2, 9], [1.25, 0, 1e-9], HUB)
+    texts = games.history_to_text(state)
+    assert texts[0] == "011 101 100" and texts[2] == "1.25 0.0 1e-09"
+    back = games.history_from_text(state.game, json.loads(json.dumps(texts)))
+    assert len(back.history) == 4 and all(map(np.array_equal, back.history, state.history))
+    for bad in (["011 101"], ["011 111 100"], ["abc"], [texts[0], "1 2"], [*texts, *texts]):
+        with pytest.raises(ValueError):
+            games.history_from_text(state.game, bad)
+
+
 # --- observations
 
 
 def same_observation(a, b):
-    for f in fields(a):
-        u, v = getattr(a, f.name), getattr(b, f.name)
-        if not (np.array_equal(u, v) if isinstance(u, np.ndarray) else u == v and type(u) is type(v)):
-            return False
-    return True
+    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
+    return all(type(u) is type(v) and np.array_equal(u, v) for u, v in pairs)
 
 
 def test_before_is_the_state_of_that_decision_and_is_observed_like_it():
@@ -195,26 +198,22 @@ def test_before_is_the_state_of_that_decision_and_is_observed_like_it():
         for seat in range(3) if k < 4 else ():
             seen = observe(now, seat)
             assert same_observation(seen, observe(then, seat))
-            assert (seen.round, seen.kind) == (1 + k // 2, "GE"[k % 2])
+            assert (seen.round, seen.kind.letter) == (1 + k // 2, "GE"[k % 2])
             assert seen.own_type == TRIO.alpha[seat]
-            assert not same_observation(seen, observe(now, (seat + 1) % 3))
+            assert not same_observation(observe(now, (seat + 1) % 3), seen)
 
 
 def test_observation_shows_the_state_and_only_the_state():
     fresh = observe(State(TRIO), 1)
-    assert (fresh.game, fresh.N, fresh.seat, fresh.own_type, fresh.types) == (
-        "bcz",
-        3,
-        1,
-        1.0,
-        (3.0, 1.0, 2.0),
-    )
+    assert (fresh.game, fresh.N, fresh.seat, fresh.own_type, fresh.types) == ("bcz", 3, 1, 1, TRIO.alpha)
     assert (fresh.parameters, fresh.cap, fresh.stages) == ({"delta": 0.1, "c": 0.25}, 9.0, "GE")
-    assert (fresh.rounds, fresh.round, fresh.kind) == (2, 1, "G")
-    assert not fresh.links.any() and fresh.efforts is fresh.last_payoff is None
-    # A different past gives a different observation; proposals that came to nothing are not part of it.
+    assert (fresh.rounds, fresh.round, fresh.stage, fresh.kind) == (2, 1, 0, LINKS)
+    assert not fresh.links.any() and fresh.efforts is fresh.last_payoff is fresh.previous is None
+    # A different past gives a different observation.
     assert not same_observation(observe(play(TRIO, ALL), 0), observe(play(TRIO, HUB), 0))
-    assert same_observation(observe(play(TRIO, IN_VAIN), 0), observe(play(TRIO, HUB), 0))
+    later = observe(play(TRIO, IN_VAIN), 0)
+    assert later.previous is LINKS and later.last_actions.tolist() == IN_VAIN.tolist()
+    assert later.links.tolist() == HUB.tolist()
 
 
 @pytest.mark.parametrize("stages", ["GE", "GEE", "GGE"])
@@ -225,7 +224,7 @@ def test_last_payoff_is_that_of_the_last_finished_round(stages):
         for seat in range(3):
             seen = observe(state, seat).last_payoff
             assert seen is None if expected is None else seen == pytest.approx(expected[seat])
-        state = state.step(random_graph(rng, 3, 0.8) if state.kind == "G" else rng.uniform(0, 9, 3))
+        state = state.step(random_graph(rng, 3, 0.8) if state.kind is LINKS else rng.uniform(0, 9, 3))
         if len(state.history) % len(stages) == 0:
             expected = bcz_payoffs(game, state.links, state.efforts)
     assert expected is not None and len(state.round_results()) == 4

@@ -1,5 +1,6 @@
 """LoRA against the formula written out by hand, and against the base model."""
 
+import itertools
 import re
 import warnings
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora
+import settings
+import train_sft
 from lora import LoRAConfig, LoRALinear
 from models import adapters
-from run import training
-from run.files import InputError
+from run.errors import InputError
+from run.seeds import Stream
 
 CONFIG = LoRAConfig(r=4, alpha=8, base_model="tiny")
 TOKENS_BT = torch.arange(14).reshape(2, 7) * 5 % 64
@@ -50,6 +53,12 @@ def differ(a, b):
     return (a - b).abs().max() > 1e-2
 
 
+def assert_only_A_and_B_get_gradients(model):
+    model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_grad == {f"{name}.{letter}" for name in lora.lora_layers(model) for letter in "AB"}
+
+
 # --- the layer
 
 
@@ -58,10 +67,9 @@ def test_forward_is_the_formula():
     layer = LoRALinear(base, 2, 0.75, torch.Generator().manual_seed(0))
     layer.B.data = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.0, 3.0]])
     x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    for i in range(2):
-        for t in range(4):
-            h = base.weight @ x[i, t] + base.bias + 0.75 * layer.B @ (layer.A @ x[i, t])
-            torch.testing.assert_close(layer(x)[i, t], h)
+    for i, t in itertools.product(range(2), range(4)):
+        h = base.weight @ x[i, t] + base.bias + 0.75 * layer.B @ (layer.A @ x[i, t])
+        torch.testing.assert_close(layer(x)[i, t], h)
 
 
 def test_A_is_kaiming_uniform_from_its_own_generator():
@@ -77,7 +85,8 @@ def test_A_is_kaiming_uniform_from_its_own_generator():
     assert torch.equal(state, torch.get_rng_state())  # the global random state is left alone
     generator = torch.Generator().manual_seed(0)
     expected = [LoRALinear(linear, 4, 2.0, generator).A for linear in in_order]
-    assert len(layers) == 14 and all(torch.equal(layer.A, A) for layer, A in zip(layers, expected))
+    assert len(layers) == 14
+    assert all(torch.equal(layer.A, A) for layer, A in zip(layers, expected, strict=True))
 
 
 def test_bf16_base_keeps_fp32_master_weights():
@@ -100,18 +109,14 @@ def test_step_0_is_the_base_model_exactly():
     model = tiny()
     before = logits(model)
     lora.inject(model, CONFIG, torch.Generator().manual_seed(0))
-    layers = list(lora.lora_layers(model).values())
-    assert len(layers) == 14 and [id(x) for x in layers] == [id(x) for x in lora.lora_layers(model).values()]
-    assert torch.equal(logits(model), before)
+    assert len(lora.lora_layers(model)) == 14 and torch.equal(logits(model), before)
     assert differ(logits(randomize(model)), before)
 
 
 def test_only_A_and_B_get_gradients():
     model = adapted()
-    model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
-    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_grad == {f"{name}.{letter}" for name in lora.lora_layers(model) for letter in "AB"}
-    assert len(with_grad) == len(lora.lora_parameters(model)) == 28
+    assert_only_A_and_B_get_gradients(model)
+    assert len(lora.lora_parameters(model)) == 28
     assert all(p.grad.abs().sum() > 0 for p in lora.lora_parameters(model))
 
 
@@ -172,11 +177,37 @@ def test_below_fp32_merge_freezes_the_adapter_beside_its_weight(merges):
     x = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = x.float() @ (exact + part.weight.float()).T
     assert (layer(x).float() - exact).norm() < 0.01 * exact.norm()
-    model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
-    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_grad == {f"{name}.{letter}" for name in lora.lora_layers(model) for letter in "AB"}
+    assert_only_A_and_B_get_gradients(model)
     lora.remove(model)
     assert torch.equal(logits(model), on)
+
+
+class Scaled(LoRALinear):
+    """g times the rows of the sum, elementwise: a layer of another kind."""
+
+    parts = ("A", "B", "g")
+
+    def __init__(self, base, *more):
+        super().__init__(base, *more)
+        self.g = torch.nn.Parameter(torch.linspace(0.5, 1.5, self.out_features))
+
+    def forward(self, x):
+        return self.base(x) if self.disabled else self.g * super().forward(x)
+
+    def merged_weight(self):
+        return self.g[:, None] * super().merged_weight()
+
+
+def test_another_kind_of_layer_is_a_subclass():
+    model, base = tiny(), logits(tiny())
+    lora.inject(model, CONFIG, torch.Generator().manual_seed(1), Scaled)
+    on = logits(randomize(model))
+    model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
+    assert len(lora.lora_parameters(model)) == 42 and all(p.grad.any() for p in lora.lora_parameters(model))
+    assert f"base_model.model.{Q}.lora_g" in adapters.adapter_state(model)
+    with lora.adapter_off(model):
+        assert torch.equal(logits(model), base) and differ(on, base)
+    torch.testing.assert_close(logits(lora.merge(model)), on, rtol=1e-4, atol=1e-5)
 
 
 def test_merge_leaves_tied_weights_alone():
@@ -197,9 +228,8 @@ def test_merge_leaves_tied_weights_alone():
 
 def test_a_tied_layer_is_refused_before_training():
     policy = SimpleNamespace(model=tiny(tie_word_embeddings=True), name="tiny", layer=LoRALinear)
-    args = SimpleNamespace(rank=2, lora_alpha=4.0, targets=["lm_head"], seed=0)
     with pytest.raises(InputError, match="lm_head: it shares its weight"):
-        training.new_adapter(policy, args, 1)
+        train_sft.new_adapter(policy, settings.LoRA(2, 4.0, ("lm_head",)), 0, Stream.SFT_ADAPTER)
 
 
 def test_adapter_off_after_sft_is_the_sft_policy():
@@ -211,37 +241,20 @@ def test_adapter_off_after_sft_is_the_sft_policy():
         assert torch.equal(logits(model), sft)
 
 
-@pytest.mark.parametrize(
-    "targets, count",
-    [
-        (("q_proj",), 2),
-        (("layers.1.self_attn.q_proj", "o_proj"), 3),
-        ("all-linear", 14),
-        (r".*\.layers\.1\..*_proj", 7),
-        (r".*q_proj|.*\.0\..*down_proj", 3),
-        (r"model\.layers\.0\.self_attn\.q_proj|.*v_pro|self_attn.*", 1),
-    ],
-)
+TARGETS = [(("q_proj",), 2), (("layers.1.self_attn.q_proj", "o_proj"), 3), (lora.DEFAULT_TARGETS, 14)]
+TARGETS += [(("model.layers.0.mlp.up_proj", "0.mlp.down_proj", "v_proj"), 4)]
+
+
+@pytest.mark.parametrize("targets, count", TARGETS)
 def test_targets_are_matched_as_peft_does(targets, count):
     peft = pytest.importorskip("peft")
     model = adapted(LoRAConfig(4, 8, targets))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = targets if isinstance(targets, str) else list(targets)
-        other = peft.get_peft_model(
-            tiny(), peft.LoraConfig(target_modules=theirs, r=4, task_type="CAUSAL_LM")
-        )
+        config = peft.LoraConfig(target_modules=list(targets), r=4, task_type="CAUSAL_LM")
+        other = peft.get_peft_model(tiny(), config)
     assert len(lora.lora_layers(model)) == count
     assert set(adapters.adapter_state(model)) == set(peft.get_peft_model_state_dict(other))
-
-
-def test_adapter_state_is_a_copy():
-    model = adapted()
-    state = adapters.adapter_state(model)
-    before = {key: tensor.clone() for key, tensor in state.items()}
-    for p in lora.lora_parameters(model):
-        p.data += 1
-    assert all(torch.equal(state[key], before[key]) for key in before)
 
 
 # --- refusals: one line that says what is wrong
@@ -255,35 +268,34 @@ def refused(error, message, function, *arguments):
 
 def test_inject_refusals():
     generator, model = torch.Generator(), tiny()
-    refused(ValueError, "'c_attn' names no nn.Linear.*has: .*q_proj", lora.inject, model,
-            LoRAConfig(4, 8, ("q_proj", "c_attn")), generator)  # fmt: skip
-    refused(
-        ValueError, "'_proj' names no nn.Linear", lora.inject, model, LoRAConfig(4, 8, ("_proj",)), generator
-    )
-    refused(ValueError, "targets are empty", lora.inject, model, LoRAConfig(4, 8, ()), generator)
+    for targets, message in (
+        (("q_proj", "c_attn"), "'c_attn' names no nn.Linear.*has: .*q_proj"),
+        (("_proj",), "'_proj' names no nn.Linear"),
+        ((), "targets are empty"),
+    ):
+        refused(ValueError, message, lora.inject, model, LoRAConfig(4, 8, targets), generator)
     assert not lora.lora_layers(model) and all(p.requires_grad for p in model.parameters())
     refused(ValueError, "already has an adapter", lora.inject, adapted(), CONFIG, generator)
     refused(ValueError, "rank r must be a positive integer, got 0", LoRAConfig, 0, 8)
     refused(ValueError, "alpha must be a finite number, got nan", LoRAConfig, 4, float("nan"))
-    refused(ValueError, "not a valid regex", LoRAConfig, 4, 8, "(q_proj")
-
-
-def test_no_adapter_refusals():
-    for function in (lora.merge, adapters.adapter_state):
+    for function in (lora.merge, adapters.adapter_state, lambda model: lora.adapter_off(model).__enter__()):
         refused(ValueError, "has no adapter", function, tiny())
-    refused(ValueError, "has no adapter", adapters.load_adapter_state, tiny(), {})
-    refused(ValueError, "has no adapter", lora.adapter_off(tiny()).__enter__)
 
 
 def test_load_adapter_state_refusals_change_nothing():
-    model = adapted()
+    model, load = adapted(), adapters.load_adapter_state
     before, good = logits(model), adapters.adapter_state(adapted(seed=2))
     key = f"base_model.model.{Q}.lora_B.weight"
     lacking = {k: v for k, v in good.items() if k != key}
-    refused(ValueError, f"lack {re.escape(key)}", adapters.load_adapter_state, model, lacking)
-    refused(ValueError, "unexpected other", adapters.load_adapter_state, model, {**good, "other": good[key]})
-    refused(ValueError, r"q_proj.lora_B.weight has shape \(32, 5\), this model needs \(32, 4\)",
-            adapters.load_adapter_state, model, {**good, key: torch.ones(32, 5)})  # fmt: skip
+    refused(ValueError, f"lack {re.escape(key)}", load, model, lacking)
+    refused(ValueError, "unexpected other", load, model, {**good, "other": good[key]})
+    shape = r"q_proj.lora_B.weight has shape \(32, 5\), this model needs \(32, 4\)"
+    refused(ValueError, shape, load, model, {**good, key: torch.ones(32, 5)})
+    refused(ValueError, "has no adapter", load, tiny(), {})
     assert torch.equal(logits(model), before)
-    adapters.load_adapter_state(model, good)
+    load(model, good)
     assert torch.equal(logits(model), logits(adapted(seed=2)))
+    saved = adapters.adapter_state(model)
+    for p in lora.lora_parameters(model):
+        p.data += 1
+    assert all(torch.equal(saved[key], good[key]) for key in good)  # a state is a copy

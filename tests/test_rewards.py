@@ -10,20 +10,10 @@ import numpy as np
 import pytest
 
 import rewards
-from games import State, complete_graph, empty_graph
-from prompts import Decision
-from rewards import (
-    Memory,
-    Target,
-    accuracy,
-    belief_accuracy,
-    compliance,
-    effort_score,
-    f1,
-    graph_score,
-    group_rewards,
-    sample_level,
-)
+from decisions import EFFORTS, LINKS
+from games import Decision, State, complete_graph, empty_graph
+from prompts import Reply
+from rewards import Memory, Rollout, Target, accuracy, belief_accuracy, f1, hamming, sample_level, welfare
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 from world.pgg import PGG
@@ -42,14 +32,27 @@ TARGET = target(0, P)
 
 
 def row(*entries):
-    return Decision("G", np.array(entries))
+    return Decision(LINKS, np.array(entries))
 
 
 def effort(x):
-    return Decision("E", x)
+    return Decision(EFFORTS, x)
 
 
 SAME, LESS, MORE, NONE = row(0, 1, 1, 0), row(0, 1, 0, 0), row(0, 1, 1, 1), row(0, 0, 0, 0)
+
+
+def group_of(decisions):
+    return [Rollout(Reply("", [7], [-1.0], True), decision) for decision in decisions]
+
+
+def rewards_of(decisions, target, best=0.0, **options):
+    """All terms of a group of replies with these decisions. best: in memory, of this instance."""
+    group, memory = group_of(decisions), Memory({target.game.key: best})
+    rewards.expert_rewards([target], [group], memory, **options)
+    assert memory.best == {target.game.key: best}
+    return [o.rewards for o in group]
+
 
 # --- sample level
 
@@ -71,28 +74,24 @@ def test_f1_and_accuracy(mine, expert, expected_f1, expected_accuracy):
     assert accuracy(np.array(mine), np.array(expert), 0) == pytest.approx(expected_accuracy)
 
 
-def test_f1_is_the_harmonic_mean_of_precision_and_recall_over_the_others():
-    compared = 0
-    for seat in range(4):
-        others = [j for j in range(4) if j != seat]
-        for bits in itertools.product((0, 1), repeat=6):
-            mine, expert = np.zeros((2, 4), int)
-            mine[others], expert[others] = bits[:3], bits[3:]
-            hits = sum(mine[j] == expert[j] for j in others)
-            assert accuracy(mine, expert, seat) == pytest.approx(hits / 3)
-            tp = sum(mine[j] == expert[j] == 1 for j in others)
-            if tp:
-                precision, recall = tp / mine.sum(), tp / expert.sum()
-                assert f1(mine, expert, seat) == pytest.approx(2 * precision * recall / (precision + recall))
-            else:
-                assert f1(mine, expert, seat) == (not mine.any() and not expert.any())
-            compared += 1
-    assert compared == 256
+@pytest.mark.parametrize("seat", range(4))
+def test_f1_is_the_harmonic_mean_of_precision_and_recall_over_the_others(seat):
+    others = [j for j in range(4) if j != seat]
+    for bits in itertools.product((0, 1), repeat=6):
+        mine, expert = np.zeros((2, 4), int)
+        mine[others], expert[others] = bits[:3], bits[3:]
+        assert accuracy(mine, expert, seat) == pytest.approx(sum(mine[j] == expert[j] for j in others) / 3)
+        tp = sum(mine[j] == expert[j] == 1 for j in others)
+        if tp:
+            precision, recall = tp / mine.sum(), tp / expert.sum()
+            assert f1(mine, expert, seat) == pytest.approx(2 * precision * recall / (precision + recall))
+        else:
+            assert f1(mine, expert, seat) == (not mine.any() and not expert.any())
     a, b = np.array([0, 1, 1]), np.array([0, 1, 0])  # the own entry does not count
     assert accuracy(a, b, 2) == 1 and f1(a, b, 2) == 1 and accuracy(a, b, 0) == 0.5
 
 
-EFFORTS = [  # expert's effort, cap, {own: score}; 5 % of the cap is the scale of smaller efforts
+EFFORT_SCORES = [  # expert's effort, cap, {own: score}; 5 % of the cap is the scale of smaller efforts
     (2.0, 5.0, {2.0: 2, 1.0: 1, 3.0: 1, 1.5: 1.5, 0.0: 0, 4.0: 0, 5.0: 0}),  # farther off: not negative
     (0.0, 10.0, {0.0: 2, 0.25: 1, 0.5: 0}),
     (0.1, 10.0, {0.1: 2, 0.35: 1}),
@@ -100,15 +99,15 @@ EFFORTS = [  # expert's effort, cap, {own: score}; 5 % of the cap is the scale o
 ]
 
 
-@pytest.mark.parametrize("expert, cap, scores", EFFORTS)
+@pytest.mark.parametrize("expert, cap, scores", EFFORT_SCORES)
 def test_effort_score(expert, cap, scores):
     for x, score in scores.items():
-        assert effort_score(x, expert, cap) == pytest.approx(score)
+        assert rewards.effort_score(x, expert, cap) == pytest.approx(score)
         assert sample_level(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
 
 
 def test_compliance_and_sample_level():
-    assert compliance(SAME) == 0.5 and compliance(NONE) == 0.5 and compliance(None) == -0.5
+    assert [rewards.compliance(d) for d in (SAME, NONE, None)] == [0.5, 0.5, -0.5]
     scores = [sample_level(decision, TARGET) for decision in (SAME, LESS, NONE, None)]
     assert scores == pytest.approx([2, 4 / 3, 1 / 3, 0])
 
@@ -118,18 +117,17 @@ def test_compliance_and_sample_level():
 
 @pytest.mark.parametrize("decision, s", [(SAME, 1), (LESS, 5 / 6), (MORE, 5 / 6), (NONE, 2 / 3), (None, 0)])
 def test_graph_score_by_hand(decision, s):
-    """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two
-    links."""
-    assert graph_score(decision, TARGET) == pytest.approx(s)
+    """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two."""
+    assert hamming(decision, TARGET) == pytest.approx(s)
 
 
 def test_an_unrequited_choice_costs_accuracy_but_not_the_graph():
     proposals = P.copy()
     proposals[3, 0] = 0
     t = target(0, proposals)
-    assert graph_score(MORE, t) == 1 and sample_level(MORE, t) == pytest.approx(4 / 5 + 2 / 3)
+    assert hamming(MORE, t) == 1 and sample_level(MORE, t) == pytest.approx(4 / 5 + 2 / 3)
     # Nobody else chooses anybody: no row can form a link, so all rows have the same graph.
-    empty, full = group_rewards([row(0, 0, 0), row(1, 0, 1)], target(1, empty_graph(3)))
+    empty, full = rewards_of([row(0, 0, 0), row(1, 0, 1)], target(1, empty_graph(3)))
     assert empty["s"] == full["s"] == 1 and empty["R_G"] == full["R_G"] == 2
     assert empty["r_S"] == 2.5 and full["r_S"] == 0.5
 
@@ -140,14 +138,14 @@ def test_graph_score_by_a_loop():
         proposals = rng.integers(0, 2, (N, N)) * complete_graph(N)
         seat, mine = int(rng.integers(N)), rng.integers(0, 2, N)
         mine[seat] = 0
-        kept, differ = proposals.copy(), 0
+        before, differ = proposals.copy(), 0
         for i, j in itertools.product(range(N), repeat=2):
             ours_ij = mine[j] if i == seat else proposals[i, j]
             ours_ji = mine[i] if j == seat else proposals[j, i]
             differ += (ours_ij and ours_ji) != (proposals[i, j] and proposals[j, i])
-        score = graph_score(Decision("G", mine), target(seat, proposals))
+        score = hamming(Decision(LINKS, mine), target(seat, proposals))
         assert score == pytest.approx(1 - differ / (N * (N - 1)))
-        assert 0 <= score <= 1 and (proposals == kept).all()
+        assert 0 <= score <= 1 and (proposals == before).all()
 
 
 # --- groups
@@ -163,78 +161,70 @@ def test_all_terms_of_a_group():
         (-0.5, 0, 0, -0.5, 0, 0, 0, 0),
         (0.5, 1 / 3, 0, 5 / 6, 2 / 3, 0, 0, 2 / 3),
     ]
-    found = group_rewards([SAME, LESS, None, NONE], TARGET, memory_best=0.9)
-    for got, want in zip(found, expected, strict=True):
-        assert tuple(got) == keys and tuple(got.values()) == pytest.approx(want)
-    broken = dict(zip(keys, expected[2]))
+    for terms, values in zip(rewards_of([SAME, LESS, None, NONE], TARGET, 0.9), expected, strict=True):
+        assert tuple(terms) == keys and tuple(terms.values()) == pytest.approx(values)
+    broken = dict(zip(keys, expected[2], strict=True))
     for group in ([None], [None] * 4, [None, NONE], [SAME, None]):
-        for memory in (0.0, 1.0):
-            of_group = group_rewards(group, TARGET, memory_best=memory)
-            assert all((terms == broken) == (d is None) for d, terms in zip(group, of_group))
-    efforts = group_rewards([effort(2.0), effort(1.0), None], target(0, [2.0, 1.0], 5.0))
+        for best in (0.0, 1.0):
+            terms = rewards_of(group, TARGET, best)
+            assert all((a == broken) == (d is None) for d, a in zip(group, terms, strict=True))
+    efforts = rewards_of([effort(2.0), effort(1.0), None], target(0, [2.0, 1.0], 5.0))
     expected = [(0.5, 2, 0, 2.5), (0.5, 1, 0, 1.5), (-0.5, 0, 0, -0.5)]
-    assert efforts == [dict(zip(keys, values)) for values in expected]
+    assert efforts == [dict(zip(keys, values, strict=False)) for values in expected]
 
 
 BONUSES = [  # group, memory, local bonuses, global bonuses
-    ([LESS, MORE, NONE], 5 / 6, [0.5, 0.5, 0], [0.5, 0.5, 0]),  # ties share, equal memory is enough
+    ([LESS, MORE, NONE], hamming(LESS, TARGET), [0.5, 0.5, 0], [0.5, 0.5, 0]),  # ties share, equal is enough
     ([LESS, NONE], 1.0, [0.5, 0], [0, 0]),
     ([LESS, NONE], 0.7, [0.5, 0], [0.5, 0]),
     ([LESS, NONE], 0.0, [0.5, 0], [0.5, 0.5]),
 ]
 
 
-@pytest.mark.parametrize("group, memory, local, globally", BONUSES)
-def test_the_two_bonuses_are_apart(group, memory, local, globally):
-    memory = graph_score(LESS, TARGET) if memory == 5 / 6 else memory  # the very float
-    found = group_rewards(group, TARGET, memory_best=memory)
-    assert [r["local"] for r in found] == local and [r["global"] for r in found] == globally
+@pytest.mark.parametrize("group, best, local, globally", BONUSES)
+def test_the_two_bonuses_are_apart(group, best, local, globally):
+    terms = rewards_of(group, TARGET, best)
+    assert [r["local"] for r in terms] == local and [r["global"] for r in terms] == globally
 
 
 def test_the_weights_of_the_bonuses():
     weights = rewards.WEIGHTS | {"local": 0.2, "global": 3.0}
-    (r,) = group_rewards([SAME], TARGET, memory_best=1.0, weights=weights)
+    (r,) = rewards_of([SAME], TARGET, 1.0, weights=weights)
     assert r["local"] == 0.2 and r["global"] == 3 and r["R_G"] == pytest.approx(4.2)
-    (r,) = group_rewards([SAME], TARGET, weights={"local": 0, "global": 0})
+    (r,) = rewards_of([SAME], TARGET, weights={"local": 0, "global": 0})
     assert r["R_G"] == r["s"] == 1
     assert rewards.WEIGHTS == {"local": 0.5, "global": 0.5, "belief": 0.0}
 
 
 def test_a_compliant_reply_with_score_zero_is_still_the_best_of_its_group():
-    """N = 2: refusing the only link gives s = 0, tied with the reply that is not compliant: it gets
-    nothing."""
-    refused, broken = group_rewards([row(0, 0), None], target(0, [[0, 1], [1, 0]]))
+    """N = 2: refusing the only link gives s = 0, tied with the reply that is not compliant, but paid."""
+    refused, broken = rewards_of([row(0, 0), None], target(0, [[0, 1], [1, 0]]))
     assert refused["s"] == 0 and refused["local"] == 0.5 and refused["R_G"] == 1
     assert broken["R_G"] == 0
 
 
 def test_optional_terms_are_added_to_the_sample_level_only(monkeypatch):
-    foresaw = Decision("G", P[0], np.array([0, 1, 1, 1]))  # who chooses seat 0: 1, 2 and 3
-    half = Decision("G", P[0], np.array([0, 1, 0, 0]))
+    foresaw = Decision(LINKS, P[0], np.array([0, 1, 1, 1]))  # who chooses seat 0: 1, 2 and 3
+    half = Decision(LINKS, P[0], np.array([0, 1, 0, 0]))
     assert belief_accuracy(foresaw, TARGET) == 1
-    monkeypatch.setitem(rewards.TERMS, "links", lambda decision, t: float(decision.action.sum()))
+    monkeypatch.setitem(rewards.TERMS, "links", lambda rollout, t: float(rollout.decision.action.sum()))
     group = [foresaw, half, MORE]
-    plain = group_rewards(group, TARGET)
-    paid = group_rewards(group, TARGET, weights=rewards.WEIGHTS | {"belief": 0.3, "links": 0.1})
-    assert [x["belief"] for x in plain] == pytest.approx([1, 1 / 3, 0]) and [x["links"] for x in paid] == [
-        2,
-        2,
-        3,
-    ]
-    for a, b in zip(plain, paid):
-        assert (
-            b["r_S"] == pytest.approx(a["r_S"] + 0.3 * a["belief"] + 0.1 * a["links"])
-            and b["R_G"] == a["R_G"]
-        )
+    plain = rewards_of(group, TARGET)
+    paid = rewards_of(group, TARGET, weights=rewards.WEIGHTS | {"belief": 0.3, "links": 0.1})
+    assert [x["belief"] for x in plain] == pytest.approx([1, 1 / 3, 0])
+    assert [x["links"] for x in paid] == [2, 2, 3]
+    for a, b in zip(plain, paid, strict=True):
+        assert b["r_S"] == pytest.approx(a["r_S"] + 0.3 * a["belief"] + 0.1 * a["links"])
+        assert b["R_G"] == a["R_G"]
 
 
 def test_belief_accuracy_of_efforts_by_hand():
     """Others 2 and 1, believed 1.5 and 3: 1 - 0.25, and 0 since farther off than the effort itself; 5 % of
     the cap is the scale of smaller ones. Without a decision or a belief it is 0."""
     t = target(0, [1.0, 2.0, 1.0], 5.0)
-    assert belief_accuracy(Decision("E", 1.0, np.array([0, 1.5, 3.0])), t) == pytest.approx(0.75 / 2)
-    small = target(0, [1.0, 0.0, 1.0], 10.0)
-    assert belief_accuracy(Decision("E", 1.0, np.array([0, 0.1, 1.0])), small) == pytest.approx((0.8 + 1) / 2)
+    assert belief_accuracy(Decision(EFFORTS, 1.0, np.array([0, 1.5, 3.0])), t) == pytest.approx(0.75 / 2)
+    near = Decision(EFFORTS, 1.0, np.array([0, 0.1, 1.0]))
+    assert belief_accuracy(near, target(0, [1.0, 0.0, 1.0], 10.0)) == pytest.approx((0.8 + 1) / 2)
     assert belief_accuracy(effort(1.0), t) == belief_accuracy(None, t) == 0
 
 
@@ -242,49 +232,50 @@ def test_belief_accuracy_of_efforts_by_hand():
 
 
 def test_memory_is_updated_only_by_update_and_never_falls():
-    memory, saved = Memory(), {"a": 0.5}
-    group_rewards([SAME, LESS], TARGET, memory_best=memory.get("a"))
-    assert memory.get("a") == 0 and memory.best == {}
-    memory.update("a", [0.2, 0.7, 0.0])
-    assert memory.get("a") == 0.7 and memory.get("b") == 0
-    memory.update("a", [0.1])
-    memory.update("b", [0.0, 0.0])
-    assert memory.get("a") == 0.7 and memory.get("b") == 0
-    other = Memory(saved)  # it does not share its dictionary
-    other.update("a", [0.9])
-    assert saved == {"a": 0.5} and Memory(other.best).get("a") == 0.9
+    """And all groups of a step see the same memory. The dictionary that is given is the one that changes."""
+    best, other = {}, Target(State(BCZ((2.0, 1.0), 0.1, 0.1, 3.0)), 0, complete_graph(2))
+    memory, targets = Memory(best), [TARGET, target(0, [1.0] * 4), other, TARGET]
+
+    def step(*decisions):
+        groups = [group_of([d]) for d in decisions]
+        rewards.expert_rewards(targets, groups, memory)
+        before = dict(best)
+        memory.update(targets, groups)
+        return before, [o.rewards.get("global") for (o,) in groups]
+
+    low = hamming(LESS, TARGET)
+    assert step(NONE, effort(1.0), row(0, 0), LESS) == ({}, [0.5, None, 0.5, 0.5])
+    assert best == {TARGET.game.key: low, other.game.key: 0}
+    assert step(NONE, effort(1.0), row(0, 1), None)[1] == [0, None, 0.5, 0]
+    assert best == {TARGET.game.key: low, other.game.key: 1} and memory.get("unknown") == 0
 
 
 # --- the welfare score
 
 
-def welfare_target(game, proposals):
-    return Target(State(game), 0, np.array(proposals))
-
-
 @pytest.mark.parametrize("c, linked, alone", [(0.1, 1.0, 1 / (1.25**2 - 0.2)), (0.5, 0.5625, 1), (5.0, 0, 1)])
 def test_welfare_score_by_hand(c, linked, alone):
     """N = 2, alpha 1, delta 0.2: a link gives x = 1.25 and W = 1.25^2 - 2c, 0 if that is negative; none 1."""
-    t = welfare_target(BCZ((1.0, 1.0), 0.2, c, 3.0), [[0, 1], [1, 0]])
-    scores = [graph_score(d, t, "welfare") for d in (row(0, 1), row(0, 0), None)]
+    t = Target(State(BCZ((1.0, 1.0), 0.2, c, 3.0)), 0, complete_graph(2))
+    scores = [welfare(d, t) for d in (row(0, 1), row(0, 0), None)]
     assert scores == pytest.approx([linked, alone, 0])
-    terms = group_rewards([row(0, 1), row(0, 0)], t, score="welfare")
-    assert [x["s"] for x in terms] == pytest.approx(scores[:2])
+    terms = rewards_of([row(0, 1), row(0, 0)], t, score=welfare)
+    assert [x["s"] for x in terms] == scores[:2]
     assert [x["local"] for x in terms] == ([0.5, 0] if linked == 1 else [0, 0.5])
+    assert welfare(effort(1.0), target(0, [1.0, 1.0])) is None
 
 
 def test_welfare_score_of_public_goods_by_hand():
     """At planner efforts: two groups of three, each member gets 12.5 sqrt(3) and pays 6. Without agent 1 its
     group is a pair, whose members get 12.5 sqrt(2) and pay 3, and agent 1 keeps its 10. (At Nash efforts
     nobody would contribute, and the fewer links the better.)"""
-    t = welfare_target(PGG((10.0,) * 6, 1.25, 0.5, 3.0), np.kron(np.eye(2, dtype=int), complete_graph(3)))
+    experts = np.kron(np.eye(2, dtype=int), complete_graph(3))
+    t = Target(State(PGG((10.0,) * 6, 1.25, 0.5, 3.0)), 0, experts)
     three, pair = 3 * (12.5 * 3**0.5 - 6), 2 * (12.5 * 2**0.5 - 3)
-    assert graph_score(row(0, 1, 1, 0, 0, 0), t, "welfare") == pytest.approx(1)
-    assert graph_score(row(0, 1, 1, 1, 1, 1), t, "welfare") == pytest.approx(1)  # nobody answers
-    assert graph_score(row(0, 0, 0, 0, 0, 0), t, "welfare") == pytest.approx(
-        (three + pair + 10) / (2 * three)
-    )
-    assert graph_score(None, t, "welfare") == 0
+    assert welfare(row(0, 1, 1, 0, 0, 0), t) == pytest.approx(1)
+    assert welfare(row(0, 1, 1, 1, 1, 1), t) == pytest.approx(1)  # nobody answers
+    assert welfare(row(0, 0, 0, 0, 0, 0), t) == pytest.approx((three + pair + 10) / (2 * three))
+    assert welfare(None, t) == 0
 
 
 def test_among_planners_the_planners_row_has_the_best_welfare_score():
@@ -295,7 +286,7 @@ def test_among_planners_the_planners_row_has_the_best_welfare_score():
         for seat in range(5):
             t = Target(State(game), seat, proposals_NN)
             rows = (proposals_NN[seat], np.zeros(5, int), np.insert(rng.integers(0, 2, 4), seat, 0))
-            own, nobody, any_row = (graph_score(Decision("G", r), t, "welfare") for r in rows)
+            own, nobody, any_row = (welfare(Decision(LINKS, r), t) for r in rows)
             assert own == 1 and max(nobody, any_row) <= 1  # exactly: bonuses go by comparisons
             if proposals_NN[seat].any():
                 assert nobody < 1 - 1e-3

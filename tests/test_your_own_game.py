@@ -9,33 +9,33 @@ import numpy as np
 import pytest
 import torch
 from brute import all_graphs, random_graph, star_graph
-from whole_runs import ROOT, fake_parse, flags, lines_of, run_rft
+from whole_runs import ROOT, fake_parse, flags, lines_of, parsed, run_rft
 
 import experts
 import rewards
 import tompo
 import train_rft
 from docs.coordination import Coordination
+from experts import make_expert
 from games import GAMES, GameError, State, complete_graph, empty_graph, game_from_json
-from play import expert_games
-from prompts import PromptStyle, messages
-from rewards import Target, graph_score
-from run.dataset import simulate_many
+from play.dataset import simulate_many
+from play.expert_games import label_decision
+from prompts import PromptStyle, messages, parse_reply
+from rewards import Target, welfare
 from world.draws import Family, draw_game, held_out_grid, split_of
 
-del GAMES[
-    Coordination.name
-]  # importing the file registered it; other tests know the games of the project alone
+GAMES.pop(
+    Coordination.name, None
+)  # importing the file registered it, and other tests expect the project's games
 
 
-def symmetry(decision, target):
-    """Share of the others towards whom the agent does what it expects of them; a term as the tutorial writes
+def symmetry(rollout, target):
+    """Share of the others to whom the agent does what the experts do to it; a term as the tutorial writes
     one."""
-    if decision is None or target.kind == "E":
+    if rollout.decision is None or target.kind.letter != "G":
         return 0.0
-    return float(
-        (decision.action == target.actions[:, target.seat])[np.arange(target.game.N) != target.seat].mean()
-    )
+    others = np.arange(target.game.N) != target.seat
+    return float((rollout.decision.action == target.actions[:, target.seat])[others].mean())
 
 
 @pytest.fixture
@@ -90,23 +90,23 @@ def test_best_responses_are_the_best_of_a_grid():
     assert len(kinds) == 3
 
 
+def is_equilibrium(game, links_NN, x):
+    """Nobody gains by any other half."""
+    pi = loop_payoffs(game, links_NN, x)
+    others = ((i, [*x[:i], e, *x[i + 1 :]]) for i in range(game.N) for e in halves(game))
+    return all(loop_payoffs(game, links_NN, other)[i] <= pi[i] + 1e-9 for i, other in others)
+
+
 @pytest.mark.parametrize("N", [2, 3])
 def test_nash_efforts_are_the_greatest_equilibrium(N):
-    """Among all profiles of halves, where nobody gains by any other half: it is one, and not below any
-    other."""
+    """Of all profiles of halves that are equilibria none is above it, and it is one of them."""
     rng, several = np.random.default_rng(2), 0
     for _ in range(25):
         game, links_NN = random_game(rng, N), random_graph(rng, N, 0.8)
-
-        def is_equilibrium(x):
-            pi = loop_payoffs(game, links_NN, x)
-            others = ((i, [*x[:i], e, *x[i + 1 :]]) for i in range(N) for e in halves(game))
-            return all(loop_payoffs(game, links_NN, other)[i] <= pi[i] + 1e-9 for i, other in others)
-
-        nash = game.nash_efforts(links_NN)
-        found = [x for x in itertools.product(halves(game), repeat=N) if is_equilibrium(x)]
-        assert tuple(nash) in found and (np.array(found) <= nash).all()
-        several += len(found) > 1
+        nash, profiles = game.nash_efforts(links_NN), itertools.product(halves(game), repeat=N)
+        equilibria = [x for x in profiles if is_equilibrium(game, links_NN, x)]
+        assert tuple(nash) in equilibria and (np.array(equilibria) <= nash).all()
+        several += len(equilibria) > 1
     assert several > 10
 
 
@@ -129,29 +129,25 @@ def test_efforts_by_hand():
     """The planner's are those of the densest part, and then of the densest addition to it. Of nobody's links
     nobody's."""
     for solution in ("nash", "planner"):
-        assert not Coordination((1.0, 2.0, 3.0), 0.5, 9.0).efforts(solution, empty_graph(3)).any()
-    tail = np.array(
-        [[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]]
-    )  # a triangle, 3 links x 2 / 3; then 2 / 1
-    assert Coordination((1.0,) * 4, 0.1, 9.0).planner_efforts(tail).tolist() == [2, 2, 2, 2]
+        assert not Coordination((1.0, 2.0, 3.0), 0.5, 9.0).solve_efforts(solution, empty_graph(3)).any()
+    tail = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # a triangle and a link
+    equal = Coordination((1.0,) * 4, 0.1, 9.0)  # 3 links x 2 / 3 = 2; then 2 / 1
+    assert equal.planner_efforts(tail).tolist() == [2, 2, 2, 2]
     rich = Coordination((2.0, 2.0, 2.0, 1.0), 0.1, 9.0)  # 3 links x 4 / 3 = 4; then 3 / 1
-    assert rich.planner_efforts(tail).tolist() == [4, 4, 4, 3] and rich.nash_efforts(tail).tolist() == [
-        4,
-        4,
-        4,
-        1,
-    ]
+    assert rich.planner_efforts(tail).tolist() == [4, 4, 4, 3]
+    assert rich.nash_efforts(tail).tolist() == [4, 4, 4, 1]
 
 
-@pytest.mark.parametrize("efforts", ["nash", "planner"])
-def test_the_efficient_graph_is_the_best_of_all(efforts):
+@pytest.mark.parametrize("solution", ["nash", "planner"])
+def test_the_efficient_graph_is_the_best_of_all(solution):
     rng, links = np.random.default_rng(4), set()
     for k in range(20):
         game = random_game(rng, 2 + k % 3)
-        G, W = game.efficient_graph(efforts)
-        assert loop_payoffs(game, G, game.efforts(efforts, G)).sum() == pytest.approx(W)
-        best = max(loop_payoffs(game, g, game.efforts(efforts, g)).sum() for g in all_graphs(game.N))
-        assert W == pytest.approx(best)
+        G, W = game.efficient_graph(solution)
+        worth = [
+            loop_payoffs(game, g, game.solve_efforts(solution, g)).sum() for g in (G, *all_graphs(game.N))
+        ]
+        assert worth[0] == pytest.approx(W) == pytest.approx(max(worth))
         links.add(int(G.sum()))
     assert len(links) > 2
     with pytest.raises(GameError, match="at most 5"):
@@ -160,8 +156,8 @@ def test_the_efficient_graph_is_the_best_of_all(efforts):
 
 def test_where_nobody_can_do_better_than_nothing_the_welfare_score_is_a_number():
     target = Target(State(Coordination((1.0, 1.0), 5.0, 3.0)), 0, complete_graph(2))
-    rows = [train_rft.parse_reply(f"Decision: [0, {v}]", "G", 0, 2, 3.0) for v in (0, 1)]
-    assert [graph_score(row, target, "welfare") for row in rows] == [1, 0]
+    rows = [parse_reply(f"Decision: [0, {v}]", target.state, 0) for v in (0, 1)]
+    assert [welfare(row, target) for row in rows] == [1, 0]
 
 
 # --- everywhere at once
@@ -175,8 +171,8 @@ def test_draws_data_prompts_and_experts_know_it(added):
     assert game_from_json(json.loads(json.dumps(grid[7].to_json()))) == grid[7]
     fixed = Family("coordination", types=(1.0, 2.0, 1.0), fixed=(("cap", 4.0), ("c", 0.5)))
     assert draw_game(rng, 3, family=fixed) == Coordination((1.0, 2.0, 1.0), 0.5, 4.0)
-    for expert in ("second-best", "nash", "myopic", "selfish", "noisy:planner:0.3"):
-        records = simulate_many(2, expert, 0, PromptStyle(), (3, 4), families=(family,))
+    for name in ("second-best", "nash", "myopic", "selfish", "noisy:planner:0.3"):
+        records = simulate_many(2, make_expert(name), 0, PromptStyle(), (3, 4), families=(family,))
         assert {r.instance["game"] for r in records} == {"coordination"}
 
 
@@ -195,37 +191,30 @@ def test_what_an_agent_reads(added):
 
 
 def test_training_and_evaluation_know_the_game_and_the_term(added, model_dir, tmp_path, capsys):
-    settings = dict(
-        model=model_dir, game="coordination", expert="planner", games=4, agents=3, seat="all", rank=4
-    )
-    settings |= dict(
-        eval_agents=3, eval_games=2, sft_steps=2, steps=2, prompts=[2, 2], m=4, max_new_tokens=14
-    )
-    run_rft([*flags(settings), "--reward", "symmetry=0.5", "--out", str(tmp_path / "run")])
+    settings = dict(model=model_dir, game="coordination", expert="planner", games=4, agents=3, seat="all")
+    settings |= dict(rank=4, sft_steps=2, steps=2, prompts=[2, 2], m=4, max_new_tokens=14, eval_games=2)
+    run_rft([*flags(settings), "--weights", "symmetry=0.5", "--out", str(tmp_path / "run")])
     metrics, samples = (lines_of(tmp_path / "run" / f"{name}.jsonl") for name in ("metrics", "samples"))
     paid = [line["symmetry"] for line in samples]
     assert [np.mean(paid[:16]), np.mean(paid[16:])] == pytest.approx([line["symmetry"] for line in metrics])
     assert len(set(paid)) > 2 and all(line["grad_norm"] > 1e-4 for line in metrics)
     for line in samples:
         assert line["r_S"] == pytest.approx(line["compliance"] + line["sample"] + 0.5 * line["symmetry"])
-        decision = fake_parse(line["reply"], line["kind"], line["seat"], 3, 9.0)
-        assert line["symmetry"] == 0 or decision is not None and line["kind"] == "G"
+        compliant = fake_parse(line["reply"], State(Coordination((1.0,) * 3, 1.0, 9.0)), line["seat"])
+        assert line["symmetry"] == 0 or compliant and line["kind"] == "G"
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
-    assert {i["instance"]["game"] for of_one in results.values() for i in of_one["instances"]} == {
-        "coordination"
-    }
+    games = {row["instance"]["game"] for summary in results.values() for row in summary["instances"]}
+    assert games == {"coordination"}
     assert results["expert:planner"]["all rounds"]["U3"]["mean"] == pytest.approx(1)
     assert "expert:planner" in capsys.readouterr().out
 
 
-def test_help_and_refusals_name_them(added, capsys):
+def test_help_and_refusals_name_them(added, refused, capsys):
     with pytest.raises(SystemExit):
         train_rft.main(["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "coordination: cap, c" in said and "symmetry=0" in said
-    with pytest.raises(SystemExit):
-        train_rft.main(["--game", "bcz", "--fix", "cap=3"])
-    assert "--fix cap: bcz cannot fix it" in capsys.readouterr().err
+    text = " ".join(capsys.readouterr().out.split())
+    assert "coordination: cap, c" in text and "symmetry=0" in text
+    assert "--fix cap: no such name" in refused(train_rft.main, ["--game", "bcz", "--fix", "cap=3"])
 
 
 def test_an_expert_is_one_line_of_the_table(monkeypatch):
@@ -233,24 +222,18 @@ def test_an_expert_is_one_line_of_the_table(monkeypatch):
     rule = (lambda s: np.roll(np.eye(s.game.N, dtype=int), 1, axis=1), lambda s: np.ones(s.game.N))
     monkeypatch.setitem(experts.RULES, "ring", rule)
     for name in ("ring", "noisy:ring:0"):
-        actions = [
-            expert_games.label_decision(r).action for r in simulate_many(1, name, 0, PromptStyle(), noise=0)
-        ]
+        records = simulate_many(1, make_expert(name), 0, PromptStyle(), noise=0)
+        actions = [label_decision(r).action for r in records]
         assert np.array_equal(actions[:4], np.roll(np.eye(4), 1, axis=1)) and actions[4:] == [1.0] * 4
 
 
 def test_an_advantage_and_a_loss_are_one_line_of_a_table(monkeypatch):
-    """r - mean, which is 3 here; rho A without a clip, whose slope in log pi is rho A."""
-    monkeypatch.setitem(tompo.ADVANTAGES, "mean", lambda r_M: r_M - r_M.mean())
+    monkeypatch.setitem(tompo.ADVANTAGES, "rank", tompo.per_group(lambda r_M: r_M.argsort().argsort()))
     monkeypatch.setitem(tompo.LOSSES, "plain", lambda ratio_T, logp_T, A_T, low, high: ratio_T * A_T)
-    A_M, _, _ = tompo.dual_level_advantages(torch.tensor([1.0, 3, 5, 3]), None, advantage="mean")
-    assert A_M.tolist() == [-2, 0, 2, 0]
-    logp_T = torch.log(torch.tensor([1.5, 0.5])).requires_grad_()
-    weights = torch.tensor([0.5, 0.5])
-    inputs = logp_T, torch.zeros(2), None, torch.tensor([2.0, -2]), weights
-    loss, _ = tompo.objective_loss(*inputs, loss="plain")
-    loss.backward()
-    assert loss.item() == pytest.approx(-1) and logp_T.grad.tolist() == pytest.approx([-1.5, 0.5])
+    cfg = parsed(["--objective", "advantage=rank", "loss=plain"])[1].rft
+    (A_M,) = cfg.advantage([torch.tensor([1.0, 5.0, 3.0])])
+    assert A_M.tolist() == [0, 2, 1]
+    assert cfg.loss(torch.tensor([1.5]), None, torch.tensor([2.0]), 0.8, 1.2).tolist() == [3.0]
 
 
 def test_without_it_nothing_knows_it(capsys):
@@ -261,12 +244,8 @@ def test_without_it_nothing_knows_it(capsys):
 
 def test_no_other_file_mentions_the_game():
     own = {ROOT / "docs" / "coordination.py", ROOT / "tests" / "test_your_own_game.py"}
-    packages = [
-        entry for entry in ROOT.iterdir() if (entry / "__init__.py").is_file() or entry.name == "tests"
-    ]
-    found = [*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))]
-    code = [
-        path for path in found if path not in own
-    ]  # a virtual environment in the checkout is not searched
+    # A virtual environment in the checkout is not searched.
+    packages = [path for path in ROOT.iterdir() if (path / "__init__.py").is_file() or path.name == "tests"]
+    code = {*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))} - own
     assert len(code) > 40
     assert not [path for path in code if re.search("[\"'.]coordination|Coordination", path.read_text())]

@@ -3,6 +3,7 @@
 Replies of a random model are garbage, so every reward would be the same and every advantage 0: RFT would do
 nothing, and tests of it could not fail. So in these runs the parser of train_rft.py alone is replaced by one
 that reads a decision from the reply's checksum (`fake_parse`): rewards vary, adapters move, and memory fills.
+Checkpoints and probes are more frequent than in real runs, which are longer, and ask less. All is on the CPU.
 """
 
 import importlib
@@ -26,29 +27,25 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import lora
+import settings
 import train_rft
-from prompts import Decision
-from run import files, probe
+import train_sft
+from decisions import EFFORTS, LINKS
+from games import Decision
+from play import probe
+from run import files, stage
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("tokens_per_s", "sample_s", "update_s", "seconds")
 
-# Every setting is given, so that config.json can be held against what was asked for.
-SHARED = dict(
-    preset="small", device="cpu", dtype="float32", engine="fast", rounds=1, game=["bcz"], stages=["GE"]
-)
+# Every setting is given, so that config.json can be compared with what was asked for.
+SHARED = dict(preset="small", dtype="float32", engine="fast", rounds=1, game=["bcz"], stages=["GE"])
 SHARED |= dict(expert="second-best", information="full", games=4, agents=3, noise=0.3, seat="all")
 SHARED |= dict(rank=4, lora_alpha=8, targets=lora.DEFAULT_TARGETS, train_on="both", sft_steps=6, sft_batch=3)
-SHARED |= dict(sft_lr=1e-3, seed=3, micro_batch=2, save_every=2, label_noise=[0.0], probes=2)
+SHARED |= dict(sft_lr=1e-3, seed=3, micro_batch=2, label_noise=0.0)
 RFT_ONLY = dict(algo="tompo", steps=6, prompts=[2, 2], m=4, lr=5e-3, inner_epochs=1, temperature=1.0)
-RFT_ONLY |= dict(
-    level_weights=[0.8, 0.2],
-    idle_groups="keep",
-    reward=["local=0.5", "global=0.5"],
-    clip_eps=[0.2],
-    beta=0.02,
-)
-RFT_ONLY |= dict(objective=["aggregation=sequence"], eval_agents=3, eval_games=2, max_new_tokens=14)
+RFT_ONLY |= dict(reward_from="expert", weights=["A_S=0.8", "A_G=0.2"], clip_eps=[0.2], beta=0.02)
+RFT_ONLY |= dict(objective=["aggregation=sequence"], eval_games=2, max_new_tokens=14)
 GENTLE = 2e-4  # a learning rate of RFT at which rounding does not grow until it turns a sampled token
 
 
@@ -69,33 +66,58 @@ def rft_flags(model, out, **changes):
     return flags(SHARED | RFT_ONLY | {"model": model, "out": out} | changes)
 
 
-def fake_parse(text, kind, seat, N, cap):
-    number = zlib.crc32(text.encode())
+def parsed(argv, script=train_rft):
+    """-> (its parser, the settings) of a training script with these flags; it does nothing else."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(parser, name, argv):
+        raise Enough(parser, settings.parse_training(parser, name, argv))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Enough) as enough:
+        patch.setattr(script, "parse_training", stop)
+        script.main(argv)
+    return enough.value.args
+
+
+def fake_parse(text, state, seat):
+    number, game = zlib.crc32(text.encode()), state.game
     if number % 5 == 0:
         return None
-    if kind == "G":
-        row_N = np.array([number >> (3 + i) & 1 for i in range(N)])
+    if state.kind is LINKS:
+        row_N = np.array([number >> (3 + i) & 1 for i in range(game.N)])
         row_N[seat] = 0
-        return Decision("G", row_N)
-    return Decision("E", cap * (number % 997) / 996)
+        return Decision(LINKS, row_N)
+    return Decision(EFFORTS, float(game.caps[seat]) * (number % 997) / 996)
+
+
+# What is different in these runs: (module, name, value).
+REPLACED = [(train_rft, "parse_reply", fake_parse), (stage, "SAVE_EVERY", 2)]
+REPLACED += [(train_sft, "PROBE_EVERY", 3), (train_rft, "PROBE_EVERY", 3)]
+REPLACED += [(train_sft, "HELD_OUT_GAMES", 4), (probe, "GAMES", 5)]
+WITHOUT_CURVES = [(module, "plot_curves", lambda folder: None) for module in (train_rft, probe)]
+
+
+def on_device(name, change=setattr):
+    """From now on all scripts compute on this device. change: monkeypatch.setattr, to undo it later."""
+    change(settings, "resolve_model", lambda args: settings.Model(args.model, args.dtype, args.engine, name))
 
 
 def run_rft(argv, curves=False):
-    """train_rft.py in this process, with the parser replaced and, for time's sake, without the picture."""
+    """train_rft.py in this process with what is REPLACED and, to save time, without the picture."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_rft, "parse_reply", fake_parse)
-        if not curves:
-            patch.setattr(train_rft, "plot_curves", lambda *args: None)
-            patch.setattr(probe, "plot_curves", lambda *args: None)
+        for replacement in REPLACED + (WITHOUT_CURVES if not curves else []):
+            patch.setattr(*replacement)
         train_rft.main(argv)
 
 
-def short_run(model_dir, sft_adapter, folder, *more, **changes):
+def short_run(model_dir, sft_adapter, folder, **changes):
     """A few steps on a finished SFT adapter -> its lines of metrics.jsonl and samples.jsonl."""
-    changes = dict(sft_adapter=sft_adapter, max_steps=2, eval_games=1) | changes
-    run_rft([*rft_flags(model_dir, folder, **changes), *more])
+    changes = dict(sft_adapter=sft_adapter, steps=2, eval_games=1) | changes
+    run_rft(rft_flags(model_dir, folder, **changes))
     metrics, samples = (lines_of(folder / f"{name}.jsonl") for name in ("metrics", "samples"))
-    assert len(metrics) == changes["max_steps"] and samples
+    assert len(metrics) == changes["steps"] and samples
     return metrics, samples
 
 
@@ -105,7 +127,7 @@ def interrupted(monkeypatch, argv, log, count):
 
     def counted(self, value):
         write(self, value)
-        if self.file.name == str(log) and len(lines_of(log)) == count:
+        if self.path == log and self.count == count:
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch, redirect_stdout(said), pytest.raises(SystemExit) as stop:
@@ -115,13 +137,15 @@ def interrupted(monkeypatch, argv, log, count):
     return said.getvalue()
 
 
-def driver(argv, environment=None, output=None, script="train_rft", before=None):
-    """A script in a process of its own, with the parser of train_rft.py replaced. before: is called first."""
+def driver(argv, environment=None, output=None, script="train_rft", before=None, device="cpu"):
+    """A script in a process of its own, with what is REPLACED. before: is called first."""
     os.environ.update(environment or {})
     if output:
         for stream in (1, 2):
             os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    train_rft.parse_reply = fake_parse
+    on_device(device)
+    for replacement in REPLACED:
+        setattr(*replacement)
     if before:
         before()
     importlib.import_module(script).main(argv)
@@ -203,10 +227,10 @@ class Run:
 
 def results(run):
     """By name, all that a run leaves which no stop, kill or resume may change: everything but timings."""
-    found = {name: run.weights(name) for name in ("adapter", "sft/adapter")}
+    files_left = {name: run.weights(name) for name in ("adapter", "sft/adapter")}
     logs = ("metrics.jsonl", "samples.jsonl", "sft/metrics.jsonl", "prompts.jsonl", "probe.jsonl")
-    found |= {name: without_timings(run.lines(name)) for name in logs}
-    return found | {"eval.json": json.loads((run.folder / "eval.json").read_text())["results"]}
+    files_left |= {name: without_timings(run.lines(name)) for name in logs}
+    return files_left | {"eval.json": json.loads((run.folder / "eval.json").read_text())["results"]}
 
 
 def assert_same_run(run, full):
@@ -240,9 +264,8 @@ def assert_same_up_to_rounding(run, gentle):
     for name in keys:
         for line, other in zip(run.lines(f"{name}.jsonl"), gentle.lines(f"{name}.jsonl"), strict=True):
             for key in keys[name]:
-                assert line.get(key) == (
-                    pytest.approx(other[key], rel=1e-2, abs=1e-4) if key in other else None
-                )
+                near = pytest.approx(other[key], rel=1e-2, abs=1e-4) if key in other else None
+                assert line.get(key) == near
     final = [latest_checkpoint(r.folder) / "state.json" for r in (run, gentle)]
     memories = [json.loads(path.read_text())["extra"]["memory"] for path in final]
     assert memories[0] == memories[1] != {}

@@ -3,10 +3,10 @@
     python -m tools.view runs/tompo                          # writes runs/tompo/run.html
     python -m tools.view runs/tompo runs/grpo -o both.html
 
-The page needs no network and opens from disk. It shows what was run and what came of it, the groups of
+The page opens from the disk and needs no network. It shows what was run and what came of it, the groups of
 replies of every step of RFT with the numbers that made their advantages, the games of the evaluation with the
 exact value of every choice that was not taken, and whom the policy links to before and after RFT. All of it
-comes from files of the run; what an older run lacks is left out, and the page says so.
+comes from the files of the run. What the files of an older run lack is left out, and the page says so.
 
 This file and tools/page/ read the files and compute values; tools/view.html draws them. What a model wrote is
 data there: it is embedded as escaped JSON and becomes text, never markup.
@@ -17,45 +17,43 @@ import json
 from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
-from play.metrics import METRICS, paired_difference
-from run.files import InputError, one_line, read_json, read_lines, reports_errors, write_atomic
+from play.metrics import METRICS, UNKNOWN, paired_difference
+from run.errors import InputError, one_line, reports_errors
+from run.files import read_json, read_lines, write_atomic
 from tools.page.games import games_of
-from tools.page.groups import groups_of, prompts_of
+from tools.page.groups import groups_of, read_prompts
 from tools.page.learned import learned
 from tools.page.text import clean, escaped, rounded
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PAGE = 2_700_000  # characters of data on a page; half of a run's share is for groups, a third for games
 
-# -------------------- overview
-
 
 def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
-    seconds = timing.get("seconds", {})
-    times = ", ".join(f"{stage} {s / 60:.1f} min" for stage, s in seconds.items())
-    defaults = {k: v for k, v in config.items() if v is not None and k not in ("script", "resumed", "out")}
+    """What was run, and what came of it."""
+    minutes = [f"{stage} {s / 60:.1f} min" for stage, s in timing.get("seconds", {}).items()]
+    memory = timing.get("peak_memory_gib")
     facts = {
         "what": f"{config.get('algo')} on {config.get('model')}, {config.get('steps')} steps of "
         f"{config.get('prompts')} graph and effort prompts, {config.get('m')} replies each, "
         f"expert {config.get('expert')}, seed {config.get('seed')}",
-        "time": times or "not logged: the run has not ended",
-        "peak memory": f"{timing['peak_memory_gib']:.1f} GiB"
-        if timing.get("peak_memory_gib")
-        else "not logged",
+        "time": ", ".join(minutes) or "not logged: the run has not ended",
+        "peak memory": f"{memory:.1f} GiB" if memory else "not logged",
         "machine": timing.get("machine", "not logged by the version that made this run"),
     }
-    first = next(iter(results), None)
+    first, *others = [*results] or [None]
+    compared = [m for m in METRICS if m != "U1"]
     differences = {
-        f"{first} - {name}": {m: paired_difference(results[first], results[name], m) for m in METRICS[1:]}
-        for name in list(results)[1:]
+        f"{first} - {name}": {m: paired_difference(results[first], results[name], m) for m in compared}
+        for name in others
     }
-    metrics, sft = read_lines(folder / "metrics.jsonl"), read_lines(folder / "sft" / "metrics.jsonl")
-    probe = read_lines(folder / "probe.jsonl")
+    metrics, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
+    hidden = ("script", "resumed", "out")
     return {
         "facts": facts,
-        "settings": {k: json.dumps(v) for k, v in defaults.items()},
-        "metrics": METRICS,
-        "table": {n: {m: s["all rounds"][m] for m in METRICS} for n, s in results.items()},
+        "settings": {k: json.dumps(v) for k, v in config.items() if v is not None and k not in hidden},
+        "metrics": list(METRICS),
+        "table": {n: {m: s["all rounds"].get(m, UNKNOWN) for m in METRICS} for n, s in results.items()},
         "differences": differences,
         "levels": next((line["levels"] for line in probe if "levels" in line), {}),
         "probe": [line for line in probe if "stage" in line],
@@ -64,38 +62,34 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
     }
 
 
-# -------------------- the page
-
-
 def run_data(folder: Path, budget: int) -> dict:
-    """All that the page says about a run. Raises InputError for a folder that holds none."""
+    """All that the page says about a run, in about as many characters as the budget. Raises InputError for a
+    folder that holds no run."""
     if not (folder / "config.json").exists() or not (folder / "samples.jsonl").exists():
         raise InputError(f"{folder} is not the folder of a run of train_rft.py: it has no samples.jsonl")
-    config = read_json(folder / "config.json")
-    timing, results = (
-        read_json(folder / name) if (folder / name).exists() else {} for name in ("timing.json", "eval.json")
+    config, timing, evaluation = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("config.json", "timing.json", "eval.json")
     )
     try:
-        results = results.get("results", {})
-        samples = read_lines(folder / "samples.jsonl")
-        prompts = prompts_of(folder, samples)
-        missing = []
-        if not any("chat" in p for p in prompts.values()):
-            missing.append("prompts.jsonl: no prompts, instances and graphs of the experts in the groups")
-        if not results:
-            missing.append("eval.json: the run has not been evaluated (yet)")
-        elif not all("actions" in summary for summary in results.values()):
-            missing.append("all agents' choices in eval.json: of its games there are only measures")
+        samples, results = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
+        asked, played = read_prompts(folder), all("actions" in summary for summary in results.values())
+        missing = {
+            "prompts.jsonl: no prompts, instances and graphs of the experts in the groups": not asked,
+            "eval.json: the run has not been evaluated (yet)": not results,
+            "all agents' choices in eval.json: of its games there are only measures": not played,
+        }
+        targets = {place: target for place, (target, _) in asked.items()}
         return {
             "name": clean(folder.name or str(folder)),
-            "missing": missing,
+            "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
-            "groups": groups_of(config, samples, prompts, budget // 2),
+            "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3),
-            "learned": rounded(learned(samples, prompts, results)),
+            "learned": rounded(learned(samples, targets, results)),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
-        what = " ".join(f"{type(e).__name__}: {e}".split())
+        what = f"{type(e).__name__}: {one_line(e)}"
         raise InputError(f"{folder} holds files that are not those of a run ({what})") from None
 
 
@@ -108,7 +102,7 @@ def write_page(folders: list[Path], out: Path) -> int:
 
 
 def of_run(folder: Path) -> str:
-    """For the end of a run: writes FOLDER/run.html, and says where it is or why it is not."""
+    """For the end of a run: writes FOLDER/run.html, and says where it is or why it could not be written."""
     try:
         write_page([Path(folder)], Path(folder) / "run.html")
     except Exception as e:  # whatever it is, it must not cost the user the end of a long run

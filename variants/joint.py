@@ -1,44 +1,55 @@
-"""The policy in several seats of one graph: `--graph-score joint` [choice].
+"""The policy in several seats of one graph: `--reward-from joint` [choice].
 
 In the paper only the agent's own row varies within a group; the other rows of the graph are the experts'.
-Here every graph decision of a step is asked in all seats of its game (`--seat all`), and the i-th replies of
-these seats stand in one graph:
+Here every decision about links is asked for in all seats of its game (`--seat all`), and the i-th replies
+of these seats stand in one graph:
 
     G_i = form(P_expert with the rows of those seats := their i-th replies),  s_i as in rewards.py
 
-A reply that is not compliant proposes no links there. So a useless proposal costs something where another
-seat answers it; and s_i tells of the others' rows too, which is noise to one's own.
+A reply that is not compliant proposes no links there. A useless proposal now costs something, because
+another seat may accept it; but s_i also depends on the other seats' replies, which adds noise to the
+advantage.
 """
 
 import numpy as np
 
-from policy import Rollout
+from play import dataset
+from play.dataset import Prompt
+from rewards import Memory, Rollout, Target, group_rewards, hamming, sample_level
 
 
-def moment(prompt) -> tuple[int, int]:
-    """What the seats of one graph have in common."""
-    return prompt.record.game, prompt.record.stage
+def moment(target: Target) -> tuple[int, int]:
+    """What the seats of one graph have in common: the game and its stage."""
+    return target.game_index, len(target.state.history)
 
 
-def with_other_seats(args, batch: list, conversations: list[list]) -> list:
-    """The prompts of a step (train_rft.Prompt); with `joint`, each graph decision in all trained seats."""
-    if args.graph_score != "joint":
-        return batch
-    seats: dict[tuple[int, int], list] = {moment(p): [] for p in batch if p.target.kind == "G"}
+def next_batch(
+    conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+) -> list[Prompt]:
+    """The prompts of a step, with each decision about links in all trained seats."""
+    batch = dataset.next_batch(conversations, counts, step, seed)
+    seats: dict[tuple[int, int], list[Prompt]] = {moment(p.target): [] for p in batch if is_links(p.target)}
     for p in sum(conversations, []):
-        seats.get(moment(p), []).append(p)
-    return sum(seats.values(), []) + [p for p in batch if p.target.kind == "E"]
+        seats.get(moment(p.target), []).append(p)
+    return sum(seats.values(), []) + [p for p in batch if not is_links(p.target)]
 
 
-def proposals(args, batch: list, groups: list[list[Rollout]]) -> list[list[np.ndarray] | None]:
-    """For every group the proposals (N, N) that each of its replies is a row of; None without `joint`, and
-    for effort decisions."""
-    if args.graph_score != "joint":
-        return [None] * len(batch)
-    found: dict[tuple[int, int], list[np.ndarray]] = {}
-    for p, group in zip(batch, groups):
-        if p.target.kind == "G":
-            of_replies = found.setdefault(moment(p), [p.target.actions.copy() for _ in group])
-            for P_NN, o in zip(of_replies, group):
-                P_NN[p.target.seat] = o.decision.action if o.decision else 0
-    return [found.get(moment(p)) for p in batch]
+def is_links(target: Target) -> bool:
+    return target.kind.letter == "G"
+
+
+def joint_rewards(
+    targets: list[Target], groups: list[list[Rollout]], memory: Memory, *, weights: dict[str, float]
+) -> None:
+    """As rewards.expert_rewards, with s_i of the graph of all seats' i-th replies."""
+    proposals: dict[tuple[int, int], list[np.ndarray]] = {}  # of each moment, (N, N) for each i
+    for target, group in zip(targets, groups, strict=True):
+        if is_links(target):
+            graphs = proposals.setdefault(moment(target), [target.actions.copy() for _ in group])
+            for P_NN, o in zip(graphs, group, strict=True):
+                P_NN[target.seat] = o.decision.action if o.decision else 0
+    for target, group in zip(targets, groups, strict=True):
+        graphs = proposals.get(moment(target), [None] * len(group))
+        scores = [hamming(o.decision, target, P_NN) for o, P_NN in zip(group, graphs, strict=True)]
+        sample = [sample_level(o.decision, target) for o in group]
+        group_rewards(group, target, memory, weights, sample, scores)

@@ -1,12 +1,12 @@
 """Other advantages, aggregations, losses, ratios and KL estimators: one function and one line each.
 
-`--objective advantage=loo loss=cispo` chooses among them. With one inner epoch rho is 1, so the ratios and
-losses have the gradient of GRPO with the same aggregation."""
+`--objective advantage=loo loss=cispo` chooses among them. With one inner epoch rho is 1, and then all
+ratios and losses have the gradient of GRPO with the same aggregation."""
 
 import torch
 from torch import Tensor
 
-from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS
+from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS, per_group
 
 
 def centred(rewards_M: Tensor) -> Tensor:
@@ -21,21 +21,23 @@ def leave_one_out(rewards_M: Tensor) -> Tensor:
 
 
 def constant(lengths: list[int], limit: int) -> list[float]:
-    """The sum over tokens / the longest reply allowed: a denominator that no reply changes (Dr. GRPO)."""
+    """The sum over tokens divided by the longest reply allowed, a denominator that does not depend on the
+    replies (Dr. GRPO)."""
     return [1 / (len(lengths) * limit)] * len(lengths)
 
 
 def cispo(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
-    """The clipped ratio weighs log pi and has no gradient of its own, (T,): CISPO (arXiv 2506.13585)."""
+    """log pi weighted by the clipped ratio, through which no gradient flows, (T,): CISPO (arXiv
+    2506.13585)."""
     return ratio_T.clamp(low, high).detach() * advantage_T * logp_T
 
 
 def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
-    """Every token of a reply has the mean of the reply's log ratios, (T,): GSPO (arXiv 2507.18071)."""
+    """Every token of a reply gets the mean of the reply's log ratios, (T,): GSPO (arXiv 2507.18071)."""
     return torch.cat([part.mean().expand(len(part)) for part in log_ratio_T.split(lengths)])
 
 
-ADVANTAGES |= {"mean": centred, "loo": leave_one_out}
+ADVANTAGES |= {"mean": per_group(centred), "loo": per_group(leave_one_out)}
 AGGREGATIONS |= {"constant": constant}
 LOSSES |= {"cispo": cispo}
 RATIOS |= {"sequence": sequence_mean}

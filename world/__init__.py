@@ -1,3 +1,4 @@
 """The games, each in one file, and which of their instances are played (draws.py)."""
 
-from world import bcz, pgg  # noqa: F401  (importing a game registers it)
+import decisions  # noqa: F401  (registers the kinds of decisions G and E)
+from world import bcz, pgg  # noqa: F401  (each module registers its game)

@@ -1,9 +1,20 @@
-"""BCZ, the network game of Ballester, Calvo-Armengol, Zenou (2006): rules and exact solutions.
+"""BCZ, the network game of Ballester, Calvo-Armengol and Zenou (2006): the model and its exact solutions.
 
-payoff        pi_i = alpha_i x_i - x_i^2/2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
-best response x_i  = alpha_i + delta (G x)_i
-Nash          x    = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
-planner       x    = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1   (maximises sum_i pi_i)
+N agents first choose links, which form by mutual consent: the graph G has g_ij = 1 where i and j are linked.
+Then each agent i chooses an effort x_i. A unit of effort is worth alpha_i to the agent itself, and delta
+times the efforts of all linked agents more; the cost of effort is quadratic. A link costs both of its ends c:
+
+    payoff         pi_i = alpha_i x_i - x_i^2 / 2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
+
+The derivative of pi_i in x_i is 0 at the best response. At the Nash efforts all agents respond best to each
+other; the planner chooses the efforts that maximise the welfare sum_i pi_i, where every link counts twice:
+
+    best response  x_i = alpha_i + delta (G x)_i
+    Nash           x   = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
+    planner        x   = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1
+
+rho(G) is the largest eigenvalue of G. The efficient graph has the highest welfare of all graphs, at Nash or
+at planner efforts. In the code, `links_NN` is G and `efforts_N` is x.
 """
 
 import json
@@ -13,16 +24,14 @@ from functools import cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
 from prompts import tell_numbers, tell_short
-from world.solved import solved_once
 
 
 @register
 @dataclass(frozen=True)
 class BCZ(Game):
-    """alpha: standalone marginal return of each agent's effort (N,); delta: complementarity; c: cost of a
-    link, paid at both ends; cap: the largest allowed effort; stages, rounds: see Game."""
+    """One instance: its parameters, in the notation above, and `stages` and `rounds`, see games.Game."""
 
     name = "bcz"
     alpha: tuple[float, ...]
@@ -53,41 +62,49 @@ class BCZ(Game):
     def parameters(self) -> dict[str, float]:
         return {"delta": self.delta, "c": self.c}
 
+    # The rules.
+
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """pi, (N,)."""
         x = np.asarray(efforts_N, float)
-        return (
-            np.array(self.alpha) * x - x**2 / 2 + self.delta * x * (links_NN @ x) - self.c * links_NN.sum(1)
-        )
+        own = np.array(self.alpha) * x - x**2 / 2
+        return own + self.delta * x * (links_NN @ x) - self.c * links_NN.sum(1)
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """The effort with which each agent responds best to the efforts of the others, (N,)."""
         return np.clip(np.array(self.alpha) + self.delta * links_NN @ efforts_N, 0, self.cap)
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        return solve_efforts(self.alpha, self.delta, links_NN, self.cap)
+        """The only efforts that are best responses to each other, (N,)."""
+        return effort_fixed_point(self.alpha, self.delta, links_NN, self.cap)
 
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
-        return solve_efforts(self.alpha, 2 * self.delta, links_NN, self.cap)
+        """The efforts with the highest welfare on this graph, (N,)."""
+        return effort_fixed_point(self.alpha, 2 * self.delta, links_NN, self.cap)
 
     @solved_once
-    def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """Links cost the same everywhere, so some optimum is a threshold graph whose degree order follows
-        alpha: 2^(N-1) candidates instead of 2^(N(N-1)/2). (Holds while the cap does not bind, which
-        `effort_cap` sees to.)"""
-        by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas keep their seat order
-        best_links, best_welfare = None, -math.inf
+    def efficient_graph(self, solution: str = "nash") -> tuple[np.ndarray, float]:
+        """(links_NN, welfare) of the best graph at `nash` or `planner` efforts.
+
+        All links cost the same, so that some best graph is a threshold graph in which agents with a higher
+        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2). (This holds while the
+        cap does not bind, which `effort_cap` ensures.)"""
+        by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas stay in the order of seats
+        best_links, best_welfare = empty_graph(self.N), -math.inf
         for graph_NN in threshold_graphs(self.N):
             links_NN = empty_graph(self.N)
             links_NN[np.ix_(by_alpha, by_alpha)] = graph_NN
-            W = self.welfare(links_NN, self.efforts(efforts, links_NN))
+            W = self.welfare(links_NN, self.solve_efforts(solution, links_NN))
             if W > best_welfare + 1e-12:
                 best_links, best_welfare = links_NN, W
         return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """delta x_i x_j - c, whatever the other links."""
+        """What agent i gains from the link ij at these efforts, delta x_i x_j - c, for all i and j, (N,
+        N)."""
         return self.delta * np.outer(efforts_N, efforts_N) - self.c
 
-    # words
+    # The words, of which prompts.py makes what an agent reads.
 
     payoff_rule = "Payoff: alpha x - x^2/2 + delta x (sum of linked efforts) - c (links)."
     type_name = "alpha"
@@ -95,18 +112,20 @@ class BCZ(Game):
 
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
-        """What each link would earn if all link and reply once to efforts alpha, in units of c."""
+        """What each link of the seat earns, delta x_i x_j, in units of its cost c, if all agents link and
+        play the best responses to efforts alpha."""
         delta, c = seen.parameters["delta"], seen.parameters["c"]
-        if not c:
+        if not c or seen.types is None:
             return ""
-        reply_N = [a + delta * (sum(seen.types) - a) for a in seen.types]
-        worth = [delta * reply_N[seen.seat] * x / c for x in reply_N]
-        worth[seen.seat] = 0
-        return f". If all link, at best replies to alpha a link earns {tell_numbers(worth)} c"
+        response_N = [a + delta * (sum(seen.types) - a) for a in seen.types]
+        earned_N = [delta * response_N[seen.seat] * x / c for x in response_N]
+        earned_N[seen.seat] = 0
+        return f". If all link, at best replies to alpha a link earns {tell_numbers(earned_N)} c"
 
     @classmethod
     def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """How many links, to which alphas, and the best reply to efforts alpha."""
+        """The number of own links, the alphas at their other ends, and as a hint the best response to efforts
+        alpha."""
         linked = np.flatnonzero(seen.links[seen.seat])
         text = f", {len(linked)} links"
         if seen.types is not None and len(linked):
@@ -116,7 +135,7 @@ class BCZ(Game):
                 text += f". Best reply to efforts alpha: {response:.2f}"
         return text
 
-    # draws: u is p = delta (N-1), v is g = c / (delta mean(alpha)^2)
+    # The draws: u is p = delta (N-1), v is g = c / (delta mean(alpha)^2).
 
     fixable = ("delta", "c")
     ranges = ((0.15, 0.33), (0.6, 2.2))
@@ -131,18 +150,21 @@ class BCZ(Game):
         return cls(tuple(alpha_N.tolist()), delta, c, effort_cap(alpha_N, delta), stages, rounds)
 
 
-def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | None = None) -> np.ndarray:
-    """The fixed point of x = alpha + coupling G x, or with a cap m of x = min(m, alpha + coupling G x); shape
-    (N,).
+# -------------------- efforts
 
-    Without a cap it exists (with x >= 0) iff I - coupling G is positive definite. That is what is tested:
-    `inv` of an indefinite matrix would return negative efforts and absurd welfare without complaint. With a
-    cap there is exactly one fixed point for any coupling >= 0. Raises GameError where there is no solution.
-    """
+
+def effort_fixed_point(
+    alpha_N, coupling: float, links_NN: np.ndarray, cap: float | None = None
+) -> np.ndarray:
+    """The solution x of x = alpha + coupling G x, or with a cap of x = min(cap, alpha + coupling G x); (N,).
+
+    Without a cap a solution x >= 0 exists iff I - coupling G is positive definite. This is tested first:
+    `solve` with an indefinite matrix would return negative efforts and absurd welfare without an error. With
+    a cap there is exactly one solution for any coupling >= 0. Raises GameError where there is none."""
     alpha_N = np.asarray(alpha_N, float)
     system_NN = np.eye(len(alpha_N)) - coupling * links_NN
     try:
-        # Singular up to rounding is not definite
+        # The margin refuses a matrix that is singular up to rounding.
         np.linalg.cholesky(system_NN - 1e-12 * np.eye(len(alpha_N)))
         x = np.linalg.solve(system_NN, alpha_N)
         if cap is None or x.max() <= cap:
@@ -153,14 +175,13 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
                 f"efforts have no finite solution: coupling * rho(G) = "
                 f"{coupling * np.linalg.eigvalsh(links_NN).max():.3f} must be below 1; lower delta"
             ) from None
-    # From below the iteration rises monotonically to the fixed point, so nobody who reaches the cap leaves it
-    # again.
+    # From below, the iteration rises monotonically to the solution, so that an agent at the cap stays there.
     x = np.minimum(cap, alpha_N)
     while True:
         previous, x = x, np.minimum(cap, alpha_N + coupling * links_NN @ x)
         if (x - previous).max() <= 1e-10 * x.min():
             break
-    # Who is at the cap is known now; the others follow exactly.
+    # Now it is known which agents are at the cap; the efforts of the others follow from a linear system.
     free = alpha_N + coupling * links_NN @ x < cap
     pressure = alpha_N[free] + coupling * links_NN[np.ix_(free, ~free)].sum(1) * cap
     x = np.full(len(alpha_N), float(cap))
@@ -168,35 +189,33 @@ def solve_efforts(alpha_N, coupling: float, links_NN: np.ndarray, cap: float | N
     return x
 
 
-# -------------------- the efficient graph
+def effort_cap(alpha_N, delta: float) -> float:
+    """[choice] The smallest integer at least 1.5 times the largest planner effort (on the complete graph,
+    where efforts are largest), so that the cap binds at no solution of any graph."""
+    alpha_N = np.asarray(alpha_N, float)
+    largest = effort_fixed_point(alpha_N, 2 * delta, complete_graph(len(alpha_N))).max()
+    return float(math.ceil(1.5 * largest - 1e-9))  # 1.5 * 2.0000000000000004 is meant to be 3
+
+
+# -------------------- the candidates for the efficient graph
 
 
 @cache
 def threshold_graphs(N: int) -> np.ndarray:
-    """All threshold (nested split) graphs on N nodes, (2^(N-1), N, N), nodes ordered by degree from high to
-    low.
-
-    A creation sequence adds nodes one by one, each either isolated or linked to all nodes before it
-    (dominating)."""
-    graphs = []
+    """All threshold graphs (nested split graphs) on N nodes, (2^(N-1), N, N), each with its nodes in the
+    order of falling degree. Such a graph is built node by node, and each new node is either isolated or
+    dominating, that is, linked to all nodes before it."""
+    built = []
     for code in range(2 ** (N - 1)):
         dominating = [False] + [bool(code >> k & 1) for k in range(N - 1)]
         built_NN = empty_graph(N)
         for node in range(1, N):
             if dominating[node]:
                 built_NN[node, :node] = built_NN[:node, node] = 1
-        # Last-added dominating node first, ..., the first node, ..., last-added isolated node last. The order
-        # in which they entered looks right and is not: the highest alpha would miss the most links.
+        # By falling degree: the dominating nodes from the last to the first, then the isolated ones from the
+        # first to the last. In the order in which they were added, the highest alpha could get fewest links.
         order = [n for n in reversed(range(N)) if dominating[n]] + [n for n in range(N) if not dominating[n]]
-        graphs.append(built_NN[np.ix_(order, order)])
-    graphs = np.stack(graphs)
-    graphs.setflags(write=False)  # every caller gets this same array
+        built.append(built_NN[np.ix_(order, order)])
+    graphs = np.stack(built)
+    graphs.setflags(write=False)  # all callers share this array
     return graphs
-
-
-def effort_cap(alpha_N, delta: float) -> float:
-    """[choice] The smallest integer at least 1.5 times the largest planner effort (on the complete graph,
-    where efforts are largest), so that the cap binds at no solution of any graph."""
-    alpha_N = np.asarray(alpha_N, float)
-    largest = solve_efforts(alpha_N, 2 * delta, complete_graph(len(alpha_N))).max()
-    return float(math.ceil(1.5 * largest - 1e-9))  # 1.5 * 2.0000000000000004 is meant to be 3

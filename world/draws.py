@@ -1,13 +1,12 @@
-"""Which instances are played: families of games, random draws, the held-out grid, and the flags that say so.
+"""Which instances are played: families of games, random draws, and the held-out grid.
 
 [choice] An instance is made of two free numbers, drawn from ranges that its game names, and of the agents'
-types; it is rounded to the digits the players read, and solved as rounded. Types (BCZ's alpha, PGG's
-endowments) are homogeneous, linear, half high and half low, or one hub above the rest, in random seat order.
-Homogeneous alone is nearly a yes/no question; the others have interior optima.
+types; it is rounded to the digits that the players read, and solved as rounded. The types (BCZ's alpha, PGG's
+endowments) are homogeneous, linear, half high and half low, or one hub above the rest, in a random order of
+seats. With homogeneous types alone the efficient graph is almost always empty or complete; the other patterns
+have efficient graphs in between.
 """
 
-import argparse
-import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,17 +15,16 @@ from functools import lru_cache
 import numpy as np
 
 from games import GAMES, Game, GameError, check_stages
-from run.files import InputError, number
 
 TYPE_PATTERNS = ("homogeneous", "linear", "half", "hub")
 
 
 @dataclass(frozen=True)
 class Family:
-    """A game with its stages and rounds, and what of its instances is not drawn but fixed.
+    """A game with its stages and rounds, and what of its instances is fixed.
 
-    patterns: those of the types that are drawn; types: the numbers themselves (one for all agents, or N, by
-    seat); fixed: parameters by name, of those that the game calls fixable."""
+    patterns: of the types, where these are drawn; types: else the numbers themselves (one for all agents, or
+    N, by seat); fixed: the values of parameters that the game calls fixable, by name."""
 
     game: str = "bcz"
     stages: str = "GE"
@@ -43,21 +41,33 @@ class Family:
     def label(self) -> str:
         return f"{self.game.upper()}-{self.stages}"
 
-    @property
-    def single(self) -> bool:
-        """Is nothing left to draw?"""
-        return bool(self.types) and len(self.fixed) == len(self.rules.fixable)
-
     def make(self, types_N: np.ndarray, u: float, v: float) -> Game:
-        """The instance with these free numbers. Raises GameError."""
+        """The instance with these free numbers and, unless the family's types are fixed, these types. Raises
+        GameError."""
+        if self.types and len(self.types) not in (1, len(types_N)):
+            advice = f"give one number for all, or {len(types_N)}"
+            raise GameError(f"{len(self.types)} types are given for {len(types_N)} agents; {advice}")
+        types_N = np.resize(self.types or types_N, len(types_N))
         return self.rules.make(types_N, u, v, dict(self.fixed), self.stages, self.rounds)
 
-    def given_types(self, N: int) -> np.ndarray:
-        if len(self.types) not in (1, N):
-            raise GameError(
-                f"{len(self.types)} types are given for {N} agents; give one number for all, or {N}"
-            )
-        return np.resize(self.types, N)
+
+def families_of(
+    games: Iterable[str],
+    stages: Iterable[str],
+    rounds: int,
+    patterns: tuple[str, ...] = TYPE_PATTERNS,
+    types: tuple[float, ...] = (),
+    fixed: dict[str, float] | None = None,
+) -> tuple[Family, ...]:
+    """Every game with every string of stages; of `fixed` each game takes what it can fix. Raises
+    GameError."""
+    families = []
+    for name in dict.fromkeys(games):
+        own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in (fixed or {}))
+        for string in dict.fromkeys(stages):
+            check_stages(string)
+            families.append(Family(name, string, rounds, patterns, types, own))
+    return tuple(families)
 
 
 def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
@@ -71,16 +81,16 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
 
 
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:
-    """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both, in any seat
-    order or with any stages (but one that is given whole is what it is). Raises GameError."""
+    """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both splits, in any
+    order of seats or with any stages, except one of which nothing is drawn. Raises GameError."""
+    nothing_drawn = family.types and len(family.fixed) == len(family.rules.fixable)
     for _ in range(10_000):
-        if family.types:
-            types_N = family.given_types(N)
-        else:
+        types_N = np.ones(N)
+        if not family.types:
             pattern = family.patterns[rng.integers(len(family.patterns))]
             types_N = rng.permutation(types_of(pattern, N, family.game))
         game = family.make(types_N, *(rng.uniform(*bounds) for bounds in family.rules.ranges))
-        if family.single or split_of(game) == split:
+        if nothing_drawn or split_of(game) == split:
             return game
     raise GameError(
         f"the given parameters leave no {split} instance of {family.label} to draw; give fewer of them"
@@ -90,15 +100,17 @@ def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Fa
 @lru_cache
 def held_out_grid(N: int, family: Family = Family()) -> tuple[Game, ...]:
     """The fixed evaluation grid: patterns of types x the game's grid of the two free numbers, in a fixed
-    random seat order; 60 games in BCZ and PGG, fewer where parameters are given."""
+    random order of seats. 60 games in BCZ and PGG, fewer where parameters are fixed."""
     rng = np.random.default_rng(0)
     us, vs = family.rules.grid
-    games: dict[str, Game] = {}  # instances that differ in nothing but seats are one game
+    games: dict[str, Game] = {}  # by key: instances that differ only in seats are one game
     for pattern in TYPE_PATTERNS:
         for u, v in ((u, v) for u in us for v in vs):
-            types_N = rng.permutation(types_of(pattern, N, family.game))
+            types_N = rng.permutation(
+                types_of(pattern, N, family.game)
+            )  # also for a pattern that is left out
             if pattern in family.patterns:
-                game = family.make(family.given_types(N) if family.types else types_N, u, v)
+                game = family.make(types_N, u, v)
                 games.setdefault(game.key, game)
     return tuple(games.values())
 
@@ -109,79 +121,7 @@ def _grid_keys(N: int, game: str) -> frozenset[str]:
 
 
 def split_of(game: Game) -> str:
-    """`held-out` or `train`: a tenth of all instances, by a hash of the instance, and the whole grid are held
-    out."""
+    """`held-out` or `train`. Held out are the whole grid and, by a hash of the instance, a tenth of all
+    instances."""
     held_out = game.key in _grid_keys(game.N, game.name) or zlib.crc32(game.key.encode()) % 10 == 0
     return "held-out" if held_out else "train"
-
-
-# -------------------- command line
-
-
-def add_game_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("game", "Which games are drawn. Several games or stages take turns.")
-    add = group.add_argument
-    add("--game", nargs="+", choices=GAMES, default=["bcz"], help="bcz: network game; pgg: public goods game")
-    add("--stages", nargs="+", default=["GE"], help="of a round, such as GE GEE GGE: G links, E efforts")
-    add("--rounds", type=number(int, 1, 100), default=1, help="rounds T of a game")
-    told = (
-        f"alpha, endowments: {', '.join(TYPE_PATTERNS)}, or numbers, one for all or one per seat (else drawn)"
-    )
-    add("--types", nargs="+", help=told)
-    known = "; ".join(f"{name}: {', '.join(game.fixable)}" for name, game in GAMES.items())
-    add("--fix", nargs="+", metavar="NAME=VALUE", help=f"parameters that are not drawn ({known})")
-
-
-def families(args: argparse.Namespace) -> tuple[Family, ...]:
-    """The families that the flags name: every game with every string of stages. Raises InputError."""
-    patterns, types = _types(args.types)
-    fixed = named_numbers(args.fix, "--fix")
-    names = dict.fromkeys(args.game)
-    for name in names:
-        if name not in GAMES:  # a run of a game from elsewhere is resumed by the script that knows the game
-            raise InputError(f"there is no game {name!r} here, only {', '.join(GAMES)}")
-    for parameter in fixed:
-        if not any(parameter in GAMES[name].fixable for name in names):
-            raise InputError(
-                f"--fix {parameter}: {' and '.join(names)} cannot fix it; see --help for what can be"
-            )
-    found = []
-    for name in names:
-        own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in fixed)
-        for stages in dict.fromkeys(args.stages):
-            check_stages(stages)
-            found.append(Family(name, stages, args.rounds, patterns, types, own))
-    return tuple(found)
-
-
-def named_numbers(given: list[str] | None, flag: str, known: Iterable[str] | None = None) -> dict[str, float]:
-    """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError, also for a
-    name that is not among the known ones."""
-    numbers = {}
-    for text in given or ():
-        name, _, value = text.partition("=")
-        try:
-            numbers[name] = float(value)
-        except ValueError:
-            numbers[name] = math.nan
-        if not name or not 0 <= numbers[name] < math.inf:
-            raise InputError(f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in delta=0.1")
-        if known is not None and name not in known:
-            raise InputError(f"{flag} {name}: no such name; there are {', '.join(known)}")
-    return numbers
-
-
-def _types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    if not given:
-        return TYPE_PATTERNS, ()
-    if all(text in TYPE_PATTERNS for text in given):
-        return tuple(pattern for pattern in TYPE_PATTERNS if pattern in given), ()
-    try:
-        types = tuple(float(text) for text in given)
-    except ValueError:
-        types = (math.nan,)
-    # With a third decimal PGG's cap, which is the type, is below the effort that an expert writes for it
-    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) for v in types):
-        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers with at most two decimals"
-        raise InputError(f"--types takes {allowed}, got {' '.join(given)}")
-    return TYPE_PATTERNS, types

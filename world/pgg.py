@@ -1,15 +1,18 @@
-"""PGG, the public goods game on the groups of a network: rules and exact solutions.
+"""PGG, the public goods game on the groups of a network: the model and its exact solutions.
 
 [source]: groups are cliques. [choice], the rest: groups are the maximal cliques with at least 2 members of
 the formed graph; an agent with endowment e_i splits its contribution x_i in [0, e_i] evenly over its k_i
-groups (in no group it is lost); a group multiplies what it gets by r |C|^b and shares it evenly:
+groups (without a group it is lost); a group C multiplies what it gets by r |C|^b and shares it evenly; each
+of the deg_i links of an agent costs it c:
 
     pi_i = e_i - x_i + sum_{C containing i} (r |C|^b / |C|) sum_{j in C} x_j / k_j - c deg_i
 
-Payoffs are linear in contributions, pi = e - x + M x - c deg with M_ij = sum_{C containing i and j} r
-|C|^(b-1) / k_j, so
+Payoffs are linear in contributions, pi = e - x + M x - c deg, where M_ij = sum_{C containing i and j}
+r |C|^(b-1) / k_j is the return to i of a unit that j contributes. So
+
     Nash      x_i = e_i where the private return M_ii is above 1, else 0: a dominant strategy
     planner   x_j = e_j where the social return sum_i M_ij is above 1, else 0
+
 b = 0 is the textbook game. With the defaults, r = 1.25 and b = 0.5, contributing pays everybody together, and
 nobody alone.
 """
@@ -20,9 +23,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register
+from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
 from prompts import tell_numbers
-from world.solved import solved_once
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
 
@@ -30,11 +32,10 @@ MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphis
 @register
 @dataclass(frozen=True)
 class PGG(Game):
-    """endowment: e (N,); r: multiplication factor; b: exponent of the group size; c: cost of a link, paid at
-    both ends; stages, rounds: see Game."""
+    """One instance: its parameters, in the notation above, and `stages` and `rounds`, see games.Game."""
 
     name = "pgg"
-    scored_at = "planner"  # at Nash efforts mostly nobody contributes: every link would only cost
+    scored_at = "planner"  # at Nash efforts mostly nobody contributes, and the best graph has no links
     endowment: tuple[float, ...]
     r: float
     b: float
@@ -46,7 +47,7 @@ class PGG(Game):
         self.check()
         if min(self.endowment) <= 0 or self.r <= 0 or self.c < 0:
             raise GameError("endowments and the factor must be positive, the cost not negative")
-        if not 0 <= self.b <= 10:  # 12 ** b soon is beyond all numbers
+        if not 0 <= self.b <= 10:  # 12 ** b would overflow for large b
             raise GameError(f"the size exponent must be 0 to 10, got {self.b:g}")
 
     @property
@@ -65,8 +66,10 @@ class PGG(Game):
     def parameters(self) -> dict[str, float]:
         return {"r": self.r, "b": self.b, "c": self.c}
 
+    # The rules.
+
     def returns(self, links_NN: np.ndarray) -> np.ndarray:
-        """M (N, N) of this instance."""
+        """M (N, N) on this graph."""
         return returns(links_NN, self.r, self.b)
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
@@ -83,15 +86,18 @@ class PGG(Game):
         return np.where(self.returns(links_NN).sum(0) > 1 + 1e-12, self.caps, 0.0)
 
     @solved_once
-    def efficient_graph(self, efforts: str = "nash") -> tuple[np.ndarray, float]:
-        """Raises GameError for more than 8 agents where only the enumeration of all graphs would do. Welfare
-        is sum e + sum_j e_j w_j - 2 c L, with w_j = (social return - 1) of those who contribute. So a graph's
-        best assignment of agents to its nodes gives the highest endowment the highest w."""
+    def efficient_graph(self, solution: str = "nash") -> tuple[np.ndarray, float]:
+        """(links_NN, welfare) of the best graph at `nash` or `planner` efforts. Raises GameError for more
+        than 8 agents where all graphs would have to be enumerated.
+
+        With L links, welfare is sum_j e_j + sum_j e_j w_j - 2 c L, where w_j is the social return - 1 of an
+        agent that contributes, else 0. So on a given graph the agent with the highest endowment belongs to
+        the node with the highest w, and so on."""
         N, e = self.N, self.caps
-        if efforts == "nash" and self.r * max(2.0 ** (self.b - 1), float(N) ** (self.b - 1)) <= 1:
+        if solution == "nash" and self.r * max(2.0 ** (self.b - 1), float(N) ** (self.b - 1)) <= 1:
             graphs = [empty_graph(N)]  # no private return is above 1 in any graph: nobody would contribute
-        elif efforts == "planner" and self.b >= 0.5:
-            graphs = partitions(N)  # the best has groups of neighbours in the order of endowments
+        elif solution == "planner" and self.b >= 0.5:
+            graphs = partitions(N)  # the best graph has groups of neighbours in the order of endowments
         elif N <= MAX_CLASSES:
             graphs = isomorphism_classes(N)
         else:
@@ -99,14 +105,14 @@ class PGG(Game):
                 f"the efficient graph of this public goods game is known for at most {MAX_CLASSES} agents "
                 f"(for more, an exponent of at least 0.5, and a factor with which nobody gives alone)"
             )
-        by_endowment = np.argsort(-e, kind="stable")  # equal endowments keep their seat order
+        by_endowment = np.argsort(-e, kind="stable")  # equal endowments stay in the order of seats
         best_links, best_welfare = None, -np.inf
         for graph_NN in graphs:
             M = self.returns(graph_NN)
-            decides = M.sum(0) if efforts == "planner" else M.diagonal()
-            worth_N = np.where(decides > 1 + 1e-12, M.sum(0) - 1, 0.0)
-            order = np.argsort(-worth_N, kind="stable")
-            W = e.sum() + worth_N[order] @ e[by_endowment] - self.c * graph_NN.sum()
+            decisive_N = M.sum(0) if solution == "planner" else M.diagonal()
+            w_N = np.where(decisive_N > 1 + 1e-12, M.sum(0) - 1, 0.0)
+            order = np.argsort(-w_N, kind="stable")
+            W = e.sum() + w_N[order] @ e[by_endowment] - self.c * graph_NN.sum()
             if W > best_welfare + 1e-9:
                 links_NN = empty_graph(N)
                 links_NN[np.ix_(by_endowment, by_endowment)] = graph_NN[np.ix_(order, order)]
@@ -114,17 +120,18 @@ class PGG(Game):
         return best_links, float(best_welfare)
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """What agent i gains from the link ij at these efforts, with the other links as they are, (N, N)."""
         gains_NN, changed_NN = np.zeros((self.N, self.N)), links_NN.copy()
         for i in range(self.N):
             for j in range(i):
                 changed_NN[i, j] = changed_NN[j, i] = 1
-                with_it = self.payoffs(changed_NN, efforts_N)
+                linked_N = self.payoffs(changed_NN, efforts_N)
                 changed_NN[i, j] = changed_NN[j, i] = 0
-                gains_NN[i, j], gains_NN[j, i] = (with_it - self.payoffs(changed_NN, efforts_N))[[i, j]]
+                gains_NN[i, j], gains_NN[j, i] = (linked_N - self.payoffs(changed_NN, efforts_N))[[i, j]]
                 changed_NN[i, j] = changed_NN[j, i] = links_NN[i, j]
         return gains_NN
 
-    # words
+    # The words, of which prompts.py makes what an agent reads.
 
     payoff_rule = (
         "Groups: the largest sets of 2 or more who are all linked. Your effort x is split evenly over your "
@@ -135,13 +142,15 @@ class PGG(Game):
 
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
-        """What the last member brings to each of a group of neighbours in riches, in units of c."""
+        """For each other agent: what each member of a group gains by its last member, in units of c, if the
+        group is the seat, the other agent and all between them in the order of endowments, and all give
+        all."""
         r, b, c = (seen.parameters[name] for name in "rbc")
         if not c:
             return ""
         e, order = seen.types, sorted(range(seen.N), key=lambda i: -seen.types[i])
 
-        def each_gets(members) -> float:  # from the group, links apart
+        def each_gets(members: list[int]) -> float:  # of the group, without the cost of links
             k = len(members)
             return sum(e[i] for i in members) * (r * k**b - 1) / k if k > 1 else 0.0
 
@@ -156,7 +165,7 @@ class PGG(Game):
 
     @classmethod
     def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """The own groups, and what a unit returns."""
+        """The own groups, and as a hint the private and the social return of a unit."""
         own = [group for group in groups(seen.links) if seen.seat in group]
         text = f", your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
         if hints and own:
@@ -165,7 +174,7 @@ class PGG(Game):
             text += f". A unit you give returns {own_return:.2f} to you, {social:.2f} to all"
         return text
 
-    # draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed
+    # The draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed.
 
     fixable = ("r", "b", "c")
     ranges = ((1.1, 1.4), (0.1, 0.9))  # this r is a dilemma in every group
@@ -186,11 +195,11 @@ def groups(links_NN: np.ndarray) -> list[list[int]]:
     """The maximal cliques with at least 2 members, each sorted (Bron and Kerbosch 1973, sets as bits)."""
     N = len(links_NN)
     neighbours = [sum(1 << j for j in range(N) if links_NN[i][j]) for i in range(N)]
-    found = []
+    cliques = []
 
     def grow(clique: int, candidates: int, done: int) -> None:
         if not candidates | done:
-            found.append([i for i in range(N) if clique >> i & 1])
+            cliques.append([i for i in range(N) if clique >> i & 1])
         while candidates:
             i = candidates.bit_length() - 1
             grow(clique | 1 << i, candidates & neighbours[i], done & neighbours[i])
@@ -198,32 +207,32 @@ def groups(links_NN: np.ndarray) -> list[list[int]]:
             done |= 1 << i
 
     grow(0, (1 << N) - 1, 0)
-    return sorted(group for group in found if len(group) > 1)
+    return sorted(clique for clique in cliques if len(clique) > 1)
 
 
 def returns(links_NN: np.ndarray, r: float, b: float) -> np.ndarray:
-    """M: what i gets back of a unit that j contributes, (N, N)."""
+    """M: the return to agent i of a unit that j contributes, (N, N)."""
     return _returns(np.asarray(links_NN, int).tobytes(), len(links_NN), r, b)
 
 
 @lru_cache(maxsize=2**17)
 def _returns(links: bytes, N: int, r: float, b: float) -> np.ndarray:
     M = np.zeros((N, N))
-    found = groups(np.frombuffer(links, dtype=int).reshape(N, N).tolist())
-    if found:
-        member_CN = np.array([[i in group for i in range(N)] for group in found], float)
+    groups_C = groups(np.frombuffer(links, dtype=int).reshape(N, N).tolist())
+    if groups_C:
+        member_CN = np.array([[i in group for i in range(N)] for group in groups_C], float)
         size_C = member_CN.sum(1)
         M = (member_CN.T * (r * size_C ** (b - 1))) @ member_CN / np.maximum(member_CN.sum(0), 1)
-    M.setflags(write=False)  # every caller gets this same array
+    M.setflags(write=False)  # all callers share this array
     return M
 
 
-# -------------------- the efficient graph
+# -------------------- the candidates for the efficient graph
 
 
 def partitions(N: int) -> list[np.ndarray]:
-    """Disjoint cliques of neighbours in the order 0 .. N-1, one graph for each of the 2^(N-1) compositions of
-    N."""
+    """Graphs of disjoint cliques of neighbours in the order 0 .. N-1, one for each of the 2^(N-1) ways to cut
+    that order into pieces."""
     graphs = []
     for code in range(2 ** (N - 1)):
         block = np.cumsum([0] + [code >> k & 1 for k in range(N - 1)])
@@ -235,13 +244,14 @@ def partitions(N: int) -> list[np.ndarray]:
 def isomorphism_classes(N: int) -> tuple[np.ndarray, ...]:
     """One graph (N, N) of every isomorphism class: 1, 2, 4, 11, 34, 156, 1044, 12346 for N = 1 .. 8.
 
-    Every graph on N nodes is one on N - 1 nodes and a new node. What is isomorphic is recognised by the
-    colours that pairs of nodes get from the colours of their triangles (two-dimensional Weisfeiler-Leman
-    refinement). It tells all graphs of this size apart: the first that it cannot have 16 nodes."""
+    Every graph on N nodes is one on N - 1 nodes and a new node. Two graphs count as isomorphic if their pairs
+    of nodes have the same colours, where the colour of a pair is refined by those of the triangles on it
+    (two-dimensional Weisfeiler-Leman refinement). This distinguishes all graphs of this size: the smallest
+    that it cannot distinguish have 16 nodes."""
     if N == 1:
         return (np.zeros((1, 1), int),)
-    rows_RN = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1  # whom the new node may know
-    seen: dict[bytes, np.ndarray] = {}
+    rows_RN = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1  # the links of the new node
+    classes: dict[bytes, np.ndarray] = {}  # by the sorted colours of all pairs
     for smaller_NN in isomorphism_classes(N - 1):
         graphs_RNN = np.zeros((len(rows_RN), N, N), int)
         graphs_RNN[:, :-1, :-1] = smaller_NN
@@ -252,13 +262,13 @@ def isomorphism_classes(N: int) -> tuple[np.ndarray, ...]:
                 colour[:, :, :, None] * np.uint64(3) + colour[:, None, :, :] * np.uint64(0x9E3779B97F4A7C15)
             )
             colour = _mix(colour + _mix(triangles.sum(2)))
-        for graph_NN, of_pairs in zip(graphs_RNN, np.sort(colour.reshape(len(colour), -1), 1)):
-            seen.setdefault(of_pairs.tobytes(), graph_NN)
-    return tuple(seen.values())
+        for graph_NN, colours in zip(graphs_RNN, np.sort(colour.reshape(len(colour), -1), 1), strict=True):
+            classes.setdefault(colours.tobytes(), graph_NN)
+    return tuple(classes.values())
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A hash of 64-bit numbers (splitmix64), so that sums of them stand for multisets."""
+    """A hash of 64-bit numbers (splitmix64): a sum of hashes identifies a multiset of numbers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

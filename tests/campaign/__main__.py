@@ -43,9 +43,9 @@ def main():
             tries.prepare(Path(root))
         cases = []
         for kind in args.only:
-            of_kind = [(kind, *case) for case in tries.KINDS[kind](random.Random(args.seed))]
-            few = random.Random(args.seed).sample(of_kind, min(tries.QUICK[kind], len(of_kind)))
-            cases += few if args.quick else of_kind
+            whole_kind = [(kind, *case) for case in tries.KINDS[kind](random.Random(args.seed))]
+            few = random.Random(args.seed).sample(whole_kind, min(tries.QUICK[kind], len(whole_kind)))
+            cases += few if args.quick else whole_kind
         forks = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(args.jobs, mp_context=forks) as pool:
             under_way = {pool.submit(attempt, try_it): (kind, what) for kind, what, try_it in cases}

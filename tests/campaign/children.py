@@ -1,4 +1,4 @@
-"""Runs on the tiny model in forks of a process that has done one already, so that a start costs nothing, and
+"""Runs on the tiny model in forks of a process that has done one already, so that a start takes no time, and
 a hook on everything that a process does to the files of a folder.
 """
 
@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import whole_runs
 from tqdm import tqdm
-from whole_runs import Run, ended, fake_parse, results, rft_flags, start, tree
+from whole_runs import Run, ended, results, rft_flags, start, tree
 
-import train_rft
 import train_sft
-from run import probe
+from play import probe
+from run import stage
 
-SMALL = dict(sft_steps=2, sft_batch=1, steps=3, save_every=1, probes=1, eval_games=1, max_new_tokens=6)
+SMALL = dict(sft_steps=2, sft_batch=1, steps=3, eval_games=1, max_new_tokens=6)
 SMALL |= dict(games=2, prompts=[1, 1], rank=2)
 
 
@@ -32,13 +33,13 @@ def prepare(root):
 
     torch.set_num_threads(1)  # threads of a parent are not there in its forks
     tqdm.set_lock(threading.RLock())  # the usual one is of all forks together, and a killed one would keep it
-    train_rft.parse_reply, train_sft.HELD_OUT_GAMES, probe.GAMES = fake_parse, 1, 1
-    train_rft.plot_curves = probe.plot_curves = lambda folder: None
+    small = [(stage, "SAVE_EVERY", 1), (train_sft, "HELD_OUT_GAMES", 1), (probe, "GAMES", 1)]
+    whole_runs.REPLACED += small + whole_runs.WITHOUT_CURVES
+    whole_runs.on_device("cpu")
     make_tiny_model(root / "model")
     global MODEL
     MODEL = root / "model"
-    fork(flags(root / "warm"), root / "said")  # its like has imported what is imported late
-    train_rft.main(flags(root / "warm2"))
+    whole_runs.run_rft(flags(root / "warm"))  # so that forks need not import what is imported late
 
 
 def flags(folder, **changes):

@@ -20,8 +20,11 @@ from chat_server import KEY, ChatServer
 from safetensors.torch import load_file, save
 from whole_runs import ended, start, tree, wait_for_lines
 
+from decisions import LINKS
+from games import Decision, State, empty_graph
 from play.repair import repair_reply
-from prompts import Decision, PromptStyle, broken_rule, format_reply, parse_reply
+from prompts import PromptStyle, format_reply, parse_reply, read_reply
+from world.bcz import BCZ
 
 
 def prepare(root):
@@ -47,7 +50,7 @@ def prepare(root):
 
 
 def at_operation(act, k, again=None):
-    """A run that has `act` at its k-th operation, and if told at the `again`-th of the one that resumes."""
+    """A run that has `act` at its k-th operation, and the one that resumes at its `again`-th, if given."""
     with new_folder() as folder:
         run = folder / "run"
         killed = isinstance(act, signal.Signals)
@@ -126,7 +129,7 @@ def two_at_once(resumed):
         argv = ["--resume", str(run)] if resumed else flags(run)
         both = [start(argv, output, method="fork")[0] for output in outputs]
         statuses = ended(both, 120)
-        ends = [(s, output.read_text()) for s, output in zip(statuses, outputs)]
+        ends = [(s, output.read_text()) for s, output in zip(statuses, outputs, strict=True)]
         bad = next(filter(None, (wrong(*end) for end in ends)), None)
         if bad is None and sorted(statuses) != [0, 2]:
             bad = f"exit statuses {statuses}"
@@ -202,8 +205,8 @@ def refused(script, argv, copies=(), edit=None, allowed=(2,)):
         after = tree(folder)
         lost = [name for name in before if after.get(name) != before[name]]
         trained = [name for name in after if "checkpoints" in name and allowed == (2,)]
-        found = {"changed": lost, "only after training:": trained[:1]}
-        return bad or " ".join(f"{what} {names}" for what, names in found.items() if names) or None
+        problems = {"changed": lost, "only after training:": trained[:1]}
+        return bad or " ".join(f"{what} {names}" for what, names in problems.items() if names) or None
 
 
 def resumed_after(path, change):
@@ -214,8 +217,8 @@ def resumed_after(path, change):
             text = change if isinstance(change, bytes) else edited(file.read_text(), change)
             file.write_bytes(text)
         status, said = finish(run)
-        told = [word for word in ("has lost", "is damaged", "was changed after") if word in said]
-        return wrong(status, said) or (None if status or told else not_the_same(run, FULL, (status, said)))
+        reports = [word for word in ("has lost", "is damaged", "was changed after") if word in said]
+        return wrong(status, said) or (None if status or reports else not_the_same(run, FULL, (status, said)))
 
 
 def nan():
@@ -226,7 +229,7 @@ def nan():
 
 
 def inputs(rng):
-    """flags, data sets, adapters, models, edited files of a run: one line and nothing changed, or told"""
+    """flags, data sets, adapters, models, edited files of a run: one line and nothing changed, or a report"""
     run = flags("FOLDER/run")
     for flag in [*given("flags"), "out nul\0", f"out {'x' * 300}"]:
         yield f"--{flag[:60]}", partial(refused, "train_rft", [*run, *f"--{flag}".split(" ")])
@@ -257,7 +260,7 @@ def inputs(rng):
         sets |= {edit: edited(games[at], edit) + b"\n" + rest for edit in given(section)}
     config = (sft / "adapter_config.json").read_text()
     configs = BYTES | {edit: edited(config, edit) for edit in given("adapter")}
-    changes = [("--data", GAMES, "games.jsonl", sets)]
+    changes = [("--games", GAMES, "games.jsonl", sets)]
     changes += [("--sft-adapter", sft, "adapter/adapter_config.json", configs)]
     changes += [("--sft-adapter", sft, "adapter/adapter_model.safetensors", BYTES | {"nan": nan()})]
     changes += [("--model", children.MODEL, "model/chat_template.jinja", TEMPLATES)]
@@ -287,21 +290,27 @@ def replies_hold(seed, count):
     """No reply raises, takes long, or is read against the rules; what is written is read back."""
     rng, slow = np.random.default_rng(seed), 0.0
     for _ in range(count):
-        N, cap, kind = int(rng.integers(2, 9)), float(rng.uniform(0, 9)), "GE"[rng.integers(2)]
-        seat = int(rng.integers(N))
+        N, cap = int(rng.integers(2, 9)), float(rng.uniform(0.1, 9))
+        state, seat = State(BCZ((1.0,) * N, 0.01, 0.1, cap)), int(rng.integers(N))
+        state = state.step(empty_graph(N)) if rng.integers(2) else state
         text, began = "".join(rng.choice(PIECES, rng.integers(12))), time.perf_counter()
-        found = [parse_reply(text, kind, seat, N, cap), repair_reply(text, kind, seat, N, cap)]
-        if (found[0] is None) != isinstance(broken_rule(text, kind, seat, N, cap), str):
+        strict, broken = read_reply(text, state.kind, seat, N, cap)
+        if (strict is None) != isinstance(broken, str):
             return f"{text[:80]!r}: the rule that is broken does not go with the decision"
+        decisions = [strict, repair_reply(text, state, seat)]
         slow = max(slow, time.perf_counter() - began)
-        for decision in filter(None, found):
+        for decision in filter(None, decisions):
             a, b = decision.action, decision.belief
-            row = kind == "G" and a.shape == (N,) and set(a.tolist()) <= {0, 1} and a[seat] == 0
-            if not (row or (kind == "E" and 0 <= a <= cap)) or (b is not None and not np.isfinite(b).all()):
+            if state.kind is LINKS:
+                allowed = a.shape == (N,) and set(a.tolist()) <= {0, 1} and a[seat] == 0
+            else:
+                allowed = 0 <= a <= cap
+            if not allowed or (b is not None and not np.isfinite(b).all()):
                 return f"{text[:80]!r} was read as {decision}"
-        action = rng.integers(0, 2, N) * (np.arange(N) != seat) if kind == "G" else round(cap * 0.9, 2)
-        written = format_reply(Decision(kind, action), PromptStyle())
-        if not np.array_equal(parse_reply(written, kind, seat, N, cap + 0.01).action, action):
+        links = state.kind is LINKS
+        action = rng.integers(0, 2, N) * (np.arange(N) != seat) if links else round(cap * 0.9, 2)
+        written = format_reply(Decision(state.kind, action), PromptStyle())
+        if not np.array_equal(parse_reply(written, state, seat).action, action):
             return f"{written!r} is not read back"
     return f"a reply took {slow:.1f} s" if slow > 2 else None
 
@@ -346,16 +355,16 @@ def through_faults(fault, often):
     """A server that fails as often as that: the data set is whole, or a line says why not, and then the same
     command with a healthy server ends in the same data set, and asks for no answer twice."""
     with new_folder() as folder:
-        answered, told = Counter(), ""
+        answered, reports = Counter(), ""
         for script in (lambda body, n: FAULTS[fault] if n <= often else None, lambda body, n: None):
             with ChatServer(script) as server:
                 status, said = ask(folder, server)
-            answered, told = answered + server.answered, told + said
+            answered, reports = answered + server.answered, reports + said
             if status == 0:
                 break
             if bad := wrong(status, said):
                 return bad
-        if KEY in told + "".join(p.read_text() for p in folder.iterdir()) or "\x1b" in told:
+        if KEY in reports + "".join(p.read_text() for p in folder.iterdir()) or "\x1b" in reports:
             return "the key, or what steers a terminal, was printed or written"
         if max(answered.values(), default=0) > 1:
             return "an answer was asked for twice"

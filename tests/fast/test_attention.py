@@ -39,7 +39,7 @@ def inputs(dtype=torch.float32, heads=KV_HEADS * GROUP, n=N):
     return [x.requires_grad_() for x in (q, k, v)], g
 
 
-def written_out(q, k, v, visible):
+def definition(q, k, v, visible):
     q, k, v = q.double(), *(x.double().repeat_interleave(GROUP, 1) for x in (k, v))
     scores = SCALING * torch.einsum("rhnd,rhkd->rhnk", q, k)
     weights = scores.masked_fill(~torch.tensor(visible)[:, None], -torch.inf).softmax(-1)
@@ -47,14 +47,14 @@ def written_out(q, k, v, visible):
 
 
 def errors(q, k, v, g, visible):
-    """Of the output and of the three gradients, relative to the largest number of each."""
+    """Those of the output and of the three gradients, relative to the largest number of each."""
     in_blocks = attention.attention(q, k, v, attention.blocks(visible, CPU), SCALING)
     results = []
-    for out in (in_blocks, written_out(q, k, v, visible)):
+    for out in (in_blocks, definition(q, k, v, visible)):
         grads = torch.autograd.grad(out, (q, k, v), g.to(out.dtype))
         results.append([x.detach().double() for x in (out, *grads)])
     assert all(b.abs().max() > 0.1 for b in results[1])
-    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results)]
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
 
 
 @pytest.mark.parametrize("name", masks())
@@ -80,18 +80,18 @@ def test_in_bf16_scores_and_sums_are_those_of_fp32(monkeypatch):
         assert 1e-4 < out < 2**-7 and max(gradients) < 2**-6
 
 
-def test_every_query_is_in_one_block_which_has_hardly_a_key_that_none_of_them_sees(monkeypatch):
+def test_every_query_is_in_one_block_which_has_few_keys_that_none_of_its_queries_sees(monkeypatch):
     monkeypatch.setattr(attention, "QUERIES", 4)
     for name, visible in masks().items():
         blocks = attention.blocks(visible, CPU, first=5)
         assert [i for b in blocks for i in range(N + 5)[b.queries]] == list(range(5, N + 5)), name
         for b in blocks:
-            of_block = visible[:, b.queries.start - 5 : b.queries.stop - 5]
+            part = visible[:, b.queries.start - 5 : b.queries.stop - 5]
             keys = np.arange(K)[b.keys]
-            assert of_block[:, :, np.setdiff1d(np.arange(K), keys)].sum() == 0
-            assert (b.bias[:, 0] == 0).tolist() == of_block[:, :, keys].tolist()
+            assert part[:, :, np.setdiff1d(np.arange(K), keys)].sum() == 0
+            assert (b.bias[:, 0] == 0).tolist() == part[:, :, keys].tolist()
             assert set(b.bias.unique().tolist()) <= {0, -torch.inf}
-            wasted = ~of_block[:, :, keys].any((0, 1))
+            wasted = ~part[:, :, keys].any((0, 1))
             assert not wasted.any() if torch.is_tensor(b.keys) else wasted.mean() < 0.25
     blocks = attention.blocks(masks()["two keys each"], CPU)
     assert [type(b.keys) for b in blocks] == [slice, torch.Tensor, torch.Tensor]

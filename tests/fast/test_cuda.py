@@ -1,23 +1,27 @@
-"""A GPU against the CPU, where there is one: policy.py on the CPU in fp32 defines what both engines say on
-CUDA."""
+"""A GPU against the CPU, where there is one: policy.py on the CPU in fp32 defines what both engines compute
+there."""
 
 import random
-from itertools import product
 
 import pytest
 import torch
-from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, score
-from whole_runs import GENTLE, Run, assert_same_up_to_rounding, ended, rft_flags, run_rft, start
+from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, score, uniforms
+from whole_runs import (
+    GENTLE,
+    Run,
+    assert_same_up_to_rounding,
+    ended,
+    on_device,
+    rft_flags,
+    run_rft,
+    start,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def replies(groups):
-    return [[o.reply_ids for o in group] for group in groups]
+def ids_of(groups):
+    return [[reply.ids for reply in group] for group in groups]
 
 
 @pytest.fixture(scope="module")
@@ -32,54 +36,56 @@ def on_gpu(request, model_dir):
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
 def test_the_same_uniform_numbers_draw_the_same_replies(on_cpu, on_gpu, temperature):
-    expected, drawn = (p.sample(PROMPTS, 7, 16, temperature, seed(5)) for p in (on_cpu, on_gpu))
-    assert replies(drawn) == replies(expected)
-    for of_gpu, of_cpu in zip(drawn, expected):
-        for a, b in zip(of_gpu, of_cpu):
-            assert a.sampled_logps == pytest.approx(b.sampled_logps, abs=1e-3)
+    uniforms_PMS = uniforms(5, len(PROMPTS), 7, 16)
+    expected, groups = (p.sample(PROMPTS, uniforms_PMS, temperature) for p in (on_cpu, on_gpu))
+    assert ids_of(groups) == ids_of(expected)
+    for group, other in zip(groups, expected, strict=True):
+        for a, b in zip(group, other, strict=True):
+            assert a.logps == pytest.approx(b.logps, abs=1e-3)
 
 
-@pytest.mark.parametrize("temperature, size", list(product([1.0, 0.7], [1, 2, 100])))
+@pytest.mark.parametrize("size", [1, 2, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_scores_reference_and_gradients_are_the_same(on_cpu, on_gpu, temperature, size):
-    expected, off = (score(on_cpu, temperature=temperature, reference=r) for r in (False, True))
-    weights = torch.randn(sum(map(len, expected)), generator=seed(0))
+    expected, reference = (score(on_cpu, temperature=temperature, reference=r) for r in (False, True))
+    weights = torch.randn(sum(map(len, expected)), generator=torch.Generator().manual_seed(0))
     expected_gradients = gradients(on_cpu, (weights * torch.cat(expected)).sum())
-    found = score(on_gpu, temperature=temperature, micro_batch=size)
-    assert found[0].is_cuda and difference(torch.cat(found).cpu(), torch.cat(expected)) < 1e-3
-    found_gradients = gradients(on_gpu, (weights.cuda() * torch.cat(found)).sum())
-    assert_close([g.cpu() for g in found_gradients], expected_gradients)
-    found = score(on_gpu, temperature=temperature, micro_batch=size, reference=True)
-    assert difference(torch.cat(found).cpu(), torch.cat(off)) < 1e-3
+    logps = score(on_gpu, temperature=temperature, micro_batch=size)
+    assert logps[0].is_cuda and difference(torch.cat(logps).cpu(), expected) < 1e-3
+    on_gpu_gradients = gradients(on_gpu, (weights.cuda() * torch.cat(logps)).sum())
+    assert_close([g.cpu() for g in on_gpu_gradients], expected_gradients)
+    logps = score(on_gpu, temperature=temperature, micro_batch=size, reference=True)
+    assert difference(torch.cat(logps).cpu(), reference) < 1e-3
 
 
-def test_a_kept_history_says_what_is_read_again(on_gpu):
-    rng, prompts, history = random.Random(0), [list(p) for p in PROMPTS], on_gpu.new_history()
+def test_a_session_says_what_is_read_again(on_gpu):
+    rng, prompts, session = random.Random(0), [list(p) for p in PROMPTS], on_gpu.session()
     for stage in range(3):
-        fresh, kept = (on_gpu.sample(prompts, 1, 6, 1.0, seed(stage), h) for h in (None, history))
-        assert replies(fresh) == replies(kept)
-        for prompt, group in zip(prompts, kept):
-            prompt += group[0].reply_ids + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))]
+        uniforms_PMS = uniforms(stage, len(prompts), 1, 6)
+        replies, again = (ids_of(x.sample(prompts, uniforms_PMS)) for x in (session, on_gpu))
+        assert replies == again
+        for prompt, (reply,) in zip(prompts, replies, strict=True):
+            prompt += reply + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))]
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_bf16_is_off_by_its_rounding_alone(on_cpu, model_dir, name):
-    """Of both devices by about the same; a mask or a scaling that is lost would be off by far more."""
+    """On both devices by about the same; a mask or a scaling that is lost would be off by far more."""
     exact = torch.cat(score(on_cpu)).detach()
-    apart = [
-        (torch.cat(score(engine(name, model_dir, "bfloat16", device))).detach().cpu() - exact).abs().mean()
-        for device in ("cpu", "cuda")
-    ]
+    policies = [engine(name, model_dir, "bfloat16", device) for device in ("cpu", "cuda")]
+    apart = [(torch.cat(score(policy)).detach().cpu() - exact).abs().mean() for policy in policies]
     assert 0 < apart[1] < 2 * apart[0] < 0.2
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_run_ends_in_the_adapter_of_the_cpu(gentle, model_dir, tmp_path, name):
-    run_rft(rft_flags(model_dir, tmp_path / name, lr=GENTLE, device="cuda", engine=name))
+def test_a_run_ends_in_the_adapter_of_the_cpu(gentle, model_dir, tmp_path, monkeypatch, name):
+    on_device("cuda", monkeypatch.setattr)
+    run_rft(rft_flags(model_dir, tmp_path / name, lr=GENTLE, engine=name))
     assert_same_up_to_rounding(Run(tmp_path / name), gentle)
 
 
 def test_two_processes_share_a_gpu(gentle, model_dir, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "output"
-    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE, device="cuda"), output, 2), 120)
+    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE), output, 2, device="cuda"), 120)
     assert codes == [0, 0], output.read_text()
     assert_same_up_to_rounding(Run(folder), gentle)

@@ -1,4 +1,4 @@
-"""LoRA in one product, against lora.LoRALinear, which is the formula term by term."""
+"""LoRA in one product against lora.LoRALinear, which computes the formula term by term."""
 
 import copy
 
@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_the_formula(bias, shape):
     layer = JointLoRALinear(base, 4, 1.5, torch.Generator().manual_seed(0))
     torch.nn.init.normal_(layer.B)
     x, weights = torch.randn(*shape, 6), torch.randn(*shape, 9)
-    for a, b in zip(*(values_and_gradients(part, x, weights) for part in (layer, exact(layer)))):
+    for a, b in zip(*(values_and_gradients(part, x, weights) for part in (layer, exact(layer))), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), exact(layer)(x), rtol=1e-4, atol=1e-5)
@@ -53,24 +53,24 @@ def test_the_working_copy_follows_every_change_of_its_parts():
     model = tiny()
     layer, x = adapted(model), torch.randn(5, 32)
 
-    def copy_of():
+    def checked_copy():
         with torch.no_grad():
             torch.testing.assert_close(layer(x), exact(layer)(x), rtol=1e-4, atol=1e-5)
         made, _ = layer.working()
         assert layer.working()[0] is made  # not made anew for every forward pass
         return made
 
-    copies = [copy_of()]
+    copies = [checked_copy()]
     for foreach in (True, False):
         optimizer = torch.optim.AdamW(lora.lora_parameters(model), lr=0.1, foreach=foreach)
         model(TOKENS_BT, labels=TOKENS_BT).loss.backward()
         optimizer.step()
-        copies.append(copy_of())
+        copies.append(checked_copy())
     adapters.load_adapter_state(model, {key: 2 * p for key, p in adapters.adapter_state(model).items()})
-    copies.append(copy_of())
+    copies.append(checked_copy())
     with torch.no_grad():
         layer.base.weight.mul_(2)
-    copies.append(copy_of())
+    copies.append(checked_copy())
     assert len({id(made) for made in copies}) == 5
 
 
@@ -83,16 +83,16 @@ def test_below_fp32_values_and_gradients_are_those_of_the_formula_within_roundin
         lora.merge(model)
     layer = adapted(model)
     x, weights = torch.randn(3, 5, 32).bfloat16(), torch.randn(3, 5, 32)
-    found = values_and_gradients(layer, x, weights)
-    assert [a.dtype for a in found] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    results = values_and_gradients(layer, x, weights)
+    assert [a.dtype for a in results] == [torch.bfloat16] * 2 + [torch.float32] * 2
     with torch.no_grad():
-        assert torch.equal(layer(x), found[0])
-    for a, b in zip(found, values_and_gradients(exact(layer), x.float(), weights)):
+        assert torch.equal(layer(x), results[0])
+    for a, b in zip(results, values_and_gradients(exact(layer), x.float(), weights), strict=True):
         assert (a.float() - b).norm() < 0.01 * b.norm()
     without = exact(layer.base if merges else layer)
     while isinstance(without, LoRALinear):
         without = without.base
-    assert (without(x.float()) - found[0]).norm() > 0.1 * found[0].norm()
+    assert (without(x.float()) - results[0]).norm() > 0.1 * results[0].norm()
 
 
 def test_below_fp32_a_step_smaller_than_the_resolution_of_w_is_not_lost():
@@ -123,9 +123,9 @@ def test_merged_twice_the_model_has_the_parameters_of_the_plain_one(dtype, targe
     """The second adapter may have fewer targets. Below fp32 merged is adapter on to the bit, and W is held
     once: with every frozen B it is a view of one storage."""
     fast, plain = tiny().to(dtype), tiny().to(dtype)
-    for r, of_adapter in ((4, lora.DEFAULT_TARGETS), (2, targets)):
+    for r, names in ((4, lora.DEFAULT_TARGETS), (2, targets)):
         for model, layer in ((fast, JointLoRALinear), (plain, LoRALinear)):
-            adapted(model, r, 2.0, r, layer, of_adapter)
+            adapted(model, r, 2.0, r, layer, names)
         on = logits(fast)
         for model in (fast, plain):
             lora.merge(model)

@@ -1,16 +1,16 @@
-"""Trees of tokens by hand: what is read, what is scored, what is kept. That the numbers come out right is in
-test_engine.py."""
+"""Trees of tokens by hand: what is read, what is scored, what is stored. That the numbers are right is tested
+in test_engine.py."""
 
 import os
 import random
 
 import pytest
 import torch
-from reference import END, PROMPTS, assert_close, difference, engine, gradients, score
+from reference import END, PROMPTS, assert_close, difference, engine, gradients, score, uniforms
 from torch.nn import functional as F
 
 from fast import shared_prefix
-from fast.shared_prefix import History, Pass, common_beginning, pack
+from fast.shared_prefix import Pass, common_beginning, pack
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_a_group_by_hand():
     (row,) = pack([prompt], [replies])
     assert row.ids == [5, 6, 7, 10, 11, 13]
     assert row.parents == [-1, 0, 1, 2, 3, 3]
-    assert row.positions() == [0, 1, 2, 3, 4, 4] and row.longest == 5
+    assert row.positions() == [0, 1, 2, 3, 4, 4]
     assert row.sources == [2, 3, 4, 2, 2, 3, 5, 2, 3, 4]
     assert row.targets == [10, 11, END, 12, 10, 13, 14, 10, 11, END]
     row.ids[0] = row.ids[3] = row.targets[0] = row.targets[3] = 99
@@ -46,11 +46,8 @@ def test_a_row_is_a_record_of_positions_not_of_token_values():
     assert (row.sources, row.targets) == ([1, 2, 1], [END] * 3)
 
 
-NESTED = [
-    (
-        [65, 70, 100, 33],
-        [[90, 91, END], [80, 81, END], [80, 82], [90, 91, END]],
-    ),  # the trunk has 80 81 END too
+NESTED = [  # of the first, the trunk has 80 81 END too
+    ([65, 70, 100, 33], [[90, 91, END], [80, 81, END], [80, 82], [90, 91, END]]),
     ([65, 70, 100, 33, 80, 81, END, 60, 61], [[77, 78, END], [77, 79], [END]]),
     ([65, 70, 100, 34, 80], [[90], [90, 91, END]]),
     ([65, 70, 100, 34], [[80, 92, END]]),
@@ -59,12 +56,12 @@ NESTED = [
 
 
 def test_prompts_that_go_on_from_each_other_share_a_row():
-    rows = pack(*zip(*NESTED))
+    rows = pack(*zip(*NESTED, strict=True))
     assert [row.prompts for row in rows] == [[0, 1], [2, 3, 4]]
     for row in rows:
         assert row.targets == [t for i in row.prompts for reply in NESTED[i][1] for t in reply]
         line = {-1: []}  # the tokens up to every node
-        for node, (token, parent) in enumerate(zip(row.ids, row.parents)):
+        for node, (token, parent) in enumerate(zip(row.ids, row.parents, strict=True)):
             assert parent < node
             line[node] = line[parent] + [token]
         assert len({tuple(v) for v in line.values()}) == len(line)  # no token is computed twice
@@ -82,43 +79,44 @@ def test_prompts_that_go_on_from_each_other_share_a_row():
         ([([1, 2, 3], [[4, 5]]), ([1, 2, 9], [[4, 5]])], 2),
         ([([1, 2, 3], [[4, 5]]), ([7, 2, 9], [[4, 5]])], 0),
         ([([1, 2, 3], [[4, 5], [6, 7]]), ([1, 2, 3], [[4, 5], [6, 7]])], 3),  # up to where branches leave
-        ([([1, 2, 3], [[4]]), ([1, 2, 3], [[5]])], 2),  # every row keeps a token of its own
+        ([([1, 2, 3], [[4]]), ([1, 2, 3], [[5]])], 2),  # every row has a token of its own
         ([([1], [[6, 7]]), ([1, 2, 3, 4], [[4, 5]])], 1),
         (NESTED, 3),
     ],
 )
 def test_the_beginning_that_rows_have_in_common_is_read_once(fast, plain, groups, C):
-    rows = pack(*zip(*groups)) if groups is NESTED else [pack([p], [r])[0] for p, r in groups]
+    prompts, replies = zip(*groups, strict=True)
+    rows = pack(prompts, replies) if groups is NESTED else [pack([p], [r])[0] for p, r in groups]
     assert common_beginning(rows) == C
     tokens = Pass(rows, "cpu", torch.float32)
     assert tokens.ids.numel() == sum(len(row.ids) - C for row in rows) + C
-    order = [i for row in rows for i in row.prompts] if groups is NESTED else range(len(groups))
-    expected = score(plain, *zip(*(groups[i] for i in order)))
-    assert difference(fast.token_logps(rows), expected) < 1e-4
+    assert difference(score(fast, prompts, replies), score(plain, prompts, replies)) < 1e-4
 
 
-# --- what is kept of conversations
+# --- sessions
 
 
 def test_what_was_read_is_not_read_again(fast, monkeypatch):
     """The next prompt goes on from the reply, or differs from what was sampled: at its third token, at its
     last, at its first."""
-    rng, history, read = random.Random(0), History(), []
+    rng, session, read = random.Random(0), fast.session(), []
     monkeypatch.setattr(fast, "end_ids", range(0, 300, 4))
     hidden = fast._hidden
     monkeypatch.setattr(fast, "_hidden", lambda ids, *rest: read.append(ids.numel()) or hidden(ids, *rest))
     prompts, read_before = [list(p) for p in PROMPTS[1:4]], [[]] * 3
     for stage, changed in enumerate([None, 2, -1, 0, None]):
         read.clear()
-        groups = fast.sample(prompts, 1, 6, 1.0, torch.Generator().manual_seed(stage), history)
-        shared = [len(os.path.commonprefix([a, b])) for a, b in zip(read_before, prompts)]
-        assert read[0] == sum(len(p) - n for p, n in zip(prompts, shared))
+        groups = session.sample(prompts, uniforms(stage, 3, 1, 6))
+        shared = [len(os.path.commonprefix(both)) for both in zip(read_before, prompts, strict=True)]
+        assert read[0] == sum(map(len, prompts)) - sum(shared)
         assert stage < 4 or min(shared) == 0 < max(shared)
-        said = [p + group[0].reply_ids for p, group in zip(prompts, groups)]
-        read_before = [ids[:-1] for ids in said]  # the last token of a reply was not read
-        prompts = [ids + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))] for ids in said]
+        conversations = [p + group[0].ids for p, group in zip(prompts, groups, strict=True)]
+        read_before = [ids[:-1] for ids in conversations]  # the last token of a reply was not read
+        prompts = [
+            ids + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))] for ids in conversations
+        ]
         if changed is not None:
-            at = changed % len(said[0])
+            at = changed % len(conversations[0])
             prompts[0][at] = 201 if prompts[0][at] != 201 else 202
 
 
@@ -126,30 +124,29 @@ def test_what_was_read_is_not_read_again(fast, monkeypatch):
 
 
 def test_attention_by_a_kernel_is_attention_by_products(fast, monkeypatch):
-    """Values, gradients and samples, with a common beginning. CUDA's memory-efficient kernel returns a
-    transposed view, as this one does."""
-    prompts, called, kernel = [[7, 8, 9, *p] for p in PROMPTS], [], F.scaled_dot_product_attention
+    """Values, gradients and samples, with a common beginning, and in a session. CUDA's memory-efficient
+    kernel returns a transposed view, as this one does."""
+    prompts, calls, kernel = [[7, 8, 9, *p] for p in PROMPTS], [], F.scaled_dot_product_attention
 
     def transposed(*args, **kwargs):
-        called.append(kwargs.get("is_causal", False))
+        calls.append(kwargs.get("is_causal", False))
         return kernel(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
 
-    def all_of_it():
-        logps = torch.cat(score(fast, prompts))
+    def results():
+        logps, session = torch.cat(score(fast, prompts)), fast.session()
         weights = torch.randn(len(logps), generator=torch.Generator().manual_seed(1))
-        groups = fast.sample(prompts, 3, 8, 1.0, torch.Generator().manual_seed(0))
-        return (
-            logps.detach(),
-            gradients(fast, (weights * logps).sum()),
-            [o.reply_ids for g in groups for o in g],
-        )
+        groups = fast.sample(prompts, uniforms(0, 6, 3, 8))
+        for _ in range(2):
+            groups += session.sample(prompts, uniforms(0, 6, 1, 4))
+        ids = [reply.ids for group in groups for reply in group]
+        return logps.detach(), gradients(fast, (weights * logps).sum()), ids
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
-    by_products = all_of_it()
-    assert not called
+    by_products = results()
+    assert not calls
     monkeypatch.setattr(shared_prefix, "IN_BLOCKS", ())
-    by_kernel = all_of_it()
-    assert set(called) == {True, False}
+    by_kernel = results()
+    assert set(calls) == {True, False}
     assert difference(by_products[0], by_kernel[0]) < 1e-5
     assert_close(by_products[1], by_kernel[1])
     assert by_products[2] == by_kernel[2]

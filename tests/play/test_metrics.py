@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tables import TRIO, TRIO_2, by_seat, constant, expert
+from tables import TRIO, TRIO_2, constant, expert, play
 
 import eval as evaluation
-from games import State
+from decisions import EFFORTS, LINKS
+from experts import make_expert
+from games import Decision, State, complete_graph, empty_graph, history_from_text
 from play import metrics
-from play.hindsight import read_history
-from play.metrics import Played, Turn, mean_interval, paired_difference, per_instance, summarise
-from play.players import play
-from prompts import Decision
+from play.metrics import METRICS, Played, Turn, mean_interval, paired_difference, per_instance, summarise
 from run.files import write_json
 from world.bcz import BCZ
 from world.draws import draw_game, held_out_grid
@@ -70,13 +69,17 @@ def test_paired_difference():
 # -------------------- strategic efficiency
 
 
+def U2(state, seat, actions):
+    return state.kind.efficiency(state, seat, actions)
+
+
 def payoff_in(game, G, x, i):
     links = sum(game.delta * x[i] * x[j] - game.c for j in range(game.N) if G[i][j])
     return game.alpha[i] * x[i] - x[i] ** 2 / 2 + links
 
 
 def random_proposals(rng, N):
-    return rng.integers(0, 2, (N, N)) * (1 - np.eye(N, dtype=int))
+    return rng.integers(0, 2, (N, N)) * complete_graph(N)
 
 
 def test_graph_efficiency_over_all_rows():
@@ -94,7 +97,7 @@ def test_graph_efficiency_over_all_rows():
             best, worst = max(u for u, _ in payoff), min(u for u, _ in payoff)
             for u, Q in payoff:
                 expected = 1 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
-                values.append(metrics.strategic_efficiency(State(game), seat, Q))
+                values.append(U2(State(game), seat, Q))
                 assert values[-1] == pytest.approx(expected, abs=1e-6)
     assert len(values) == 12 * 4 * 8 and len(set(np.round(values, 3))) > 20
     assert min(values) == pytest.approx(0) and max(values) == 1
@@ -109,125 +112,118 @@ def test_effort_efficiency_over_a_fine_grid():
         for seat in range(4):
             efforts = [np.r_[x[:seat], v, x[seat + 1 :]] for v in np.linspace(0, game.cap, 2001)]
             u = np.array([payoff_in(game, P * P.T, y, seat) for y in efforts[::20]])
-            u_own = payoff_in(game, P * P.T, x, seat)
-            expected = 1 - (u.max() - u_own) / (u.max() - u.min())
-            assert metrics.strategic_efficiency(state, seat, x) == pytest.approx(expected, abs=1e-3)
-            for y, value in ((efforts[20 * u.argmax()], 1), (efforts[20 * u.argmin()], 0)):
-                assert metrics.strategic_efficiency(state, seat, y) == pytest.approx(value, abs=1e-3)
-
-
-def test_efficiency_by_hand():
-    """Both others choose seat 0: both links pay 0.68125, one 0.57995, none 0.5. Alone, x - x^2/2 on [0, 3]
-    runs from -1.5 to 0.5. The actions are left as they were."""
-    all_links = 1 - np.eye(3, dtype=int)
-    for row, U2 in (([0, 1, 1], 1.0), ([0, 0, 0], 0.0), ([0, 1, 0], 0.07995 / 0.18125)):
-        P = all_links.copy()
-        P[0] = row
-        assert metrics.strategic_efficiency(State(TRIO), 0, P) == pytest.approx(U2, abs=1e-4)
-        assert P[0].tolist() == row
-    alone = State(TRIO).step(0 * all_links)
-    for x, U2 in ((1.0, 1.0), (3.0, 0.0), (0.0, 0.75), (2.0, 0.75), (2.5, 1 - 1.125 / 2)):
-        efforts = np.array([2.0, x, 0.5])
-        assert metrics.strategic_efficiency(alone, 1, efforts) == pytest.approx(U2)
-        assert efforts.tolist() == [2.0, x, 0.5]
-
-
-def test_efficiency_where_nothing_is_at_stake_is_1():
-    """Nobody chooses seat 0, so all its rows are the same."""
-    P = np.array([[0, 1, 1], [0, 0, 1], [0, 1, 0]])
-    assert metrics.strategic_efficiency(State(TRIO), 0, P) == 1
+            expected = 1 - (u.max() - payoff_in(game, P * P.T, x, seat)) / (u.max() - u.min())
+            for y, value in ((x, expected), (efforts[20 * u.argmax()], 1), (efforts[20 * u.argmin()], 0)):
+                assert U2(state, seat, y) == pytest.approx(value, abs=1e-3)
 
 
 # -------------------- metrics of a game
 
 
-def turn(round, kind, U2, belief=0.0, ok=True, s=1.0, row=1.0):
-    s, row = (s, row) if kind == "G" else (None, None)
-    return Turn(round, kind, "text", Decision(kind, 0.0) if ok else None, s, row, U2, belief)
+# U2 of one link where two are best: both links pay 0.68125, one 0.57995, none 0.5.
+ROW_VALUE = 0.07995 / 0.18125
+
+
+def turn(round, action, belief=None, ok=True):
+    """A decision of seat 0 in TRIO_2: a row where the others and the experts link everybody, or an effort on
+    the empty graph where the others take effort 1."""
+    graph = isinstance(action, list)
+    state = State(TRIO_2, (empty_graph(3), np.ones(3)) * (round - 1) + (() if graph else (empty_graph(3),)))
+    actions = complete_graph(3) if graph else np.ones(3)
+    experts, decision = actions.copy() if graph else None, None
+    if ok:
+        decision = Decision(LINKS if graph else EFFORTS, np.array(action), belief and np.array(belief))
+    actions[0] = decision.action if ok else 0
+    return Turn(state, 0, "text", decision, decision, actions, experts)
 
 
 def test_metrics_of_one_game_by_hand():
-    turns = [turn(1, "G", 1.0, 0.5, s=0.75, row=0.5), turn(1, "E", 0.8, 1.0)]
-    turns += [turn(2, "G", 0.0, ok=False, s=0.0, row=0.0), turn(2, "E", 0.6, 0.1)]
+    turns = [turn(1, [0, 1, 0], [0, 1, 0]), turn(1, 2.0, [0, 1, 1])]
+    turns += [turn(2, [0, 1, 1], ok=False), turn(2, 1.0)]
     played = Played(TRIO_2, turns, [1.85, 2.2])
-    row = per_instance(played)
+    row, first = per_instance(played), summarise([played])["round 1"]
+    first = {name: v["mean"] for name, v in first.items()}
     assert row.pop("U3 | ok") is None
-    expected = {"U1": 3 / 4, "U2": 0.6, "U3": 2.025 / 2.2, "U3 gain": 0.525 / 0.7, "belief": 0.4}
-    expected |= {"U2 | ok": 0.8, "U2 graph": 0.5, "U2 effort": 0.7, "s": 0.375, "row": 0.25}
-    assert row == pytest.approx(expected)
-    expected = {"U1": 1, "U2": 0.9, "U3": 1.85 / 2.2, "U3 gain": 0.5, "belief": 0.75, "U2 | ok": 0.9}
-    expected |= {"U2 graph": 1.0, "U2 effort": 0.8, "U3 | ok": 1.85 / 2.2, "s": 0.75, "row": 0.5}
-    assert per_instance(played, 1) == pytest.approx(expected)
+    expected = {"U1": 3 / 4, "U2": (ROW_VALUE + 0.75 + 0 + 1) / 4, "U3": 2.025 / 2.2, "U3 gain": 0.525 / 0.7}
+    expected |= {"U2 | ok": (ROW_VALUE + 0.75 + 1) / 3, "U2 graph": ROW_VALUE / 2, "U2 effort": 0.875}
+    assert row == pytest.approx(expected | {"s": 1 / 3, "row": 0.25, "belief": 1.5 / 4}, abs=1e-4)
+    expected = {"U1": 1, "U2": (ROW_VALUE + 0.75) / 2, "U3": 1.85 / 2.2, "U3 gain": 0.5, "belief": 0.75}
+    expected |= {"U2 | ok": (ROW_VALUE + 0.75) / 2, "U2 graph": ROW_VALUE, "U2 effort": 0.75}
+    assert first == pytest.approx(expected | {"U3 | ok": 1.85 / 2.2, "s": 2 / 3, "row": 0.5}, abs=1e-4)
 
 
-def test_there_is_no_gain_where_the_first_best_is_empty():
+def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_worth_nothing(monkeypatch):
+    """And the tables show that as a dash."""
+    turns = [turn(1, [0, 1, 1]), turn(1, 1.0)]
     game = BCZ((1.0, 1.0, 1.0), 0.1, 0.5, 3.0)  # c* = 0.1 / (1 - 0.4) = 1/6
-    row = per_instance(Played(game, [turn(1, "G", 1.0), turn(1, "E", 1.0)], [1.2]))
+    row = per_instance(Played(game, turns, [1.2]))
     assert row["U3 gain"] is None and row["U3"] == pytest.approx(0.8)
     assert metrics.welfare_bounds(game) == pytest.approx((1.5, 1.5))
-
-
-def test_there_is_no_u3_where_nobody_can_do_better_than_nothing(monkeypatch):
-    """And the tables show that as a dash."""
     monkeypatch.setattr(metrics, "welfare_bounds", lambda game: (0.0, 0.0))
-    s = summarise([Played(TRIO, [turn(1, "G", 1.0), turn(1, "E", 1.0)], [0.0])])
+    s = summarise([Played(TRIO, turns, [0.0])])
     assert s["instances"][0]["U3"] is None and s["all rounds"]["U3"]["n"] == 0
-    assert metrics.report({"a": s, "b": s}, 1).endswith("U3 -")
+    assert metrics.report({"a": s, "b": s}).endswith(" -")
 
 
 def test_summary_counts_decisions_and_averages_instances():
-    turns = [turn(1, "G", 1.0), turn(1, "E", 1.0), turn(2, "G", 0.0, ok=False), turn(2, "E", 0.0)]
-    a = Played(TRIO_2, turns, [2.2, 2.2])
-    b = Played(TRIO_2, [turn(r, k, 0.5, ok=False) for r in (1, 2) for k in "GE"], [1.1, 2.2])
-    s = summarise([a, b])
-    expected = {"all rounds": dict(U1=(3 / 8, 8), U2=(0.5, 2), U3=(0.875, 2)) | {"U2 | ok": (2 / 3, 1)}}
-    expected |= {"round 1": dict(U1=(1 / 2, 4), U2=(0.75, 2), U3=(0.75, 2)) | {"U3 | ok": (1, 1)}}
-    for part, of_part in expected.items():
-        for metric, (mean, n) in of_part.items():
+    a = [turn(1, [0, 1, 1]), turn(1, 1.0), turn(2, [0, 1, 1], ok=False), turn(2, 3.0)]
+    b = [turn(r, action, ok=False) for r in (1, 2) for action in ([0, 1, 1], 1.0)]
+    s = summarise([Played(TRIO_2, a, [2.2, 2.2]), Played(TRIO_2, b, [1.1, 2.2])])
+    expected = {"all rounds": dict(U1=(3 / 8, 8), U2=(0.4375, 2), U3=(0.875, 2)) | {"U2 | ok": (2 / 3, 1)}}
+    expected |= {"round 1": dict(U1=(1 / 2, 4), U2=(0.6875, 2), U3=(0.75, 2)) | {"U3 | ok": (1, 1)}}
+    for part, values in expected.items():
+        for metric, (mean, n) in values.items():
             assert (s[part][metric]["mean"], s[part][metric]["n"]) == (pytest.approx(mean), n)
     assert s["all rounds"]["U3 | ok"]["n"] == 0
     assert [r["U1"] for r in s["instances"]] == [0.75, 0.0] and s["instances"][0]["instance"]["delta"] == 0.1
 
 
-def test_every_game_is_told_whole():
+def test_every_game_is_written_whole():
     """Replies, seats and everybody's actions: from them the game can be played again."""
     grid = list(held_out_grid(4))[:5]
-    played = play(grid, expert("random"), 1, "noisy:nash:0.5", 3)
+    played = play(grid, expert("random"), 1, make_expert("noisy:nash:0.5"), 3)
     s = summarise(played)
-    assert [len(of_game) for of_game in s["replies"]] == [2] * 5 and s["seats"] == [[1]] * 5
-    for game, of_game, told, replies in zip(grid, played, s["actions"], s["replies"]):
-        again = read_history(game, told)
-        assert again.done and [a.tolist() for a in again.history] == [a.tolist() for a in of_game.history]
-        assert (
-            "".join(told[0].split()[1]) in replies[0].replace(", ", "")
-            and told[1].split()[1][:3] in replies[1]
-        )
-        assert [float(pay.sum()) for _, _, pay in again.round_results()] == of_game.welfares
+    assert [len(replies) for replies in s["replies"]] == [2] * 5 and s["seats"] == [[1]] * 5
+    for game, one, texts, replies in zip(grid, played, s["actions"], s["replies"], strict=True):
+        again = history_from_text(game, texts)
+        assert again.done and [a.tolist() for a in again.history] == [a.tolist() for a in one.history]
+        assert texts[0].split()[1] in replies[0].replace(", ", "") and texts[1].split()[1][:3] in replies[1]
+        assert [float(pay.sum()) for _, _, pay in again.round_results()] == one.welfares
 
 
 def test_the_mean_over_seats_leaves_out_what_is_not_there():
     """One seat is never compliant: `U2 | ok` of a game is that of the other seat; U1 counts both."""
-    grid = list(held_out_grid(4))[:3]
-    played = [play(grid, expert("nash"), 0, "nash", 0), play(grid, constant("no"), 1, "nash", 0)]
+    grid, nash = list(held_out_grid(4))[:3], make_expert("nash")
+    played = [play(grid, expert("nash"), 0, nash, 0), play(grid, constant("no"), 1, nash, 0)]
     mean = metrics.mean_over_seats(played)
     assert mean["U1"]["mean"] == 0.5 and mean["U1"]["n"] == 6
     assert mean["U2 | ok"]["mean"] == pytest.approx(np.mean([per_instance(p)["U2 | ok"] for p in played[0]]))
 
 
-def test_the_turns_of_one_seat():
-    (played,) = play([TRIO], by_seat([[0, 1, 0], [1, 0, 0], [0, 0, 0]], "1.0"), [(0, 1, 2)], "planner", 0)
-    (own,) = metrics.of_seat([played], 2)
-    assert [t.seat for t in own.turns] == [2, 2] and per_instance(own)["s"] == pytest.approx(1 / 3)
-
-
 # -------------------- tables
 
 
-def test_long_names_stay_apart_from_their_numbers():
-    """Adapter folders have long names: in the last lines too a blank must follow the colon."""
-    s = summarise(play([TRIO, TRIO], expert("planner"), 0, "planner", 0))
-    name = "runs/a-rather-long-name-of-a-run/adapter"
-    assert f"{name}: " in metrics.report({"base": s, name: s}, 1)
+def test_lines_fit_into_120_columns_and_long_names_have_their_own():
+    grid = list(held_out_grid(4))[::15]
+    s = summarise(play(grid, expert("random"), 0, make_expert("nash"), 0))
+    name = "runs/a-rather-long-name-of-a-run-" * 2 + "/adapter"
+    lines = metrics.report({"base": s, name: s}).splitlines()
+    assert max(map(len, lines)) <= 120 and lines[0].split() == "policy U1 s row U2 U3 belief".split()
+    assert lines[2] == name and lines[3].split() == lines[1].split()[1:] and lines.count(name) == 2
+    for metric in ("s", "row", "U2", "U3", "belief"):
+        v = s["all rounds"][metric]
+        assert f" {v['mean']:.3f} ±{(v['high'] - v['low']) / 2:.2f}" in lines[3]
+
+
+def test_a_new_metric_is_one_entry_and_older_files_lack_it(monkeypatch, tmp_path, capsys):
+    game = Played(TRIO, [turn(1, [0, 1, 1]), turn(1, 1.0)], [2.2])
+    write_json(tmp_path / "old.json", {"results": {"a": summarise([game])}})
+    monkeypatch.setitem(METRICS, "links", metrics.mean_of(lambda t: t.actions[0].sum()))
+    s = summarise([game, game])
+    assert s["all rounds"]["links"]["mean"] == 1.5 and s["instances"][0]["links"] == 1.5
+    evaluation.main(["--seeds", str(tmp_path / "old.json")])
+    _, _, head, line, *_ = capsys.readouterr().out.splitlines()
+    assert head.endswith(" links") and line.split()[1] == "1.000" and line.split()[-1] == "-"
 
 
 @pytest.fixture
@@ -239,7 +235,8 @@ def seeds(tmp_path):
         for seed, count in enumerate(counts):
             grid = list(held_out_grid(3))[:count]
             players = {"tompo": expert("random", seed), "sft": expert("never-link", seed)}
-            results = {name: summarise(play(grid, p, 0, "nash", 0)) for name, p in players.items()}
+            played = {name: play(grid, p, 0, make_expert("nash"), 0) for name, p in players.items()}
+            results = {name: summarise(games) for name, games in played.items()}
             paths.append(str(tmp_path / f"eval{seed}.json"))
             write_json(paths[-1], {"arguments": {}, "results": results})
         return paths, [json.loads(Path(path).read_text())["results"] for path in paths]
@@ -252,13 +249,12 @@ def test_intervals_over_seeds_are_those_of_the_seed_means(seeds, capsys):
     evaluation.main(["--seeds", *paths])
     table, differences = capsys.readouterr().out.split("minus")
     means = np.array([run["tompo"]["all rounds"]["U3"]["mean"] for run in runs])
+    assert f"{means.mean():.3f} ±{4.3027 * means.std(ddof=1) / math.sqrt(3):.2f}" in table
+    pairs = [zip(run["tompo"]["instances"], run["sft"]["instances"], strict=True) for run in runs]
+    means = np.array([np.mean([a["U3"] - b["U3"] for a, b in pair]) for pair in pairs])
     half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
-    assert f"{means.mean():.3f} [{means.mean() - half:.2f}, {means.mean() + half:.2f}]" in table
-    pairs = [zip(run["tompo"]["instances"], run["sft"]["instances"]) for run in runs]
-    means = np.array([np.mean([a["U3"] - b["U3"] for a, b in of_run]) for of_run in pairs])
-    half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
-    assert f"U3 {means.mean():+.3f} [{means.mean() - half:+.3f}, {means.mean() + half:+.3f}]" in differences
-    assert len(set(means)) == 3
+    (line,) = [line for line in differences.splitlines() if line.startswith("sft")]
+    assert line.endswith(f"{means.mean():+.3f} ±{half:.3f}") and len(set(means)) == 3
 
 
 def test_runs_that_cannot_be_combined_are_refused(seeds, tmp_path, refused):
@@ -266,6 +262,6 @@ def test_runs_that_cannot_be_combined_are_refused(seeds, tmp_path, refused):
     write_json(paths[2], {"results": dict(reversed(runs[2].items()))})
     paths.append(str(tmp_path / "broken.json"))
     write_json(paths[3], {"results": {"tompo": {"U1": 1}}})
-    for bad, word in zip(paths[1:], ("other games", "one kind", "not an eval.json")):
+    for bad, words in zip(paths[1:], ("one kind", "one kind", "not an eval.json"), strict=True):
         line = refused(evaluation.main, ["--seeds", paths[0], bad])
-        assert word in line and bad in line
+        assert words in line and bad in line

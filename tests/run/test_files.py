@@ -1,59 +1,87 @@
-"""Run folders and logs: what is refused with one line and left as it was, what a kill leaves, full disks."""
+"""Run folders and logs: what is refused and left as it was, what a kill leaves, full disks, terminals."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from whole_runs import ROOT, rft_flags, sft_flags, tree
 
-import train_rft
-import train_sft
 from lora import LoRAConfig
 from models import adapters
 from run import checkpoint, files
 from run.curves import plot_curves
-from run.files import InputError, JsonLines, library_errors, reports_errors, write_atomic
+from run.errors import InputError, library_errors, reports_errors
+from run.files import JsonLines, write_atomic
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_folder_that_holds_something_is_refused_and_unchanged(
-    full, model_dir, sft_adapter, tmp_path, refused
-):
-    before = tree(full.folder)
-    argv = rft_flags(model_dir, full.folder, sft_adapter=sft_adapter)
-    assert str(full.folder) in refused(train_rft.main, argv)
-    refused(train_sft.main, sft_flags(model_dir, full.folder))
-    assert tree(full.folder) == before and len(before) > 10
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_that_holds_something_is_refused_and_unchanged(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     (tmp_path / "file").write_text("mine too")
-    for out in ("used", "file"):
-        refused(train_sft.main, sft_flags(model_dir, tmp_path / out))
+    for name in ("used", "file"):
+        with pytest.raises(InputError, match=f"{name} already holds something and is not overwritten; name"):
+            with files.run_folder(tmp_path / name, {}):
+                raise AssertionError
     assert tree(tmp_path) == {"used/notes.txt": b"mine", "file": b"mine too"}
 
 
-def test_a_folder_that_is_empty_or_of_a_run_without_a_step_is_taken(model_dir, tmp_path):
+def test_a_folder_that_is_empty_or_of_a_run_without_a_step_is_taken(tmp_path):
     for name in ("empty", "failed"):
         (tmp_path / name).mkdir()
     for file in ("config.json", "config.json.tmp", ".lock"):  # the second one by a kill
         (tmp_path / "failed" / file).write_text("{}")
-    for name in ("empty", "failed"):
-        train_sft.main(sft_flags(model_dir, tmp_path / name, max_steps=1))
-        assert (tmp_path / name / "adapter" / "adapter_model.safetensors").exists()
+    for name in ("empty", "failed", "a/new/one"):
+        with files.run_folder(tmp_path / name, {"agents": (3, 4)}) as folder:
+            assert files.read_json(folder / "config.json") == {"agents": [3, 4]}
+        assert tree(folder).keys() - {".lock"} == {"config.json"}  # what a kill left was taken over
 
 
-def test_resume_of_what_is_no_run_is_refused(full, tmp_path, refused):
+@pytest.mark.parametrize("name", ["x" * 300, "nul\0"], ids=["long", "nul"])
+@pytest.mark.parametrize("flags", [{}, None], ids=["new", "resumed"])
+def test_names_that_no_file_has_are_one_line(name, flags, tmp_path):
+    with pytest.raises(InputError, match=r"^cannot [^\n]*$"):
+        with files.run_folder(tmp_path / name, flags):
+            raise AssertionError
+
+
+def test_a_resume_of_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, text in (("broken", "{"), ("list", "[]"), ("other", '{"script": "train_sft.py"}')):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(text)
-    before = tree(tmp_path)
     for name in ("empty", "missing", "broken", "list", "other"):
-        assert name in refused(train_rft.main, ["--resume", tmp_path / name])
-    refused(train_sft.main, ["--resume", full.folder])
-    assert tree(tmp_path) == before
+        with pytest.raises(InputError, match=name):
+            files.resumed_flags(tmp_path / name, "train_rft.py")
+    assert files.resumed_flags(tmp_path / "other", "train_sft.py") == {"script": "train_sft.py"}
+
+
+def test_a_run_folder_is_of_one_process_and_free_when_that_is_dead(tmp_path):
+    code = f"from run import files\nwith files.run_folder({str(tmp_path / 'run')!r}, {{}}):\n"
+    code += "    print('held', flush=True); input()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
+    try:
+        assert other.stdout.readline().strip() == b"held"
+        for flags in (None, {"a": 1}):  # a resume, and a second start of the same command
+            with pytest.raises(InputError, match="another process is training in"):
+                with files.run_folder(tmp_path / "run", flags):
+                    raise AssertionError
+        assert files.read_json(tmp_path / "run" / "config.json") == {}
+    finally:
+        other.kill()
+        other.communicate()
+    for _ in range(2):
+        with files.run_folder(tmp_path / "run", None) as folder:
+            assert folder == tmp_path / "run"
 
 
 def test_a_log_goes_on_where_the_checkpoint_was(tmp_path):
@@ -63,16 +91,14 @@ def test_a_log_goes_on_where_the_checkpoint_was(tmp_path):
     done = lambda row: row.get("step", 9) < 2
     log = JsonLines(path, done)
     log.write({"step": 2, "a": 9})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 0, "a": 1},
-        {"step": 1, "a": 2},
-        {"step": 2, "a": 9},
-    ]
+    steps = [{"step": 0, "a": 1}, {"step": 1, "a": 2}, {"step": 2, "a": 9}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == steps
+    assert log.count == 3 and log.rows == steps[:2]
     JsonLines(path, done, writes=False).write({"step": 0})
     assert len(path.read_text().splitlines()) == 3
 
 
-# -------------------- disks, kills, terminals
+# -------------------- disks and terminals
 
 
 @pytest.fixture
@@ -89,50 +115,60 @@ def disk(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_costs_nothing(disk):
-    p = torch.nn.Parameter(torch.ones(2, 4))
-    optimizer = torch.optim.AdamW([p], lr=0.1)
-    p.grad = torch.ones(2, 4)
+    p, name = torch.nn.Parameter(torch.ones(2, 4)), "base_model.model.x.lora_A.weight"
+    optimizer, config = torch.optim.AdamW([p], lr=0.1), LoRAConfig(2, 4, ("x",))
+    p.sum().backward()
     optimizer.step()
-    old, config = {"base_model.model.x.lora_A.weight": torch.ones(2, 4)}, LoRAConfig(2, 4, ("x",))
-    new = {"base_model.model.x.lora_A.weight": torch.zeros(2, 20_000)}
-    checkpoint.save_checkpoint(disk, 1, {"p": p}, optimizer, {"memory": {}})
+    old, new = {name: p.detach().clone()}, {name: torch.zeros(2, 20_000)}
+    checkpoint.save(disk, 1, {"p": p}, optimizer, {"memory": {}})
     adapters.write_adapter(disk / "adapter", old, config)
     log = JsonLines(disk / "log.jsonl", lambda row: True)
     log.write({"step": 0})
     (disk / "other").write_bytes(b"x" * 8192)
     before = {k: v for k, v in tree(disk).items() if k != "log.jsonl"}
-
     writers = {
         "log.jsonl": lambda: [log.write({"step": 1, "text": "x" * 1000}) for _ in range(100)],
-        "step-000002": lambda: checkpoint.save_checkpoint(disk, 2, new, optimizer, {}),
+        "step-000002": lambda: checkpoint.save(disk, 2, new, optimizer, {}),
         "adapter_model.safetensors": lambda: adapters.write_adapter(disk / "adapter", new, config),
         "new.json": lambda: write_atomic(disk / "new.json", b"x" * 100_000),
     }
-    for name, write in writers.items():
-        with pytest.raises(InputError) as caught:
+    for file, write in writers.items():
+        with pytest.raises(InputError, match=rf"{file}.*No space left") as caught:
             write()
-        said = str(caught.value)
-        assert name in said and "No space left" in said and "\n" not in said
+        assert "\n" not in str(caught.value)
     left = tree(disk)
-    assert left | before == left and not [name for name in left if "step-000002/" in name]
-    step, adapter, extra = checkpoint.restore(disk, optimizer)
-    assert step == 1 and torch.equal(adapter["p"], p) and extra == {"memory": {}}
-    assert torch.equal(
-        *(s["base_model.model.x.lora_A.weight"] for s in (adapters.read_adapter(disk / "adapter")[0], old))
-    )
+    assert left | before == left and not [file for file in left if "step-000002/" in file or ".tmp" in file]
+    assert log.count == left["log.jsonl"].count(b"\n")  # the line of which a part was written does not count
+    p.data.zero_()
+    assert checkpoint.restore(disk, {"p": p}, optimizer) == (1, {"memory": {}}) and torch.equal(p, old[name])
+    assert torch.equal(adapters.read_adapter(disk / "adapter")[0][name], old[name])
     (disk / "other").unlink()
     again = JsonLines(disk / "log.jsonl", lambda row: row["step"] < 1)  # what a resume does, with room again
     again.write({"step": 1})
     assert [json.loads(line)["step"] for line in (disk / "log.jsonl").read_text().splitlines()] == [0, 1]
 
 
+def printing(stdout):
+    """A script that prints a line to `stdout`, which is buffered: (exit status, standard error)."""
+    code = "from run.errors import reports_errors; reports_errors(lambda: print('the results'))()"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    how = dict(cwd=ROOT, env=buffered, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code], **how)
+    return done.returncode, done.stderr
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no device that is always full")
 def test_a_full_disk_behind_standard_output_is_one_line():
-    code = "from run.files import reports_errors; reports_errors(lambda: print('the results'))()"
     with open("/dev/full", "w") as full:
-        how = dict(cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
-        done = subprocess.run([sys.executable, "-c", code], **how)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        status, err = printing(full)
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_output_that_nobody_reads_on_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert printing(writer) == (1, "")
+    os.close(writer)
 
 
 def test_a_log_that_cannot_be_drawn_costs_no_run(tmp_path, capsys):
@@ -152,36 +188,3 @@ def test_errors_of_strangers_cannot_steer_the_terminal(capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err == "error: the server: ?]0;owned??[2J and a second line ?\n"
-
-
-def test_what_a_kill_leaves_of_a_write_is_taken_over(tmp_path):
-    (tmp_path / "a.json.tmp").write_text("half")
-    write_atomic(tmp_path / "a.json", b"whole")
-    assert tree(tmp_path) == {"a.json": b"whole"}
-
-
-def test_a_run_folder_is_of_one_process_and_free_when_that_is_dead(tmp_path):
-    code = f"from run import files\nwith files.run_folder({str(tmp_path / 'run')!r}, {{}}):\n"
-    code += "    print('held', flush=True); input()"
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
-    try:
-        assert other.stdout.readline().strip() == b"held"
-        for arguments in (None, {"a": 1}):  # a resume, and a second start of the same command
-            with pytest.raises(InputError, match="another process is training in"):
-                with files.run_folder(str(tmp_path / "run"), arguments):
-                    pass
-        assert files.read_json(tmp_path / "run" / "config.json") == {}
-    finally:
-        other.kill()
-        other.communicate()
-    for _ in range(2):
-        with files.run_folder(str(tmp_path / "run"), None) as folder:
-            assert folder == tmp_path / "run"
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "nul\0"], ids=["long", "nul"])
-def test_names_that_no_file_has_are_one_line(name, tmp_path, model_dir, refused, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    refused(train_sft.main, sft_flags(model_dir, name, max_steps=1, games=1))
-    refused(train_sft.main, ["--resume", name])

@@ -47,7 +47,7 @@ def torchrun(folder, processes, argv):
 def test_many_processes_end_in_the_adapter_of_one(gentle, model_dir, tmp_path):
     """Three: one of them has no conversation of RFT, which has 2 a step."""
     folder, output = tmp_path / "run", tmp_path / "output"
-    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE), output, 3))
+    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE), output, 3), 240)
     assert codes == [0, 0, 0], output.read_text()
     assert output.read_text().count("adapter (SFT and tompo in one)") == 1  # one process speaks
     assert_same_up_to_rounding(Run(folder), gentle)
@@ -103,12 +103,8 @@ def test_ctrl_c_ends_all_processes_after_the_same_step(gentle, model_dir, tmp_pa
 
 
 def test_one_process_exchanges_nothing():
-    assert (ranks.world(), ranks.rank(), ranks.first(), ranks.device("cuda")) == (1, 0, True, "cuda")
-    assert (
-        ranks.share(["a", "b", "a"]) == [0, 1, 2]
-        and ranks.exchange(5) == [5]
-        and ranks.whole([1, 0], "ba") == ["a", "b"]
-    )
+    assert (ranks.world(), ranks.rank(), ranks.first(), ranks.own_device("cuda")) == (1, 0, True, "cuda")
+    assert ranks.share(["a", "b", "a"]) == [0, 1, 2] and ranks.exchange(5) == [5]
     p = torch.nn.Parameter(torch.ones(2))
     ranks.sum_gradients([p])
     assert (p.grad == 0).all()  # as where others had groups
@@ -119,3 +115,36 @@ def test_items_with_the_same_key_stay_together(monkeypatch, rank, mine):
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "rank", lambda: rank)
     assert ranks.share(["a", "b", "a", "b", "c"]) == mine
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+def test_split_gives_everybody_the_values_of_all_items_in_order(monkeypatch, processes):
+    """Also where a process has no item, and where values cannot be compared."""
+    keys, parts, computed = ["a", "b", "a", "c"], [], []
+    monkeypatch.setattr(ranks, "world", lambda: processes)
+
+    def compute(mine):
+        computed.extend(mine)
+        return [{"item": i} for i in mine]
+
+    for rank in range(processes):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "exchange", lambda part: parts.append(part) or [part])
+        ranks.split(keys, compute)
+    assert sorted(computed) == [0, 1, 2, 3]  # each item was computed once
+    monkeypatch.setattr(ranks, "exchange", lambda part: parts)
+    assert ranks.split(keys, compute) == [{"item": i} for i in range(4)]
+    monkeypatch.setattr(ranks, "rank", lambda: 0)
+    with pytest.raises(ValueError, match="shorter"):
+        ranks.split(keys, lambda mine: [])
+
+
+def test_the_error_of_a_lost_process_is_one_line(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_gather_object", raises_runtime_error)
+    with pytest.raises(ranks.LostRank, match=r"cannot be reached \(closed by peer \? a second line\)"):
+        ranks.exchange(1)
+
+
+def raises_runtime_error(*_):
+    raise RuntimeError("closed by peer \x1b\na second line")

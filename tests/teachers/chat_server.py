@@ -26,20 +26,17 @@ def good_reply(body: dict) -> str:
 class ChatServer:
     """script(body, n) -> None for a good answer, or what to do instead, where n is how often this very
     question has come, from 1: ("status", code, headers, body), ("body", bytes), ("half",), ("close",),
-    ("slow", seconds), ("text", str), ("drip", bytes of the response that come at once, the rest bit by bit),
-    ("endless", headers, bytes that are sent again and again).
+    ("slow", seconds), ("text", str), ("drip", bytes of the response that come at once, the rest bit by bit).
 
     questions: the bodies that came; answered: how often each was answered in full; hold_after: no more
-    answers after so many; sent: bytes of endless bodies. A test that makes one is skipped where the client's
-    package is not installed.
+    answers after so many. A test that makes one is skipped where the client's package is not installed.
     """
 
     def __init__(self, script=lambda body, n: None, delay=lambda: 0.0, hold_after=10**9, usage=(100, 20)):
         pytest.importorskip("openai", reason="no openai: pip install -r requirements-experts.txt")
         self.script, self.delay, self.hold_after, self.usage = script, delay, hold_after, usage
-        self.lock, self.questions, self.answered, self.times = threading.Lock(), [], Counter(), []
+        self.lock, self.questions, self.answered = threading.Lock(), [], Counter()
         self.headers, self.most_at_once, self.at_once, self.released = [], 0, 0, threading.Event()
-        self.sent = 0
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -69,12 +66,10 @@ class ChatServer:
         self.http.server_close()
 
     def handle(self, request):
-        raw = request.rfile.read(int(request.headers["Content-Length"]))
-        body = json.loads(raw)
+        body = json.loads(request.rfile.read(int(request.headers["Content-Length"])))
         question = json.dumps(body, sort_keys=True)
         with self.lock:
             self.questions.append(question)
-            self.times.append(time.monotonic())
             self.headers.append(request.headers)
             n = self.questions.count(question)
             self.at_once += 1
@@ -88,23 +83,21 @@ class ChatServer:
                 self.answered[question] += 1
         if held:
             self.released.wait()
-            request.close_connection = True
-            return
+            kind = "close"
+        request.close_connection = True
         if kind == "status":
             return self.send(request, what[0], what[2], what[1])
         if kind == "body":
             return self.send(request, 200, what[0])
         if kind == "drip":
             return self.drip(request, what[0])
-        if kind == "endless":
-            return self.send_without_end(request, *what)
+        if kind == "close":
+            return
         if kind == "slow":
             time.sleep(what[0])
-        if kind == "close":
-            request.close_connection = True
-            return
         text = good_reply(body) if kind != "text" or what[0] is None else what[0]
-        usage = dict(zip(("prompt_tokens", "completion_tokens"), self.usage)) if self.usage else None
+        names = ("prompt_tokens", "completion_tokens")
+        usage = dict(zip(names, self.usage, strict=True)) if self.usage else None
         choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         data = json.dumps({"choices": [choice], "usage": usage}).encode()
         self.send(request, 200, data, cut=len(data) // 2 if kind == "half" else None)
@@ -116,17 +109,6 @@ class ChatServer:
             if self.released.wait(0.05):
                 break
             request.wfile.write(bytes([byte]))
-        request.close_connection = True
-
-    def send_without_end(self, request, headers, data):
-        request.send_response(200)
-        for name, value in headers.items():
-            request.send_header(name, value)
-        request.end_headers()
-        request.close_connection = True
-        while not self.released.is_set():
-            request.wfile.write(data)
-            self.sent += len(data)
 
     @staticmethod
     def send(request, status, data, headers=None, cut=None):
@@ -136,4 +118,3 @@ class ChatServer:
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
         request.wfile.write(data[:cut])
-        request.close_connection = True

@@ -1,6 +1,5 @@
 """The benchmark counts the right work, and runs from end to end on the tiny model. It is never timed here."""
 
-import argparse
 import json
 import re
 
@@ -13,7 +12,7 @@ from models import adapters
 from models.load import load_policy
 from tools import bench
 
-SMALL = "--rank 4 --prompts 2 --prompt-tokens 12 --m 3 --reply-tokens 4 --repeats 1 --device cpu".split()
+SMALL = "--rank 4 --prompts 2 --prompt-tokens 12 --m 3 --reply-tokens 4 --repeats 1".split()
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +23,9 @@ def model(tmp_path_factory):
     return str(make_tiny_model(tmp_path_factory.mktemp("words") / "model", extra_texts=texts))
 
 
-@pytest.fixture
-def adapter(model, tmp_path):
-    """One that changes the policy, as training does."""
-    policy, generator = load_policy(model), torch.Generator().manual_seed(0)
-    config = lora.LoRAConfig(4, 8.0)
-    lora.inject(policy.model, config, generator, policy.layer)
-    for layer in lora.lora_layers(policy.model).values():
-        torch.nn.init.normal_(layer.B, std=0.02, generator=generator)
-    adapters.save_adapter(policy.model, tmp_path / "adapter", config)
-    return str(tmp_path / "adapter")
+def work(model, **changes):
+    values = dict(engine="fast", dtype="float32", rank=4, prompts=2, prompt_tokens=12, m=3, reply_tokens=4)
+    return bench.Work(model, **values | dict(beta=0.1, micro_batch=1, seed=0) | changes)
 
 
 def test_prompts_are_random_words_of_exactly_the_asked_length(model):
@@ -48,8 +40,7 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(model):
     """Against a count of every product of the plain model's own forward pass."""
     policy = load_policy(model)
     lora.inject(policy.model, lora.LoRAConfig(4, 8.0), torch.Generator().manual_seed(0))
-    args = argparse.Namespace(prompts=2, prompt_tokens=12, m=3, reply_tokens=4, beta=0.1)
-    flop = {stage: counts["flop"] for stage, counts in bench.needed(args, policy).items()}
+    flop = {stage: counts["flop"] for stage, counts in bench.needed(work(model), policy).items()}
     linear = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)  # two layers
     head = 64 * policy.model.config.vocab_size
     pair = 4 * 2 * 64
@@ -61,8 +52,7 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(model):
     adapter = sum(p.numel() for p in lora.lora_parameters(policy.model))
     backward = 2 * linear * 42 + 2 * (2 * 12**2 / 2 + 18 * 14) * pair
     assert flop["update"] == prompts + replies + backward + 4 * adapter * 42 + 4 * head * 24
-    args.beta = 0
-    assert bench.needed(args, policy)["reference"]["flop"] == 0
+    assert bench.needed(work(model, beta=0), policy)["reference"]["flop"] == 0
 
 
 def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys):
@@ -75,7 +65,7 @@ def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys):
     assert re.search(r"^plain \(float32\): whole step", printed, re.M)
     assert re.search(r"^generate \(float32\): rollouts", printed, re.M)
     runs = json.loads(out.read_text())["runs"]
-    assert [len(of_one) for of_one in runs.values()] == [1, 1, 1]
+    assert [len(part) for part in runs.values()] == [1, 1, 1]
     for name in ("tompo", "plain"):
         assert set(runs[name][0]["seconds"]) == set(bench.STAGES) and runs[name][0]["peak_memory_gib"] > 0.1
     assert runs["generate"][0]["seconds"]["rollouts"] > 0
@@ -83,28 +73,32 @@ def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys):
 
 def test_what_is_timed_is_a_whole_step_the_same_in_both_engines(model, monkeypatch):
     """Every stage takes its time, and both engines step with the same gradient."""
-    values = dict(model=model, device="cpu", dtype="float32", rank=4, prompts=2, prompt_tokens=12, m=3)
-    values |= dict(reply_tokens=4, beta=0.04, micro_batch=1, seed=0)
     monkeypatch.setattr(bench, "peaks", lambda policy: {})
     gradients = {"fast": [], "plain": []}
-    for engine, of_engine in gradients.items():
+    for engine, steps in gradients.items():
 
-        def step(self, of_engine=of_engine):
-            of_engine.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+        def step(self, steps=steps):
+            steps.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
-        seconds = bench.worker_tompo(argparse.Namespace(**values, engine=engine))["seconds"]
+        seconds = bench.worker_tompo(work(model, engine=engine))["seconds"]
         assert list(seconds) == list(bench.STAGES) and seconds["reference"] > 0 and seconds["update"] > 0
-    assert [len(of_engine) for of_engine in gradients.values()] == [2, 2]
-    for fast, plain in zip(*gradients.values()):
+    assert [len(steps) for steps in gradients.values()] == [2, 2]
+    for fast, plain in zip(*gradients.values(), strict=True):
         assert fast.abs().max() > 1e-6
         torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-6)
 
 
-def test_the_precision_of_bf16_beside_that_of_fp32(model, adapter, capsys):
+def test_the_precision_of_bf16_beside_that_of_fp32(model, tmp_path, capsys):
     """fp32 scores what it samples, up to rounding, and is its own reference; bf16 is neither exact nor
     another policy, in either engine."""
-    bench.main(["--model", model, "--device", "cpu", "--precision", adapter])
+    policy, generator = load_policy(model), torch.Generator().manual_seed(0)
+    config = lora.LoRAConfig(4, 8.0)
+    lora.inject(policy.model, config, generator, policy.layer)
+    for layer in lora.lora_layers(policy.model).values():  # it changes the policy, as training does
+        torch.nn.init.normal_(layer.B, std=0.02, generator=generator)
+    adapters.save_adapter(policy.model, tmp_path, config)
+    bench.main(["--model", model, "--precision", str(tmp_path)])
     rows = {line[:16].strip(): line[16:].split() for line in capsys.readouterr().out.splitlines()[2:]}
     rows = {name: [float(x.rstrip("%")) for x in row] for name, row in rows.items()}
     against, largest, kl, apart, _, off = rows.pop("fast float32")
@@ -115,7 +109,5 @@ def test_the_precision_of_bf16_beside_that_of_fp32(model, adapter, capsys):
         assert 1e-4 < apart < 0.1 and 0 < off < 50
 
 
-def test_a_run_that_fails_is_one_line(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        bench.main(["--model", str(tmp_path), *SMALL])
-    assert stop.value.code == 2 and "the tompo run failed" in capsys.readouterr().err
+def test_a_run_that_fails_is_one_line(refused, tmp_path):
+    assert "the tompo run failed" in refused(bench.main, ["--model", tmp_path, *SMALL])

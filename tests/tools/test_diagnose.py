@@ -2,17 +2,10 @@
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 import games
-import rewards
-import tompo
-from policy import Rollout
-from prompts import parse_reply
-from run import rft_log
 from tools import diagnose
 from world.bcz import BCZ
 from world.pgg import PGG
@@ -27,8 +20,8 @@ def reply(decision, belief="[0, 1, 1, 1]"):
 
 
 def sample(step, game, decision, expert, kind="G", stage=0):
-    where = {"step": step, "game": game, "stage": stage, "kind": kind, "seat": 0}
-    return where | {"reply": reply(decision), "expert": reply(expert), "broken": None}
+    place = {"step": step, "game": game, "stage": stage, "kind": kind, "seat": 0}
+    return place | {"reply": reply(decision), "expert": reply(expert), "broken": None}
 
 
 def healthy():
@@ -48,13 +41,14 @@ def healthy():
     return metrics, samples, results_of(0.95, 0.87), {"inner_epochs": 1, "dtype": "float32"}
 
 
-def results_of(u2, u3, expert=0.88, replies=(), u1=0.99, **of_game):
-    game = replace(GAME, **of_game)
+def results_of(u2, u3, expert=0.88, replies=(), u1=0.99, seats=(0,), **changes):
+    game = replace(GAME, **changes)
 
     def summary(U2, U3):
         return {
             "all rounds": {"U1": {"mean": u1}, "U2": {"mean": U2}, "U3": {"mean": U3}},
-            "instances": [{"instance": game.to_json()}] * max(1, len(replies)),
+            "instances": [{"instance": game.to_json()}] * len(replies),
+            "seats": [seats] * len(replies),
             "replies": list(replies),
         }
 
@@ -72,23 +66,29 @@ def write(folder, metrics, samples, results, config):
     return folder
 
 
+def findings(folder):
+    return dict(diagnose.diagnose(folder))
+
+
 def levels(folder):
-    return {f.name: diagnose.LEVELS[f.level] for f in diagnose.diagnose(folder) if f.level}
+    return {name: diagnose.LEVELS[level] for name, (level, *_) in findings(folder).items() if level}
 
 
 def test_a_healthy_run_is_silent(tmp_path, capsys):
     folder = write(tmp_path / "run", *healthy())
-    assert levels(folder) == {}
-    assert "none of 7" in diagnose.summary(folder)
+    assert levels(folder) == {} and "none of 7" in diagnose.summary(folder)
     diagnose.main([str(folder)])
     out = capsys.readouterr().out
     assert out.count("ok     ") == 7 and "->" not in out
+    with open(folder / "samples.jsonl", "a") as f:
+        f.write('{"step": 3, "ga')  # a line that a kill has cut
     (folder / "eval.json").unlink()
     assert levels(folder) == {}
     write(folder, [row | {"kl": None} for row in healthy()[0]], *healthy()[1:])
     assert levels(folder) == {} and "not measured" in diagnose.format_findings(diagnose.diagnose(folder))
 
 
+KL, CLIPPED = "KL from the SFT policy that runs away", "clipped updates"
 NOT_UPDATED = dict.fromkeys(("kl", "approx_kl", "clip_fraction", "max_ratio_error"))
 
 
@@ -99,12 +99,10 @@ def test_steps_in_which_all_groups_were_idle_are_left_out(tmp_path, idle_steps, 
     metrics[11]["kl"] = 0.3  # a spike that is still seen
     metrics = [row | (NOT_UPDATED if row["step"] in idle_steps else {}) for row in metrics]
     folder = write(tmp_path / "run", metrics, samples, results, config | {"inner_epochs": inner_epochs})
-    findings = {f.name: f for f in diagnose.diagnose(folder)}
     everywhere = len(idle_steps) == STEPS
-    assert ("not measured" in findings["clipped updates"].numbers) == everywhere
-    kl = findings["KL from the SFT policy that runs away"]
-    assert ("not measured" in kl.numbers) == everywhere and kl.level == (0 if everywhere else 1)
-    assert "no diagnosis" not in diagnose.summary(folder)
+    assert ("not measured" in findings(folder)[CLIPPED][1]) == everywhere
+    level, numbers, _ = findings(folder)[KL]
+    assert ("not measured" in numbers) == everywhere and level == (0 if everywhere else 1)
 
 
 def non_compliant(run, share):
@@ -128,45 +126,40 @@ def one_answer(run):
     # (The answers differ from those before in 3 of 4 games once: 12 of 112 occasions do not "keep changing".)
 
 
-def idle(run, share):
-    for row in run[0][8:]:
-        row["zero_variance_groups"] = share
+def set_metrics(run, steps=range(STEPS), **values):
+    for row in run[0]:
+        if row["step"] in steps:
+            row |= values
 
 
 CHANGED = [reply(ROWS[1]), reply(ROWS[2]), reply("1.0")]  # two link stages in a row, and efforts
-SELFISH = "good for itself, bad for all (high U2, low U3)"
+SELFISH, CHANGING = "good for itself, bad for all (high U2, low U3)", "links that keep changing"
+FORMAT, IDLE = "replies that break the format", "groups without variance"
 FAILURES = {
-    "format, watch": (lambda run: non_compliant(run, 0.1), "replies that break the format", "watch"),
-    "format, bad": (lambda run: non_compliant(run, 0.25), "replies that break the format", "bad"),
+    "format, watch": (lambda run: non_compliant(run, 0.1), FORMAT, "watch"),
+    "format, bad": (lambda run: non_compliant(run, 0.25), FORMAT, "bad"),
     "welfare, watch": (lambda run: run[2].update(results_of(0.9, 0.80)), SELFISH, "watch"),
     "welfare, bad": (lambda run: run[2].update(results_of(0.9, 0.50)), SELFISH, "bad"),
-    "links between steps": (flip, "links that keep changing", "bad"),
+    "links between steps": (flip, CHANGING, "bad"),
     "links within a round": (
         lambda run: run[2].update(results_of(0.95, 0.87, stages="GGE", replies=[CHANGED] * 10)),
-        "links that keep changing",
+        CHANGING,
         "bad",
     ),
-    "idle, watch": (lambda run: idle(run, 0.7), "groups without variance", "watch"),
-    "idle, bad": (lambda run: idle(run, 0.95), "groups without variance", "bad"),
+    "idle, watch": (lambda run: set_metrics(run, range(8, 16), zero_variance_groups=0.7), IDLE, "watch"),
+    "idle, bad": (lambda run: set_metrics(run, range(8, 16), zero_variance_groups=0.95), IDLE, "bad"),
     "collapse": (one_answer, "one answer to everything", "bad"),
-    "KL, bad": (
-        lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]],
-        "KL from the SFT policy that runs away",
-        "bad",
-    ),
-    "KL, a spike": (lambda run: run[0][7].update(kl=2.0), "KL from the SFT policy that runs away", "watch"),
-    "ratio": (lambda run: run[0][3].update(max_ratio_error=0.2), "clipped updates", "bad"),
+    "KL, bad": (lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]], KL, "bad"),
+    "KL, a spike": (lambda run: set_metrics(run, [7], kl=2.0), KL, "watch"),
+    "ratio": (lambda run: set_metrics(run, [3], max_ratio_error=0.2), CLIPPED, "bad"),
     "ratio in bf16": (
-        lambda run: [run[3].update(dtype="bfloat16"), run[0][3].update(max_ratio_error=0.6, approx_kl=0.002)],
-        "clipped updates",
+        lambda run: [run[3].update(dtype="bfloat16"), set_metrics(run, [3], approx_kl=0.002)],
+        CLIPPED,
         "bad",
     ),
     "clipped": (
-        lambda run: (
-            [run[3].update(inner_epochs=4)]
-            + [row.update(clip_fraction=0.2, max_ratio_error=0.5) for row in run[0]]
-        ),
-        "clipped updates",
+        lambda run: [run[3].update(inner_epochs=4), set_metrics(run, clip_fraction=0.2, max_ratio_error=0.5)],
+        CLIPPED,
         "watch",
     ),
 }
@@ -178,13 +171,8 @@ def test_a_failure_is_named_and_nothing_else(case, tmp_path):
     run = healthy()
     change(run)
     folder = write(tmp_path / "run", *run)
-    assert levels(folder) == {name: level}
-    (found,) = [f for f in diagnose.diagnose(folder) if f.level]
-    assert (
-        found.advice.endswith(".")
-        and name in diagnose.summary(folder)
-        and "1 of 7" in diagnose.summary(folder)
-    )
+    assert levels(folder) == {name: level} and findings(folder)[name][2].endswith(".")
+    assert name in diagnose.summary(folder) and "1 of 7" in diagnose.summary(folder)
     first, *_ = diagnose.format_findings(diagnose.diagnose(folder)).splitlines()
     assert first == f"{level:7}{name}"
 
@@ -192,35 +180,36 @@ def test_a_failure_is_named_and_nothing_else(case, tmp_path):
 def test_the_numbers_are_those_of_the_run(tmp_path):
     run = healthy()
     non_compliant(run, 0.25)
-    text = diagnose.diagnose(write(tmp_path / "run", *run))[0].numbers
+    _, text, _ = findings(write(tmp_path / "run", *run))[FORMAT]
     total = len(run[1])
     graph, effort = (sum(s["broken"] is not None and s["kind"] == kind for s in run[1]) for kind in "GE")
     assert f"U1 0.990 early, 0.750 late; {graph + effort} of {total} replies" in text
     assert f"wrong length (G) {graph}" in text and f"number outside [0, cap] (E) {effort}" in text
+    set_metrics(run, zero_variance_groups=1.0, U1=0.0)  # groups that fail alike get another advice
+    advice = findings(write(tmp_path / "run", *run))[IDLE][2]
+    assert "SFT" in advice and "harder" not in advice
 
 
-def pairs_of(replies, **of_game):
-    return diagnose.repeated_link_stages(results_of(0.95, 0.87, replies=replies, **of_game))
+def pairs_of(replies, **changes):
+    return diagnose.repeated_link_stages(results_of(0.95, 0.87, replies=replies, **changes))
 
 
 def test_only_link_stages_that_follow_one_another_in_a_round_are_compared():
-    """Efforts after links, and the links of the next round, may be others; N seats have N replies a stage."""
+    """Efforts after links, and the links of the next round, may be others; of a reply that is not compliant
+    no links were played."""
     one, other, effort = CHANGED
     a, b = ROWS[1:3]
     assert pairs_of([[one, effort]] * 10) == []
     assert pairs_of([[one, "x", one, other, "x", other]] * 10, stages="GEG", rounds=2) == []
-    assert pairs_of([[one, other] * 2 + ["x", "x"]] * 10, stages="GGE") == [(a, a), (b, b)] * 10
+    two_seats = [[one, other] * 2 + ["x", "x"]] * 10
+    assert pairs_of(two_seats, stages="GGE", seats=(0, 3)) == [(a, a), (b, b)] * 10
     assert pairs_of([CHANGED * 2], stages="GGE", rounds=2) == [(a, b), (a, b)]
-
-
-def test_a_pair_of_link_stages_with_a_reply_that_is_not_compliant_is_not_counted():
-    """What was played there are no links."""
-    good, other, effort = CHANGED
     for text in ("[0, 1, 2, 0]", "[0, 1, 0]", "[1, 1, 1, 1]", "[0, 1, 0, 0].", ""):
-        for pair in ((good, reply(text)), (reply(text), good), (reply(text), reply(text))):
+        for pair in ((one, reply(text)), (reply(text), one), (reply(text), reply(text))):
             assert pairs_of([[*pair, effort]], stages="GGE") == []
-    # two seats: the first one's pair counts, the second one's does not
-    assert len(pairs_of([[good, "x", other, other, effort, effort]], stages="GGE")) == 1
+    older = results_of(0.95, 0.87, replies=[CHANGED] * 10, stages="GGE")
+    del older["tompo"]["seats"]  # an older eval.json does not say who replied
+    assert diagnose.repeated_link_stages(older) == []
 
 
 def test_the_number_of_agents_is_asked_of_the_game_itself(tmp_path, monkeypatch):
@@ -228,9 +217,9 @@ def test_the_number_of_agents_is_asked_of_the_game_itself(tmp_path, monkeypatch)
 
     class Third(PGG):
         name = "third"
+        types = property(lambda self: (1.0,) * 4)
 
     monkeypatch.setitem(games.GAMES, "third", Third)
-    monkeypatch.setattr(Third, "types", property(lambda self: (1.0,) * 4))
     results = results_of(0.95, 0.87, stages="GGE", replies=[CHANGED] * 10)
     for game in (PGG((10.0,) * 4, 1.25, 0.5, 1.0, "GGE"), Third((10.0,) * 3, 1.25, 0.5, 1.0, "GGE")):
         results["tompo"]["instances"] = [{"instance": game.to_json()}] * 10
@@ -240,67 +229,56 @@ def test_the_number_of_agents_is_asked_of_the_game_itself(tmp_path, monkeypatch)
     assert diagnose.summary(folder).startswith("no diagnosis: ")  # a game that this program does not know
 
 
-def test_bad_play_and_silence_are_no_social_dilemma(tmp_path):
-    run = healthy()
-    for results in (results_of(0.4, 0.3), results_of(0.9, 0.3, u1=0.1)):
-        run[2].update(results)
-        assert levels(write(tmp_path / "run", *run)) == {}
-
-
-def test_the_rounding_of_bf16_is_no_mismatch(tmp_path):
-    run = healthy()
-    run[3].update(dtype="bfloat16")
-    run[0][3].update(max_ratio_error=0.4, approx_kl=2e-4)
-    assert levels(write(tmp_path / "run", *run)) == {}
-
-
-def test_a_level_kl_with_a_small_hump_is_no_spike(tmp_path):
-    run = healthy()
-    for row in run[0]:
-        row["kl"] = 0.12 if row["step"] == 7 else 0.08
-    assert levels(write(tmp_path / "run", *run)) == {}
-
-
-def test_groups_that_fail_alike_get_another_advice(tmp_path):
-    run = healthy()
-    for row in run[0]:
-        row |= {"zero_variance_groups": 1.0, "U1": 0.0}
-    advice = {f.name: f.advice for f in diagnose.diagnose(write(tmp_path / "run", *run))}[
-        "groups without variance"
-    ]
-    assert "SFT" in advice and "harder" not in advice
-
-
-def test_an_expert_that_changes_its_answer_is_not_followed_by_blame(tmp_path):
+def same_but_expert(run):
     """Where the state of the same stage differs (a noisy history), another answer is right."""
-    run = healthy()
     for s in run[1]:
         if s["kind"] == "G":
             s["reply"] = s["expert"] = reply(ROWS[(s["game"] + s["step"] // 2) % 4])
+
+
+HARMLESS = {
+    "bad play is no social dilemma": lambda run: run[2].update(results_of(0.4, 0.3)),
+    "silence is no social dilemma": lambda run: run[2].update(results_of(0.9, 0.3, u1=0.1)),
+    "the rounding of bf16": lambda run: [
+        run[3].update(dtype="bfloat16"),
+        set_metrics(run, [3], max_ratio_error=0.4, approx_kl=2e-4),
+    ],
+    "a level KL with a small hump": lambda run: [set_metrics(run, kl=0.08), set_metrics(run, [7], kl=0.12)],
+    "an expert that changes its answer": same_but_expert,
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_what_only_looks_like_a_failure_is_none(case, tmp_path):
+    run = healthy()
+    HARMLESS[case](run)
     assert levels(write(tmp_path / "run", *run)) == {}
+
+
+def edited(name, change):
+    """A file of the run with another content."""
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
 UNREADABLE = {
     "no logs": lambda folder: [path.unlink() for path in folder.iterdir()],
-    "an empty log": lambda folder: (folder / "metrics.jsonl").write_text(""),
-    "a log of something else": lambda folder: (folder / "metrics.jsonl").write_text('{"a": 1}\n[2]\n'),
-    "not text": lambda folder: (folder / "samples.jsonl").write_bytes(b"\xff\n"),
-    "half a line within": lambda folder: (folder / "samples.jsonl").write_text('{"step": \n{"step": 1}\n'),
+    "an empty log": edited("metrics.jsonl", lambda old: b""),
+    "a log of something else": edited("metrics.jsonl", lambda old: b'{"a": 1}\n[2]\n'),
+    "not text": edited("samples.jsonl", lambda old: b"\xff\n"),
+    "half a line within": edited("samples.jsonl", lambda old: b'{"step": \n{"step": 1}\n'),
     "a folder in a log's place": lambda folder: [
         (folder / "samples.jsonl").unlink(),
         (folder / "samples.jsonl").mkdir(),
     ],
-    "an evaluation of another form": lambda folder: (folder / "eval.json").write_text('{"results": [1]}'),
-    "an evaluation cut off": lambda folder: (folder / "eval.json").write_text('{"results": {'),
-    "an unknown game": lambda folder: (folder / "eval.json").write_text(
-        (folder / "eval.json").read_text().replace('"bcz"', '"chess"')
-    ),
+    "an evaluation of another form": edited("eval.json", lambda old: b'{"results": [1]}'),
+    "an evaluation cut off": edited("eval.json", lambda old: b'{"results": {'),
+    "an unknown game": edited("eval.json", lambda old: old.replace(b'"bcz"', b'"chess"')),
     "no settings": lambda folder: (folder / "config.json").unlink(),
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_logs_that_cannot_be_read_are_one_line_and_never_end_a_run(case, tmp_path, capsys):
+def test_logs_that_cannot_be_read_are_one_line_and_never_end_a_run(case, tmp_path, refused):
     metrics, samples, _, config = healthy()
     results = results_of(0.9, 0.9, stages="GGE", replies=[CHANGED])
     folder = write(tmp_path / "run", metrics, samples, results, config)
@@ -308,42 +286,15 @@ def test_logs_that_cannot_be_read_are_one_line_and_never_end_a_run(case, tmp_pat
     UNREADABLE[case](folder)
     line = diagnose.summary(folder)
     assert line.startswith("no diagnosis: ") and str(folder) in line and "\n" not in line
-    with pytest.raises(SystemExit) as stop:
-        diagnose.main([str(folder)])
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert str(folder) in refused(diagnose.main, [folder])
 
 
 def test_an_error_in_a_finding_does_not_end_a_run(tmp_path, monkeypatch):
-    def broken(run):
-        raise RuntimeError("of another kind")
-
-    monkeypatch.setattr(diagnose, "FINDINGS", (broken,))
-    assert diagnose.summary(write(tmp_path / "run", *healthy())) == "no diagnosis: of another kind"
+    monkeypatch.setitem(diagnose.FINDINGS, "broken", lambda run: next(iter(())))
+    assert diagnose.summary(write(tmp_path / "run", *healthy())) == "no diagnosis: StopIteration"
 
 
-def test_what_a_step_of_training_logs_is_read(tmp_path):
-    """The lines of run/rft_log.py themselves, with a reply that breaks a rule."""
-    record = SimpleNamespace(game=0, stage=0, kind="G", seat=0, label=reply(ROWS[1]))
-    target = SimpleNamespace(kind="G", place=("G", 0, GAME.N, 3.0))
-    prompt = SimpleNamespace(record=record, target=target)
-    group = []
-    for text in (reply(ROWS[1]), reply("[0, 1]")):
-        o = Rollout([1], [2, 3], [-1.0, -1.0], text, True, parse_reply(text, "G", 0, 4, 3.0))
-        terms = dict.fromkeys(rewards.TERMS, 0.0) | {"r_S": 1.0, "s": 1.0, "R_G": 1.0}
-        o.rewards = terms | {"compliance": rewards.compliance(o.decision)}
-        group.append(o)
-    logp_T = torch.zeros(4)
-    _, sums = tompo.objective_loss(logp_T, logp_T, logp_T, logp_T, logp_T, beta=0.1)
-    metrics = [{"step": t} | rft_log.step_metrics([prompt], [group], sums) for t in range(2)]
-    samples = [line for t in range(2) for line in rft_log.sample_lines(t, [prompt], [group])]
-    found = diagnose.diagnose(write(tmp_path / "run", metrics, samples, None, healthy()[3]))
-    assert "2 of 4 replies broke a rule, wrong length (G) 2" in found[0].numbers
-    assert {f.name for f in found if f.level} == {found[0].name, "groups without variance"}
-
-
-def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
-    folder = write(tmp_path / "run", *healthy())
-    with open(folder / "samples.jsonl", "a") as f:
-        f.write('{"step": 3, "ga')
-    assert levels(folder) == {}
+def test_the_logs_of_a_real_run_are_read(full):
+    summary = diagnose.summary(full.folder)
+    assert summary.startswith("diagnosis: ") and summary.splitlines()[0] in full.said
+    assert "of the evaluated replies are compliant" in findings(full.folder)[SELFISH][1]

@@ -2,107 +2,106 @@
 
 Browser tests drive headless Chromium (Debian: chromium and chromium-driver) with selenium; they are skipped
 where either is not there. The run is made of real parts without a model: expert games, replies by rule,
-judged and logged by train_rft.py's own functions.
+rewarded and logged by the functions of training.
 """
 
-import argparse
 import json
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from tables import STYLE, evaluation_of, expert
+from whole_runs import lines_of
 
-import experts
 import train_rft
-from games import game_from_json, own_rows
-from play import hindsight
+from decisions import row_payoff, row_payoffs
+from eval import play_among_experts
+from experts import make_expert
+from games import game_from_json, history_from_text
+from play import rft_log
+from play.dataset import Prompt, targets
 from play.expert_games import simulate
-from play.held_out import play_held_out
-from play.metrics import strategic_efficiency, summarise
-from play.players import expert_player
-from policy import Rollout
-from prompts import PromptStyle, format_reply, parse_reply
-from rewards import Memory
-from run import dataset, rft_log
+from play.metrics import METRICS, summarise
+from prompts import Reply, format_reply, parse_reply
+from rewards import WEIGHTS, Memory, Rollout, expert_rewards
 from run.files import JsonLines, write_json
+from tompo import group_normalise
 from tools import view
 from tools.page import learned
+from tools.page.groups import read_prompts
 from tools.page.text import clean, escaped, thinned
 from world.draws import draw_game
 
-STYLE, M = PromptStyle(), 4
+M = 4
 HOSTILE = (
     "<script>document.title = 'owned'; fetch('http://x.org/')</script></script><img src=x onerror=alert(1)>",
     "\x1b[31mred\x1b[0m \u202eright to left \u2028 \u2029 &amp; ]]> --> \x00",
     "\ud800 half a pair \udfff",
     "x" * 2**20,
 )
-CONFIG = dict(
-    script="train_rft.py", model="none", algo="tompo", steps=4, prompts=[3, 1], m=M, expert="second-best"
-)
-CONFIG |= dict(seed=0, reward=["belief=0.5"], graph_score="hamming", level_weights=[0.8, 0.2], objective=None)
-CONFIG |= dict(credit=None, lr=1e-4, label="<b>bold</b>")
+CONFIG = dict(script="train_rft.py", model="none", algo="tompo", steps=4, prompts=[3, 1], m=M, seed=0)
+CONFIG |= dict(expert="second-best", objective=None, lr=1e-4, label="<b>bold</b>")
+NEW = dict(weights=["belief=0.5", "A_S=0.7", "A_G=0.3"], reward_from="expert")
+OLD = dict(reward=["belief=0.5"], level_weights=[0.7, 0.3], graph_score="hamming", credit=None, device="cpu")
 
 
-def kept(folder, name):
+def log_file(folder, name):
     return JsonLines(folder / f"{name}.jsonl", lambda row: True)
 
 
-def made_run(folder, steps=4, prompts=(3, 1), hostile=(), seed=0):
-    """A run folder as training leaves it. Replies are the expert's or random ones, some break the format."""
+def made_run(folder, hostile=(), seed=0):
+    """A run folder as training leaves it, of 4 steps with 3 link and 1 effort decisions. Replies are the
+    expert's or random ones, some break the format."""
     folder.mkdir(parents=True)
-    args = argparse.Namespace(**CONFIG)
-    rng, expert = np.random.default_rng(seed), experts.make_expert("second-best")
+    rng = np.random.default_rng(seed)
     plays = [(i, draw_game(rng, 4, "train"), np.random.default_rng([seed, i])) for i in range(6)]
-    records = simulate(plays, expert, STYLE, noise=0.2)
-    asked = [
-        train_rft.Prompt(r, [1], t) for r, t in dataset.targets(records, [r for r in records if r.seat == 0])
-    ]
-    log = rft_log.SampleLog(SimpleNamespace(folder=folder, open_log=lambda name: kept(folder, name)))
-    memory, metrics, left = Memory(), kept(folder, "metrics"), list(hostile)
-    for step in range(steps):
+    records = simulate(plays, make_expert("second-best"), STYLE, noise=0.2)
+    asked = [Prompt(r, [1], t) for r, t in targets(records, [r for r in records if r.seat == 0])]
+    log = rft_log.RFTLog(SimpleNamespace(open_log=lambda name: log_file(folder, name)))
+    memory, metrics, left = Memory(), log_file(folder, "metrics"), list(hostile)
+    for step in range(4):
         batch = []
-        for kind, count in zip("GE", prompts):
-            of_kind = [p for p in asked if p.target.kind == kind]
-            batch += [of_kind[k] for k in rng.permutation(len(of_kind))[:count]]
+        for letter, count in (("G", 3), ("E", 1)):
+            choices = [p for p in asked if p.target.kind.letter == letter]
+            batch += [choices[k] for k in rng.permutation(len(choices))[:count]]
         groups = [[rollout(p, rng, left) for _ in range(M)] for p in batch]
-        for p, group in zip(batch, groups):
-            train_rft.judge(args, group, p.target, memory, None)
+        decided = [p.target for p in batch]
+        expert_rewards(decided, groups, memory, weights=WEIGHTS | {"belief": 0.5})
+        A_S, A_G = (
+            [group_normalise(torch.tensor([o.rewards.get(name, 0.0) for o in g])) for g in groups]
+            for name in ("r_S", "R_G")
+        )
+        both = [0.7 * a_S + 0.3 * a_G for a_S, a_G in zip(A_S, A_G, strict=True)]
+        train_rft.note_advantages(groups, [*both[:3], A_S[3]], A_S, dict(enumerate(A_G)))
+        memory.update(decided, groups)
         log.write(step, batch, groups)
         metrics.write({"step": step} | rft_log.step_metrics(batch, groups, {}))
-    write_json(folder / "config.json", CONFIG)
-    write_json(
-        folder / "timing.json", {"seconds": {"RFT": 90.0}, "peak_memory_gib": 1.5, "machine": "a <machine>"}
-    )
+    write_json(folder / "config.json", CONFIG | NEW)
+    timing = {"seconds": {"RFT": 90.0}, "peak_memory_gib": 1.5, "machine": "a <machine>"}
+    write_json(folder / "timing.json", timing)
     return folder
 
 
 def rollout(prompt, rng, hostile):
-    t = prompt.target
-    text = prompt.record.label
+    t, text = prompt.target, prompt.record.label
     if rng.random() < 0.6:
-        text = format_reply(experts.random_decision(t.game, t.kind, t.seat, rng), STYLE)
+        text = format_reply(t.kind.random(t.game, t.seat, rng), STYLE)
     if rng.random() < 0.1 or hostile:
         text = hostile.pop() if hostile else "Decision: perhaps"
-    return Rollout([1], [2, 3], [-1.0, -1.0], text, True, parse_reply(text, *t.place))
+    return Rollout(Reply(text, [2, 3], [-1.0, -1.0], True), parse_reply(text, t.state, t.seat))
 
 
-def evaluated(folder, games=5, **more):
-    flags = dict(eval_agents=4, eval_games=games, max_new_tokens=None, seat=0, game=["bcz"], stages=["GE"])
-    flags |= dict(rounds=1, types=None, fix=None, expert="second-best", ask=None, information="full")
-    args = argparse.Namespace(**flags | dict(belief=True, hints=True) | more)
-    names = {
-        "tompo": "noisy:second-best:0.2",
-        "sft": "noisy:second-best:0.6",
-        "expert:second-best": "second-best",
+def evaluated(folder, games=5):
+    names = {"tompo": "noisy:second-best:0.2", "sft": "noisy:second-best:0.6"}
+    names |= {"expert:second-best": "second-best"}
+    settings = evaluation_of("second-best", games)
+    results = {
+        label: summarise(play_among_experts(settings, label, lambda name=name: expert(name, 7)))
+        for label, name in names.items()
     }
-    results = {}
-    for label, name in names.items():
-        results[label] = summarise(
-            play_held_out(args, lambda name=name: expert_player(name, STYLE, 7), label)
-        )
-    write_json(folder / "eval.json", {"arguments": flags, "results": results})
+    write_json(folder / "eval.json", {"arguments": {}, "results": results})
     return folder
 
 
@@ -111,8 +110,17 @@ def made(tmp_path_factory):
     return evaluated(made_run(tmp_path_factory.mktemp("made") / "a-run"))
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def results_of(folder):
+    return json.loads((folder / "eval.json").read_text())["results"]
+
+
+def place(line):
+    return line["game"], line["stage"], line["seat"]
+
+
+def groups_of(folder):
+    samples = lines_of(folder / "samples.jsonl")
+    return [samples[k : k + M] for k in range(0, len(samples), M)]
 
 
 def data_of(page):
@@ -125,23 +133,14 @@ def data_of(page):
 
 
 def test_every_prompt_is_logged_once_and_says_what_its_replies_have_in_common(made):
-    samples, prompts = lines(made / "samples.jsonl"), lines(made / "prompts.jsonl")
-    place = [(line["game"], line["stage"], line["seat"]) for line in prompts]
-    assert len(set(place)) == len(place) and set(place) == {
-        (s["game"], s["stage"], s["seat"]) for s in samples
-    }
+    samples, prompts = lines_of(made / "samples.jsonl"), lines_of(made / "prompts.jsonl")
+    asked = read_prompts(made)
+    assert len(prompts) == len(asked) and set(asked) == set(map(place, samples))
     for line in prompts:
-        of_one = [
-            s
-            for s in samples
-            if (s["game"], s["stage"], s["seat"]) == (line["game"], line["stage"], line["seat"])
-        ]
-        assert line["step"] == min(s["step"] for s in of_one) and line["prompt"][0]["role"] == "system"
-        game = game_from_json(line["instance"])
-        state = hindsight.read_history(game, line["before"])
-        actions = hindsight.read_history(game, [*line["before"], line["experts"]]).history[-1]
-        label = parse_reply(of_one[0]["expert"], line["kind"], line["seat"], game.N, game.caps[0])
-        assert state.kind == line["kind"] and np.array_equal(actions[line["seat"]], label.action)
+        replies, (target, chat) = [s for s in samples if place(s) == place(line)], asked[place(line)]
+        label = parse_reply(replies[0]["expert"], target.state, target.seat)
+        assert np.array_equal(target.actions[target.seat], label.action) and chat[0]["role"] == "system"
+        assert line["step"] == min(s["step"] for s in replies) and target.kind.letter == line["kind"]
 
 
 def test_a_real_run_leaves_a_page_with_all_its_replies(full):
@@ -150,80 +149,75 @@ def test_a_real_run_leaves_a_page_with_all_its_replies(full):
     (run,) = data_of(page)
     samples, groups = full.lines("samples.jsonl"), run["groups"]
     at = groups["columns"].index
-    shown = [(g["step"], r) for g in groups["groups"] for r in g["replies"]]
-    assert [r[at("text")] for _, r in shown] == [clean(s["reply"]) for s in samples]
+    shown = [r for g in groups["groups"] for r in g["replies"]]
+    assert [r[at("text")] for r in shown] == [clean(s["reply"]) for s in samples]
     for name in ("r_S", "R_G", "A_S", "A_G", "advantage"):
-        assert [r[at(name)] for _, r in shown] == [pytest.approx(s.get(name), abs=1e-6) for s in samples]
-    assert (
-        not run["missing"]
-        and len(run["games"]["games"]) == 2
-        and all(len(g["replies"]) == 4 for g in groups["groups"])
-    )
+        assert [r[at(name)] for r in shown] == [pytest.approx(s.get(name), abs=1e-6) for s in samples]
+    assert not run["missing"] and len(run["games"]["games"]) == 2
+    assert all(len(g["replies"]) == 4 for g in groups["groups"])
 
 
 def test_the_values_of_choices_are_exact(made):
-    (run,) = [view.run_data(made, view.PAGE)]
-    results = json.loads((made / "eval.json").read_text())["results"]
-    for game in run["games"]["games"]:
-        for name, player in game["players"].items():
-            instance = game_from_json(results[name]["instances"][game["number"]]["instance"])
-            end = hindsight.read_history(instance, results[name]["actions"][game["number"]])
+    run, results = view.run_data(made, view.PAGE), results_of(made)
+    for shown in run["games"]["games"]:
+        for name, player in shown["players"].items():
+            game = game_from_json(results[name]["instances"][shown["number"]]["instance"])
+            end = history_from_text(game, results[name]["actions"][shown["number"]])
             for k, stage in enumerate(player["stages"]):
                 (d,), state = stage["decisions"], end.before(k)
-                assert d["U2"] == pytest.approx(strategic_efficiency(state, 0, end.history[k]), abs=1e-4)
-                assert (
-                    d["regret"] == pytest.approx(d["value"] - d["chosen"], abs=2e-4) and d["regret"] >= -1e-9
-                )
-                if stage["kind"] == "G":
-                    assert len(d["rows"]) == 8 == len({row for row, _, _ in d["rows"]})
-                    for row, value, _ in d["rows"]:
-                        proposals = end.history[k].copy()
-                        proposals[0] = list(map(int, row))
-                        links = proposals & proposals.T
-                        assert value == pytest.approx(
-                            instance.payoffs(links, instance.nash_efforts(links))[0], abs=1e-4
-                        )
-            assert player["stages"][-1]["payoffs"] == pytest.approx(
-                end.round_results()[-1][2].tolist(), abs=1e-4
-            )
+                U2 = state.kind.efficiency(state, 0, end.history[k])
+                assert d["U2"] == pytest.approx(U2, abs=1e-4) and d["regret"] >= -1e-9
+                assert d["regret"] == pytest.approx(d["value"] - d["chosen"], abs=2e-4)
+                for row, value, _ in d.get("rows", ()):
+                    proposals = end.history[k].copy()
+                    proposals[0] = list(map(int, row))
+                    links = proposals & proposals.T
+                    exact = game.payoffs(links, game.nash_efforts(links))[0]
+                    assert value == pytest.approx(exact, abs=1e-4) and d["count"] == 8
+            payoffs = end.round_results()[-1][2].tolist()
+            assert player["stages"][-1]["payoffs"] == pytest.approx(payoffs, abs=1e-4)
 
 
 def test_links_are_counted_by_the_number_in_the_prompt(made):
     """Independently: the number is read in the prompt, the choice in the reply."""
-    samples = lines(made / "samples.jsonl")
-    prompts = {(p["game"], p["stage"]): p for p in lines(made / "prompts.jsonl")}
-    found = []
-    for s in samples:
+    prompts = {place(p): p for p in lines_of(made / "prompts.jsonl")}
+    choices = []
+    for s in lines_of(made / "samples.jsonl"):
         if s["kind"] == "G" and s["step"] == 0 and not s["broken"]:
-            text = prompts[s["game"], s["stage"]]["prompt"][-1]["content"]
+            text = prompts[place(s)]["prompt"][-1]["content"]
             worth = json.loads(text.split("a link earns ")[1].split("]")[0] + "]")
             row = json.loads(s["reply"].split("Decision: ")[1])
-            found += [(worth[j], row[j]) for j in (1, 2, 3)]
+            choices += [(worth[j], row[j]) for j in (1, 2, 3)]
     table = view.run_data(made, view.PAGE)["learned"]["sources"]["groups of training"]
     bins = table["bins"]["step 0, the SFT policy"]
     edges = [-np.inf, *learned.EDGES, np.inf]
-    for (linked, n), low, high in zip(bins, edges, edges[1:]):
-        inside = [row for worth, row in found if low <= worth < high]
+    for (linked, n), low, high in zip(bins, edges[:-1], edges[1:], strict=True):
+        inside = [row for worth, row in choices if low <= worth < high]
         assert (linked, n) == (sum(inside), len(inside))
     best = table["thresholds"]["step 0, the SFT policy"]
-    assert best["n"] == len(found)
-    agreed = [np.mean([(worth >= t) == row for worth, row in found]) for t in np.linspace(-1, 9, 4001)]
-    assert best["agreed"] == pytest.approx(max(agreed), abs=1e-5)
+    assert best["n"] == len(choices)
+    agreed = {t: np.mean([(worth >= t) == row for worth, row in choices]) for t in np.linspace(-1, 9, 4001)}
+    assert best["agreed"] == pytest.approx(max(agreed.values()), abs=1e-5)
+    assert best["agreed"] == pytest.approx(np.mean([(worth >= best["t"]) == row for worth, row in choices]))
 
 
 def test_older_runs_open_with_what_they_have(made, tmp_path):
     old = tmp_path / "old"
     shutil.copytree(made, old)
+    new = view.run_data(made, view.PAGE)["groups"]
+    write_json(old / "config.json", CONFIG | OLD)
+    assert view.run_data(old, view.PAGE)["groups"] == new and new["rule"]["weights"] == [0.7, 0.3]
+    for config in (OLD | {"credit": []}, NEW | {"reward_from": "credit"}):
+        write_json(old / "config.json", CONFIG | config)
+        assert view.run_data(old, view.PAGE)["groups"]["rule"]["credit"] and not new["rule"]["credit"]
     (old / "prompts.jsonl").unlink()
-    results = json.loads((old / "eval.json").read_text())
-    for summary in results["results"].values():
+    results = results_of(old)
+    for summary in results.values():
         del summary["actions"], summary["seats"]
-    write_json(old / "eval.json", results)
+    write_json(old / "eval.json", {"results": results})
     run = view.run_data(old, view.PAGE)
-    assert [text.split(":")[0] for text in run["missing"]] == [
-        "prompts.jsonl",
-        "all agents' choices in eval.json",
-    ]
+    missing = [text.split(":")[0] for text in run["missing"]]
+    assert missing == ["prompts.jsonl", "all agents' choices in eval.json"]
     assert len(run["groups"]["groups"]) == 16 and run["games"]["count"] == 5 and not run["learned"]["sources"]
     (old / "eval.json").unlink()
     (old / "timing.json").unlink()
@@ -253,25 +247,20 @@ def test_no_text_can_end_its_script_or_stay_broken():
 
 
 def test_the_newest_quarter_is_kept_longest():
-    def kept(budget):
-        return thinned(8, lambda kept: 10 * len(kept), budget)
-
-    assert (kept(80), kept(50), kept(30), kept(20), kept(5)) == (
-        *(list(range(8)), [0, 2, 4, 6, 7], [0, 6, 7], [0, 7], []),
-    )
+    expected = {80: list(range(8)), 50: [0, 2, 4, 6, 7], 30: [0, 6, 7], 20: [0, 7], 5: []}
+    assert {budget: thinned(8, lambda part: 10 * len(part), budget) for budget in expected} == expected
 
 
 def test_many_replies_make_a_small_page_that_says_what_it_left_out(tmp_path):
-    folder = made_run(tmp_path / "long", steps=4, prompts=(3, 1))
-    samples = lines(folder / "samples.jsonl")
+    folder = made_run(tmp_path / "long")
+    samples = lines_of(folder / "samples.jsonl")
     many = [s | {"step": 4 * k + s["step"]} for k in range(160) for s in samples]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in many))
-    assert len(many) > 10_000
-    assert view.write_page([folder], tmp_path / "run.html") < 3e6
+    assert len(many) > 10_000 and view.write_page([folder], tmp_path / "run.html") < 3e6
     (run,) = data_of(tmp_path / "run.html")
-    kept, steps = run["groups"]["steps"]
-    shown = sorted({g["step"] for g in run["groups"]["groups"]})
-    assert kept == len(shown) < steps == 640 and shown[-1] == 639 and shown[0] == 0
+    shown, steps = run["groups"]["steps"]
+    numbers = sorted({g["step"] for g in run["groups"]["groups"]})
+    assert shown == len(numbers) < steps == 640 and numbers[-1] == 639 and numbers[0] == 0
 
 
 # -------------------- in a browser
@@ -348,27 +337,24 @@ def page(browser, page_file):
 
 
 def test_the_table_and_the_facts_are_those_of_the_files(page, made):
-    results = json.loads((made / "eval.json").read_text())["results"]
     cells = page.run(
         "const rows = [...document.querySelectorAll('#overview-body tr')];"
         "return rows.map(r => [...r.cells].map(c => c.innerText))"
     )
-    for name, summary in results.items():
+    for name, summary in results_of(made).items():
         row = next(r for r in cells if r[0] == name)
-        for metric, text in zip(view.METRICS, row[1:]):
+        for metric, text in zip(METRICS, row[1:], strict=True):
             assert text.split("\n")[0] == f"{summary['all rounds'][metric]['mean']:.3f}"
     assert "a <machine>" in page.text("#overview-body") and "RFT 1.5 min" in page.text("#overview-body")
 
 
 def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
-    samples = lines(made / "samples.jsonl")
-    groups = [samples[k : k + M] for k in range(0, len(samples), M)]
+    groups = groups_of(made)
     assert len(page.options("g-group")) == len(groups) == 16
     for k, group in enumerate(groups):
-        replies = page.texts(".reply")
-        place = f"Step {group[0]['step']}, training game {group[0]['game']}:"
-        assert page.text("#group h3").startswith(place)
-        r_S = np.array([s["r_S"] for s in group])
+        replies, r_S = page.texts(".reply"), np.array([s["r_S"] for s in group])
+        title = f"Step {group[0]['step']}, training game {group[0]['game']}:"
+        assert page.text("#group h3").startswith(title)
         for s, text in zip(group, replies, strict=True):
             sign = "+" if s["advantage"] > 0 and f"{s['advantage']:.3f}" != "0.000" else ""
             assert f"A {sign}{s['advantage']:.3f}".replace("-0.000", "0.000") in text.split("\n")[0]
@@ -385,8 +371,7 @@ def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
 
 
 def test_filters_show_what_they_say(page, made):
-    samples = lines(made / "samples.jsonl")
-    groups = [samples[k : k + M] for k in range(0, len(samples), M)]
+    groups = groups_of(made)
     expected = {
         "idle": sum(not any(s["advantage"] for s in g) for g in groups),
         "live": sum(any(s["advantage"] for s in g) for g in groups),
@@ -414,18 +399,17 @@ def test_filters_show_what_they_say(page, made):
 
 
 def test_games_show_regret_and_the_best_row(page, made):
-    results = json.loads((made / "eval.json").read_text())["results"]
+    results = results_of(made)
     assert len(page.options("p-game")) == 5
     for i in range(5):
         page.choose("p-game", str(i))
         players = page.texts(".player")
         assert [text.split("\n")[0] for text in players] == list(results)
         game = game_from_json(results["tompo"]["instances"][i]["instance"])
-        end = hindsight.read_history(game, results["tompo"]["actions"][i])
-        worth = hindsight.row_payoffs(end.before(0), 0, end.history[0])
-        got = hindsight.row_payoff(end.before(0), 0, end.history[0], end.history[0][0])
-        assert f"Regret {worth.max() - got:.3f}" in players[0]
-        assert f"worth {worth.max():.3f}" in players[0] and len(own_rows(4, 0)) == 8
+        end = history_from_text(game, results["tompo"]["actions"][i])
+        worth = row_payoffs(end.before(0), 0, end.history[0])
+        chosen = row_payoff(end.before(0), 0, end.history[0], end.history[0][0])
+        assert f"Regret {worth.max() - chosen:.3f}" in players[0] and f"worth {worth.max():.3f}" in players[0]
         assert results["tompo"]["replies"][i][0].split("\n")[-1] in players[0]
     page.click("p-game-before")
     assert page.text("#game h3").startswith("Held-out game 4:")
@@ -439,9 +423,8 @@ def test_what_it_learned_is_a_chart_and_a_table(page):
     assert page.options("l-source") == ["games of the evaluation", "groups of training"]
     for name in page.options("l-source"):
         page.choose("l-source", name)
-        assert "best described by" in page.text("#learned-body") and page.run(
-            "return document.querySelectorAll('#learned-body svg circle').length"
-        )
+        circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
+        assert "best described by" in page.text("#learned-body") and circles
 
 
 def test_it_can_be_read_without_eyes_or_mouse(page):
@@ -451,20 +434,20 @@ def test_it_can_be_read_without_eyes_or_mouse(page):
         "return [...document.querySelectorAll('svg')].map(words)"
     )
     assert len(pictures) > 20 and all(pictures)
-    assert page.run("return [...document.querySelectorAll('select')].every(e => e.labels.length === 1)")
-    assert page.run(
-        "return [...document.querySelectorAll('button')].every(e => e.type === 'button' && e.innerText)"
-    )
-    assert page.run("return [...document.querySelectorAll('table')].every(e => e.getAttribute('aria-label'))")
+    for selector, condition in (
+        ("select", "e.labels.length === 1"),
+        ("button", "e.type === 'button' && e.innerText"),
+        ("table", "e.getAttribute('aria-label')"),
+    ):
+        assert page.run(f"return [...document.querySelectorAll('{selector}')].every(e => {condition})")
 
 
 def test_several_runs_share_the_charts_and_take_turns(browser, made, tmp_path):
     other = made_run(tmp_path / "other", seed=1)
     view.main([str(made), str(other), "-o", str(tmp_path / "two.html")])
     page = Page(browser, tmp_path / "two.html")
-    assert "a-run:" in page.text("#overview-body figcaption") and "other:" in page.text(
-        "#overview-body figcaption"
-    )
+    caption = page.text("#overview-body figcaption")
+    assert "a-run:" in caption and "other:" in caption
     first = page.text("#groups-body")
     page.choose("run", "1")
     assert page.text("#groups-body") != first and "No games" in page.text("#games-body")
@@ -473,9 +456,9 @@ def test_several_runs_share_the_charts_and_take_turns(browser, made, tmp_path):
 
 def test_hostile_replies_do_nothing(browser, tmp_path):
     folder = evaluated(made_run(tmp_path / "<img src=x onerror=alert(1)>", hostile=HOSTILE), games=1)
-    results = json.loads((folder / "eval.json").read_text())
-    results["results"]["tompo"]["replies"][0][0] = HOSTILE[0]
-    write_json(folder / "eval.json", results)
+    results = results_of(folder)
+    results["tompo"]["replies"][0][0] = HOSTILE[0]
+    write_json(folder / "eval.json", {"results": results})
     view.write_page([folder], tmp_path / "run.html")
     page = Page(browser, tmp_path / "run.html")
     shown = []
@@ -483,41 +466,16 @@ def test_hostile_replies_do_nothing(browser, tmp_path):
         shown += page.texts(".reply pre")
         page.click("g-group-after")
     assert HOSTILE[0] in shown and HOSTILE[0] in page.texts(".player pre")
-    assert any("1,048,576 characters" in text for text in shown) and any(
-        "half a pair" in text for text in shown
-    )
+    for text in ("1,048,576 characters", "half a pair"):
+        assert any(text in reply for reply in shown)
     assert page.browser.title == "Run <img src=x onerror=alert(1)>"
     assert page.run("return [document.images.length, document.scripts.length]") == [0, 2]
     page.check_quiet()
 
 
-def test_ten_thousand_replies_open_in_two_seconds(browser, tmp_path):
-    folder = made_run(tmp_path / "long")
-    samples = lines(folder / "samples.jsonl")
-    many = [s | {"step": 4 * k + s["step"]} for k in range(160) for s in samples]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in many))
-    view.write_page([folder], tmp_path / "run.html")
-    page = Page(browser, tmp_path / "run.html")
-    assert "the older ones are thinned" in page.text("#groups-body")
-    # Of the page's own work; the machine of the tests may have other work too
-    spent = page.run("return performance.getEntriesByType('navigation')[0].loadEventEnd / 1000")
-    print(f"opened in {spent:.2f} s")
-    assert spent < 2 * slowness(page)
-    page.check_quiet()
-
-
-def slowness(page):
-    """How many times longer than on a usual machine a fixed piece of work takes now; at least 1."""
-    ms = page.run(
-        "const start = performance.now(); let x = 0; for (let i = 0; i < 1e8; i++) x += i % 7;"
-        "return performance.now() - start"
-    )
-    return max(1.0, ms / 150)
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1280])
-def test_it_fits_every_width_in_light_and_dark(browser, page_file, tmp_path, width, scheme):
+def test_it_fits_every_width_in_light_and_dark(browser, page_file, width, scheme):
     page = Page(browser, page_file)
     command = browser.execute_cdp_cmd
     command("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
@@ -528,8 +486,7 @@ def test_it_fits_every_width_in_light_and_dark(browser, page_file, tmp_path, wid
         colours = page.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
         back, fore = (sum(map(int, c.strip("rgb()").split(","))) for c in colours)
         assert (back < fore) == (scheme == "dark") and abs(back - fore) > 400
-        browser.save_screenshot(str(tmp_path / f"{width}-{scheme}.png"))
-        assert (tmp_path / f"{width}-{scheme}.png").stat().st_size > 10_000
+        assert len(browser.get_screenshot_as_png()) > 10_000
     finally:
         command("Emulation.clearDeviceMetricsOverride", {})
         command("Emulation.setEmulatedMedia", {"features": []})

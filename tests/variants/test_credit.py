@@ -1,30 +1,33 @@
 """Credits by hand, and against the game played out."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from games import State, complete_graph, form_links
-from prompts import Decision
-from rewards import Target, group_rewards
-from variants.credit import discounted_return, made_consistent, return_credits, step_credits
+import rewards
+from decisions import EFFORTS, LINKS
+from experts import make_expert
+from games import Decision, State, complete_graph, form_links
+from prompts import Reply
+from rewards import Memory, Rollout, Target
+from variants.credit import credit_rewards, discounted_return, return_credits
 from world.bcz import BCZ
 from world.pgg import PGG
 
 BOTH, ALL = complete_graph(2), np.array([10.0, 10.0])
 PAIR = PGG((10.0, 10.0), 1.25, 0.5, 1.0)
 TOGETHER = 12.5 * 2**0.5 - 1  # what each earns if they link and give all
+TAKES = 10 - 1 + 12.5 * 2**0.5 / 2  # what one earns who is linked, keeps all and gets half of the other's pot
 
 
 def generous(state, seat, rng):
     """Links and gives all."""
-    return Decision("G", BOTH[seat]) if state.kind == "G" else Decision("E", 10.0)
+    return Decision(LINKS, BOTH[seat]) if state.kind is LINKS else Decision(EFFORTS, 10.0)
 
 
 def effort(x):
-    return Decision("E", x)
+    return Decision(EFFORTS, x)
 
 
 def test_discounted_return_by_hand():
@@ -35,19 +38,16 @@ def test_discounted_return_by_hand():
         assert discounted_return(start, 0, BOTH, generous, gamma, 0) == pytest.approx(TOGETHER + later)
         assert discounted_return(start, 0, 0 * BOTH, generous, gamma, 0) == pytest.approx(later)
     second = start.step(BOTH).step(ALL).step(BOTH)  # the round before does not count any more
-    keeps = 10 + TOGETHER - 12.5 * 2**0.5 / 2  # 10 kept, half of the pot of one
     paid = discounted_return(second, 0, np.array([0.0, 10.0]), generous, 0.5, 0)
-    assert paid == pytest.approx(keeps + 0.5 * TOGETHER)
+    assert paid == pytest.approx(TAKES + 0.5 * TOGETHER)
 
 
 def test_credit_is_two_for_the_experts_decision_and_grows_with_the_return():
     t = Target(State(PAIR).step(BOTH), 0, ALL)
     decisions = [effort(10.0), effort(0.0), effort(5.0), None]
-    paid, own, half, broken = return_credits(decisions, t, generous, 1.0, [0])
+    paid, own, half, broken = return_credits(decisions, t, generous, 1.0, 0)
     assert paid == pytest.approx(2) and broken is None
-    assert own == pytest.approx(2 * (10 - 1 + 12.5 * 2**0.5 / 2) / TOGETHER) and paid < half < own
-    terms = group_rewards([effort(10.0), effort(0.0), None], t, credits=[paid, own, None])
-    assert [x["r_S"] for x in terms] == pytest.approx([2.5, 0.5 + own, -0.5])
+    assert own == pytest.approx(2 * TAKES / TOGETHER) and paid < half < own
 
 
 def test_a_graph_credit_is_the_value_of_the_state_that_it_leads_to():
@@ -58,8 +58,8 @@ def test_a_graph_credit_is_the_value_of_the_state_that_it_leads_to():
         return effort(float(game.nash_efforts(state.links)[seat]))
 
     t, values = Target(State(game), 0, complete_graph(4)), []
-    rows = [Decision("G", np.array([0, *bits])) for bits in itertools.product((0, 1), repeat=3)]
-    credits = return_credits(rows, t, nash, 1.0, [0])
+    rows = [Decision(LINKS, np.array([0, *bits])) for bits in itertools.product((0, 1), repeat=3)]
+    credits = return_credits(rows, t, nash, 1.0, 0)
     for row in rows:
         links_NN = form_links(np.vstack([row.action, t.actions[1:]]))
         values.append(game.payoffs(links_NN, game.nash_efforts(links_NN))[0])
@@ -67,41 +67,43 @@ def test_a_graph_credit_is_the_value_of_the_state_that_it_leads_to():
     assert len(set(np.round(credits, 6))) > 3 and credits[-1] == pytest.approx(2)
 
 
-def test_consistency_takes_the_distance_from_the_other_kinds_mean():
-    credits = {("a", "G"): [2.0, 1.0, None], ("a", "E"): [1.0, 2.0, 3.0], ("b", "G"): [1.0, 2.0]}
-    credits |= {("c", "E"): [None], ("d", "G"): [0.0, None], ("d", "E"): [1.0, 3.0, 0.0, 4.0]}
-    assert made_consistent(credits, 0.0) == credits
-    found = made_consistent(credits, 0.5)
-    assert found[("a", "G")] == [2.0, 0.5, None]  # the efforts' mean is 2
-    assert found[("a", "E")] == [0.75, 1.75, 2.25]  # the rows' mean is 1.5
-    assert found[("b", "G")] == [1.0, 2.0] and found[("c", "E")] == [None]
-    assert found[("d", "G")] == [-1.0, None]  # a credit of 0 is one like any other: the efforts' mean is 2
-    assert found[("d", "E")] == [0.5, 1.5, 0.0, 2.0]  # the rows' mean is 0
+def less(credit, other, zeta):
+    return credit - zeta * abs(credit - other)
 
 
-def test_the_credits_of_a_step_come_back_to_their_rollouts():
-    """Two conversations, of the first one prompt about links and two about efforts. With planners in the
-    other seats who is linked earns TOGETHER, who links with nobody keeps 10, and who gives nothing takes half
-    of the other's pot."""
-    graph, efforts = Target(State(PAIR), 0, BOTH), Target(State(PAIR).step(BOTH), 0, ALL)
-    batch = [
-        SimpleNamespace(record=SimpleNamespace(game=game, seat=0, round=1), target=t)
-        for game, t in ((0, graph), (0, efforts), (1, efforts), (0, efforts))
-    ]
-    rows = [Decision("G", BOTH[0]), Decision("G", 0 * BOTH[0]), None]
-    answers = [rows, [effort(10.0), None], [effort(0.0)], [effort(0.0), effort(10.0)]]
-    groups = [[SimpleNamespace(decision=d) for d in group] for group in answers]
-    alone, takes = 2 * 10 / TOGETHER, 2 * (10 - 1 + 12.5 * 2**0.5 / 2) / TOGETHER
-    of_rows, of_efforts = (2 + alone) / 2, (2 + takes + 2) / 3  # the means in conversation 0
-    settings = dict(expert="planner", seed=0)
-    for zeta in (0.0, 0.5):
+def step(targets, decisions, zeta):
+    """The terms of all replies of a step with these decisions, among planners."""
+    groups = [[Rollout(Reply("", [7], [-1.0], True), d) for d in group] for group in decisions]
+    weights = rewards.WEIGHTS | {"gamma": 1.0, "zeta": zeta}
+    credit_rewards(targets, groups, Memory(), weights=weights, expert=make_expert("planner"), seed=0)
+    return [[o.rewards for o in group] for group in groups]
 
-        def less(credit, other):
-            return credit - zeta * abs(credit - other)
 
-        expected = [[less(2, of_efforts), less(alone, of_efforts), None], [less(2, of_rows), None]]
-        expected += [[takes], [less(takes, of_rows), less(2, of_rows)]]  # game 1 has one kind of decision
-        found = step_credits(SimpleNamespace(**settings, credit=[f"zeta={zeta}"]), batch, groups, 3)
-        for group, values in zip(found, expected, strict=True):
-            assert group == [None if v is None else pytest.approx(v) for v in values]
-    assert step_credits(SimpleNamespace(credit=None), batch, groups, 3) == [None] * 4
+@pytest.mark.parametrize("zeta", [0.0, 0.5])
+def test_the_sample_levels_of_a_step(zeta):
+    """Two conversations, of the first one prompt about links and two about efforts, of the second only
+    efforts. Among planners an agent that links earns TOGETHER, and one that does not keeps 10. With zeta a
+    credit pays its distance from the mean of the other kind's."""
+    graph, efforts = Target(State(PAIR), 0, BOTH, 5), Target(State(PAIR).step(BOTH), 0, ALL, 5)
+    targets = [graph, efforts, Target(efforts.state, 0, ALL, 6), efforts]
+    rows = [Decision(LINKS, BOTH[0]), Decision(LINKS, 0 * BOTH[0]), None]
+    decisions = [rows, [effort(10.0), None], [effort(0.0)], [effort(0.0), effort(10.0)]]
+    alone, takes = 2 * 10 / TOGETHER, 2 * TAKES / TOGETHER
+    of_rows, of_efforts = (2 + alone) / 2, (2 + takes + 2) / 3  # the means in game 5
+    expected = [[less(2, of_efforts, zeta), less(alone, of_efforts, zeta), 0], [less(2, of_rows, zeta), 0]]
+    expected += [[takes], [less(takes, of_rows, zeta), less(2, of_rows, zeta)]]
+    groups = step(targets, decisions, zeta)
+    for group, values in zip(groups, expected, strict=True):
+        assert [terms["sample"] for terms in group] == pytest.approx(values)
+        assert all(x["r_S"] == pytest.approx(x["compliance"] + x["sample"]) for x in group)
+    assert [terms["s"] for terms in groups[0]] == [1, 0, 0] and "s" not in groups[1][0]
+
+
+def test_a_credit_of_zero_counts_in_the_mean():
+    """The effort that loses as much as the expert's earns has the credit 0, which is one like any other."""
+    game, no_links = PGG((10.0, 10.0), 1.25, 0.5, 30.0), 0 * BOTH  # a link costs more than it earns
+    targets = [Target(State(game), 0, no_links), Target(State(game).step(no_links), 0, np.zeros(2))]
+    decisions = [[Decision(LINKS, no_links[0])], [effort(0.0), effort(10.0)]]
+    (row,), (keeps, gives) = step(targets, decisions, 0.5)
+    assert row["sample"] == pytest.approx(less(2, 1, 0.5))  # the mean of the efforts' credits, 2 and 0
+    assert (keeps["sample"], gives["sample"]) == pytest.approx((2, less(0, 2, 0.5)))

@@ -1,6 +1,5 @@
-"""The flags that name games, the instances that are drawn, the held-out grid, and that the two never meet."""
+"""Families of games, the instances that are drawn, the held-out grid, and that the two never meet."""
 
-import argparse
 import math
 import os
 import subprocess
@@ -14,26 +13,10 @@ import pytest
 from brute import all_graphs
 
 from games import GameError
-from run.files import InputError
 from world import draws
 from world.bcz import BCZ, effort_cap
-from world.draws import (
-    TYPE_PATTERNS,
-    Family,
-    add_game_arguments,
-    draw_game,
-    families,
-    held_out_grid,
-    split_of,
-    types_of,
-)
+from world.draws import TYPE_PATTERNS, Family, draw_game, families_of, held_out_grid, split_of, types_of
 from world.pgg import PGG
-
-
-def parsed(*argv):
-    parser = argparse.ArgumentParser()
-    add_game_arguments(parser)
-    return families(parser.parse_args(argv))
 
 
 def instances_of(drawn):
@@ -41,43 +24,23 @@ def instances_of(drawn):
     return {(tuple(sorted(g.types)), tuple(g.parameters.items())) for g in drawn}
 
 
-# --- flags
+# --- families
 
 
 def test_every_game_with_every_string_of_stages():
-    assert parsed() == (Family(),) and Family().label == "BCZ-GE"
-    found = parsed("--game", "pgg", "bcz", "--stages", "GE", "GGE", "GE", "--rounds", "2")
-    labels = [(f.label, f.rounds) for f in found]
+    assert families_of(["bcz"], ["GE"], 1) == (Family(),) and Family().label == "BCZ-GE"
+    families = families_of(["pgg", "bcz", "pgg"], ["GE", "GGE", "GE"], 2)
+    labels = [(f.label, f.rounds) for f in families]
     assert labels == [("PGG-GE", 2), ("PGG-GGE", 2), ("BCZ-GE", 2), ("BCZ-GGE", 2)]
-
-
-REFUSED = [
-    ("--fix r=1.2", "bcz cannot fix it"),
-    ("--game pgg --fix delta=0.1", "pgg cannot fix it"),
-    ("--game pgg bcz --fix delta=0.1 gamma=1", "--fix gamma: pgg and bcz cannot fix it"),
-    *((f"--fix {bad}", "NAME=VALUE") for bad in ("delta", "delta=", "c=x", "c=-1", "c=nan", "=1")),
-    *((f"--types {bad}", "--types takes") for bad in ("ring", "1 hub", "-1", "0", "nan", "inf")),
-    ("--game pgg --types 2.678", "at most two decimals"),
-]
-
-
-@pytest.mark.parametrize("argv, words", REFUSED)
-def test_flags_that_make_no_game_are_refused_in_one_line(argv, words):
-    argv = argv.replace("--types -1", "--types=-1").split()  # else argparse takes it for a flag
-    with pytest.raises(InputError, match=words) as error:
-        parsed(*argv)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("stages", ["", "G", "E", "GXE", "ge"])
-def test_bad_stages_are_refused(stages):
-    with pytest.raises(GameError, match="G .links. and E"):
-        parsed("--stages", stages)
+    # Of the fixed parameters, each game takes its own.
+    bcz, pgg = families_of(["bcz", "pgg"], ["GE"], 1, fixed={"b": 0.7, "c": 0.3})
+    assert (bcz.fixed, pgg.fixed) == ((("c", 0.3),), (("b", 0.7), ("c", 0.3)))
+    with pytest.raises(GameError, match="G .links.*E"):
+        families_of(["bcz"], ["GXE"], 1)
 
 
 def test_patterns_of_types_can_be_chosen():
-    (family,) = parsed("--types", "hub", "linear")
-    assert family.patterns == ("linear", "hub")
+    family = Family(patterns=("linear", "hub"))
     allowed = {tuple(sorted(types_of(pattern, 5))) for pattern in family.patterns}
     rng, grid = np.random.default_rng(0), held_out_grid(5, family)
     assert {tuple(sorted(draw_game(rng, 5, family=family).alpha)) for _ in range(40)} == allowed
@@ -86,20 +49,18 @@ def test_patterns_of_types_can_be_chosen():
 
 
 def test_fixed_parameters_are_those_of_every_instance():
-    (family,) = parsed("--fix", "delta=0.07", "c=0.2", "--types", "2")
-    game = draw_game(np.random.default_rng(0), 4, family=family)
-    assert game == BCZ((2.0,) * 4, 0.07, 0.2, effort_cap([2.0] * 4, 0.07))
-    assert family.single and held_out_grid(4, family) == (game,)
-    (family,) = parsed("--game", "pgg", "--fix", "r=1.3", "b=0.6", "--types", "10", "5", "8")
+    family = Family(types=(2.0,), fixed=(("delta", 0.07), ("c", 0.2)))
+    game = BCZ((2.0,) * 4, 0.07, 0.2, effort_cap([2.0] * 4, 0.07))  # nothing is left to draw
+    for split in ("train", "held-out"):
+        assert draw_game(np.random.default_rng(0), 4, split, family) == game
+    assert held_out_grid(4, family) == (game,)
+    family = Family("pgg", types=(10.0, 5.0, 8.0), fixed=(("r", 1.3), ("b", 0.6)))
     drawn = [draw_game(np.random.default_rng(seed), 3, family=family) for seed in range(30)]
     assert all((g.endowment, g.r, g.b) == ((10.0, 5.0, 8.0), 1.3, 0.6) for g in drawn)
     assert len({g.c for g in drawn}) > 10 and {split_of(g) for g in drawn} == {"train"}
     assert {g.c for g in held_out_grid(3, family)} == {0.77, 2.3, 3.83, 5.37, 6.9}
     with pytest.raises(GameError, match="3 types are given for 4 agents"):
         draw_game(np.random.default_rng(0), 4, family=family)
-    # Each of several games takes what it can fix.
-    bcz, pgg = parsed("--game", "bcz", "pgg", "--fix", "c=0.3", "b=0.7")
-    assert (bcz.fixed, pgg.fixed) == ((("c", 0.3),), (("b", 0.7), ("c", 0.3)))
 
 
 def test_parameters_that_leave_nothing_to_draw_in_a_split_are_refused():
@@ -124,7 +85,7 @@ def test_types_of_a_pattern():
 
 def test_instances_are_rounded_to_what_players_read():
     # delta = 0.25/3 = 0.08333 -> 0.083; mean alpha 2; c = 1.25 * 0.083 * 4 = 0.415.
-    game = Family("bcz", "GEE", 2).make([1.0, 3.0, 1.0, 3.0], 0.25, 1.25)
+    game = Family("bcz", "GEE", 2).make(np.array([1.0, 3.0, 1.0, 3.0]), 0.25, 1.25)
     assert game == BCZ((1.0, 3.0, 1.0, 3.0), 0.083, 0.415, game.cap, "GEE", 2)
     rng = np.random.default_rng(60)
     for _ in range(50):
@@ -222,9 +183,8 @@ def test_splits_never_share_an_instance():
         alpha = tuple(game.alpha[s] for s in rng.permutation(game.N))
         moved = BCZ(alpha, game.delta, game.c, game.cap + 1, "GEE", 3)
         assert moved.key == game.key and split_of(moved) == split_of(game)
-    assert {split_of(g) for g in train} == {"train"} and {split_of(g) for g in (*held_out, *grid)} == {
-        "held-out"
-    }
+    assert {split_of(g) for g in train} == {"train"}
+    assert {split_of(g) for g in (*held_out, *grid)} == {"held-out"}
 
 
 def test_a_tenth_of_all_instances_is_held_out():

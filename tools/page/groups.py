@@ -3,104 +3,114 @@
 import math
 from pathlib import Path
 
-from games import game_from_json
-from play import hindsight
-from prompts import parse_reply, read_belief
-from rewards import TERMS, WEIGHTS, accuracy, f1
+from decisions import EFFORTS, LINKS
+from games import KINDS, game_from_json, history_from_text
+from prompts import read_reply
+from rewards import TERMS, WEIGHTS, Target, accuracy, f1
 from run.files import read_lines
+from settings import LEVELS
 from tools.page.games import decision_of
 from tools.page.text import LONGEST, clean, escaped, rounded, tell_game, thinned
-from world.draws import named_numbers
 
 COLUMNS = "text broken action expected f1 accuracy compliance sample r_S s local global R_G A_S A_G advantage"
 
 
-def prompts_of(folder: Path, samples: list[dict]) -> dict[tuple, dict]:
-    """{(game, stage, seat): what its replies have in common}; in the order in which they were first asked."""
-    found = {}
-    for s in samples:
-        key = s["game"], s["stage"], s["seat"]
-        if key not in found:
-            lists = [text.count(",") + 1 for text in s["expert"].split("\n") if "[" in text]
-            bare = {"kind": s["kind"], "game": s["game"], "stage": s["stage"], "seat": s["seat"]}
-            found[key] = bare | {"N": max(lists, default=0), "label": clean(s["expert"])}
+def read_prompts(folder: Path) -> dict[tuple, tuple[Target, list[dict]]]:
+    """{(game, stage, seat): (the decision, with what the experts do there, and its prompt)}, from
+    prompts.jsonl, which older runs lack. Raises ValueError for lines that no game allows."""
+    asked = {}
     for line in read_lines(folder / "prompts.jsonl"):
-        key = line["game"], line["stage"], line["seat"]
-        if key not in found:
-            continue
-        game = game_from_json(line["instance"])
-        state = hindsight.read_history(game, line["before"])
-        found[key] |= {
-            "N": game.N,
-            "cap": float(game.caps[line["seat"]]),
-            "types": game.types,
-            "type": game.type_name,
-            "instance": tell_game(game),
-            "key": game.key,
-            "chat": [[m["role"], clean(m["content"], 20 * LONGEST)] for m in line["prompt"]],
-            "experts": hindsight.read_history(game, [*line["before"], line["experts"]]).history[-1],
-            "links": state.links,
-            "state": state,
-        }
-        experts, label = found[key]["experts"], found[key]["label"]
-        found[key]["values"] = decision_of(state, line["seat"], experts, label)
-    return found
+        state = history_from_text(game_from_json(line["instance"]), line["before"])
+        experts = state.kind.check(state.kind.from_text(line["experts"]), state.game)
+        target = Target(state, line["seat"], experts, line["game"])
+        asked[line["game"], line["stage"], line["seat"]] = target, line["prompt"]
+    return asked
 
 
-def reply_row(s: dict, prompt: dict, weights: dict) -> list:
-    """One reply, by COLUMNS, with what was read in it; the optional terms behind."""
-    kind, seat, N, text = s["kind"], s["seat"], prompt["N"], s["reply"]
-    action = f1_ = agree = None
-    decision = None if s["broken"] else parse_reply(text, kind, seat, N, prompt.get("cap", math.inf))
-    if decision:
-        action = decision.action
-    if decision and kind == "G":
-        expert = parse_reply(prompt["label"], kind, seat, N, math.inf)
-        if expert:
-            f1_, agree = (score(decision.action, expert.action, seat) for score in (f1, accuracy))
-        action = "".join(map(str, action))
-    expected = read_belief(text, kind, seat, N) if decision else None
-    read = {"text": clean(text), "action": action, "expected": expected, "f1": f1_, "accuracy": agree}
-    values = s | read
-    return rounded([values.get(name) for name in (*COLUMNS.split(), *weights)])
+def prompt_data(s: dict, target: Target | None, chat: list[dict]) -> dict:
+    """What the replies to a prompt have in common. s: a line of samples.jsonl. Without the target it is less:
+    N is then read off the expert's reply (0 where that holds no list)."""
+    label = clean(s["expert"])
+    lists = [text.count(",") + 1 for text in label.split("\n") if "[" in text]
+    prompt = {key: s[key] for key in ("kind", "game", "stage", "seat")} | {"label": label}
+    if target is None:
+        return prompt | {"N": max(lists, default=0)}
+    return prompt | {
+        "N": target.game.N,
+        "types": target.game.types,
+        "type": target.game.type_name,
+        "instance": tell_game(target.game),
+        "key": target.game.key,
+        "chat": [[message["role"], clean(message["content"], 20 * LONGEST)] for message in chat],
+        "experts": target.actions,
+        "values": decision_of(target.state, target.seat, target.actions, label),
+    }
 
 
-def groups_of(config: dict, samples: list[dict], prompts: dict[tuple, dict], budget: int) -> dict:
-    """Every group of m replies, of all steps or of those that fit on the page."""
-    numbers = {key: k for k, key in enumerate(prompts)}
-    weights = WEIGHTS | named_numbers(config.get("reward"), "--reward")
+def reply_row(s: dict, N: int, cap: float, optional: dict[str, float]) -> list:
+    """One reply, by COLUMNS, with what was read in it; the optional terms follow."""
+    kind, seat = KINDS[s["kind"]], s["seat"]
+    values = s | {"text": clean(s["reply"])}
+    decision, expert = (read_reply(s[key], kind, seat, N, cap)[0] for key in ("reply", "expert"))
+    if decision and not s["broken"]:
+        values |= {"action": kind.write(decision.action), "expected": decision.belief}
+        if kind is EFFORTS:
+            values["action"] = decision.action
+        elif kind is LINKS:
+            values["action"] = "".join(map(str, decision.action))
+            if expert:
+                rows = decision.action, expert.action, seat
+                values |= {"f1": f1(*rows), "accuracy": accuracy(*rows)}
+    return rounded([values.get(name) for name in (*COLUMNS.split(), *optional)])
+
+
+def weights_of(config: dict) -> dict[str, float]:
+    """The weights of the reward terms and of A_S and A_G. The settings of older runs have these in two
+    places, `reward` and `level_weights`."""
+    levels = dict(zip(LEVELS, config.get("level_weights") or (), strict=False))
+    named = [text.partition("=") for text in [*(config.get("reward") or ()), *(config.get("weights") or ())]]
+    return WEIGHTS | LEVELS | levels | {name: float(weight) for name, _, weight in named}
+
+
+def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budget: int) -> dict:
+    """Every group of m replies, of all steps or of those that fit on the page. asked: of read_prompts;
+    budget: in characters."""
+    weights, m = weights_of(config), config.get("m", 8)
     optional = {name: weights.get(name, 0) for name in TERMS}
-    steps, m, last = {}, config.get("m", 8), None
+    numbers, prompts, steps = {}, [], {}
     for s in samples:
-        key = s["game"], s["stage"], s["seat"]
-        groups = steps.setdefault(s["step"], [])
-        if last != (s["step"], key) or len(groups[-1]["replies"]) == m:
-            groups.append({"step": s["step"], "prompt": numbers[key], "replies": []})
-        last = s["step"], key
-        groups[-1]["replies"].append(reply_row(s, prompts[key], optional))
-    told = [rounded({k: v for k, v in p.items() if k not in ("state", "cap")}) for p in prompts.values()]
-    groups, of_prompt = list(steps.values()), [len(escaped(p)) for p in told]
-    of_step = [(len(escaped(of_one)), {group["prompt"] for group in of_one}) for of_one in groups]
+        place = s["game"], s["stage"], s["seat"]
+        target, chat = asked.get(place, (None, []))
+        if place not in numbers:
+            numbers[place] = len(prompts)
+            prompts.append(rounded(prompt_data(s, target, chat)))
+        number, groups = numbers[place], steps.setdefault(s["step"], [])
+        if not groups or groups[-1]["prompt"] != number or len(groups[-1]["replies"]) == m:
+            groups.append({"step": s["step"], "prompt": number, "replies": []})
+        cap = target.cap if target else math.inf
+        groups[-1]["replies"].append(reply_row(s, prompts[number]["N"], cap, optional))
+    groups = list(steps.values())
+    prompt_sizes, step_sizes = ([len(escaped(part)) for part in parts] for parts in (prompts, groups))
 
-    def size(kept):
-        return sum(of_step[i][0] for i in kept) + sum(of_prompt[k] for k in asked(kept))
+    def used(chosen):
+        return {group["prompt"] for i in chosen for group in groups[i]}
 
-    def asked(kept):
-        return set().union(*(of_step[i][1] for i in kept))
+    def size(chosen):
+        return sum(step_sizes[i] for i in chosen) + sum(prompt_sizes[k] for k in used(chosen))
 
-    kept = thinned(len(groups), size, budget)
-    shown, used = [group for i in kept for group in groups[i]], asked(kept)
+    chosen = thinned(len(groups), size, budget)
+    shown = used(chosen)
     objective = dict(text.split("=", 1) for text in config.get("objective") or ())
     return {
         "columns": [*COLUMNS.split(), *optional],
         "optional": optional,
         "rule": {
-            "weights": config.get("level_weights", [0.8, 0.2]),
+            "weights": [weights["A_S"], weights["A_G"]],
             "algo": config.get("algo", "tompo"),
             "advantage": objective.get("advantage", "std"),
-            "credit": config.get("credit") is not None,
+            "credit": config.get("credit") is not None or config.get("reward_from") == "credit",
         },
-        "groups": shown,
-        "steps": [len(kept), len(steps)],
-        "prompts": [p if k in used else None for k, p in enumerate(told)],
+        "groups": [group for i in chosen for group in groups[i]],
+        "steps": [len(chosen), len(steps)],
+        "prompts": [prompt if k in shown else None for k, prompt in enumerate(prompts)],
     }

@@ -1,104 +1,97 @@
-"""What RFT has changed in one number: whom the policy links to, against what the link is said to be worth.
+"""What RFT has changed, in one number: whom the policy links to, by what the link is said to be worth.
 
-The prompts of the games tell for every other agent what a link with it would earn, in units of its cost (the
-worked number). The best policy of one threshold links iff that number is at least some value.
+The prompts of the games state for every other agent what a link with it would earn, in units of its cost (the
+worked number). A policy of one threshold links iff that number is at least some value.
 """
 
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from games import State, game_from_json, observe
-from play import hindsight
+from decisions import LINKS
+from games import State, game_from_json, history_from_text, observe
 from prompts import parse_reply
+from rewards import Target
 
-EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins
+EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins of worked numbers
+Choices = list[tuple[float, bool]]
 
 
-def worked_numbers(state: State, seat: int) -> np.ndarray | None:
-    """What the prompt says (or, without hints, would say) of a link with each agent, (N,); None for
-    nothing."""
+def worked_numbers(state: State, seat: int) -> list[float]:
+    """The worked number of a link with each agent, as the prompt states it (or, with --no-hints, would state
+    it); [] in a game that has none."""
     lists = re.findall(r"\[([^\[\]]*)\]", state.game.link_hint(observe(state, seat)))
-    return np.array([float(v) for v in lists[-1].split(",")]) if lists else None
+    return [float(number) for number in lists[-1].split(",")] if lists else []
 
 
-def choices(state: State, seat: int, row_N) -> list[tuple[float, bool]]:
-    """(worked number, linked?) of each other agent."""
-    worth_N = worked_numbers(state, seat)
-    if worth_N is None or row_N is None:
-        return []
-    return [(float(worth_N[j]), bool(row_N[j])) for j in range(state.game.N) if j != seat]
+def choices_of(decisions: Iterable[tuple[State, int, str]]) -> Choices:
+    """(worked number, whether a link was chosen) of each other agent, in all compliant link decisions among
+    these. decisions: (state, seat, reply)."""
+    choices = []
+    for state, seat, reply in decisions:
+        decision = parse_reply(reply, state, seat) if state.kind is LINKS else None
+        if decision:
+            numbers = enumerate(worked_numbers(state, seat))
+            choices += [(number, bool(decision.action[j])) for j, number in numbers if j != seat]
+    return choices
 
 
-def of_samples(samples: list[dict], prompts: dict[tuple, dict], steps: set[int], who: str) -> list[tuple]:
-    """The choices of the compliant link decisions of these steps; who: `reply` or `expert`."""
-    found = []
-    for s in samples:
-        state = prompts[s["game"], s["stage"], s["seat"]].get("state")
-        if s["kind"] == "G" and s["step"] in steps and state is not None:
-            decision = parse_reply(s[who], "G", s["seat"], state.game.N, 0)
-            found += choices(state, s["seat"], decision.action) if decision else []
-    return found
+def training_choices(samples: list[dict], targets: dict[tuple, Target], author: str = "reply") -> Choices:
+    """The choices of these lines of samples.jsonl, or with the author `expert` of the expert in their place.
+    targets: by (game, stage, seat)."""
+    asked = [(targets.get((s["game"], s["stage"], s["seat"])), s[author]) for s in samples]
+    return choices_of((target.state, target.seat, text) for target, text in asked if target)
 
 
-def of_games(summary: dict) -> list[tuple]:
-    """The same of the games of the evaluation."""
-    found = []
-    for row, told, seats, replies in zip(*(summary[k] for k in ("instances", "actions", "seats", "replies"))):
-        end, left = hindsight.read_history(game_from_json(row["instance"]), told), iter(replies)
+def decisions_in(summary: dict) -> Iterator[tuple[State, int, str]]:
+    """All decisions of one player in the games of the evaluation."""
+    columns = (summary[key] for key in ("instances", "actions", "seats", "replies"))
+    for row, actions, seats, replies in zip(*columns, strict=True):
+        end, left = history_from_text(game_from_json(row["instance"]), actions), iter(replies)
         for stage in range(len(end.history)):
-            state = end.before(stage)
-            for seat, reply in [(seat, next(left)) for seat in seats]:
-                decision = parse_reply(reply, state.kind, seat, state.game.N, 0)
-                if state.kind == "G" and decision:
-                    found += choices(state, seat, decision.action)
-    return found
+            yield from ((end.before(stage), seat, next(left)) for seat in seats)
 
 
-def best_cut(worth: np.ndarray, linked: np.ndarray) -> tuple[np.ndarray, int, float]:
-    """(the different worked numbers, rising; k; share): "link iff it is one of them from the k-th on" is most
-    often what was chosen, in this share of the choices."""
-    ends = np.unique(worth)
-    agreed = [float(((worth >= end) == linked).mean()) for end in [*ends, np.inf]]
-    best = int(np.argmax(agreed))
-    return ends, best, agreed[best]
-
-
-def best_threshold(found: list[tuple]) -> dict | None:
-    """Which "link iff the worked number is at least t" is most often what was chosen, and how often."""
-    if not found:
+def best_threshold(choices: Choices) -> dict | None:
+    """The rule "link iff the worked number is at least t" that agrees with the largest share of the choices.
+    t is one of the worked numbers, or a little more than the largest of them: never link."""
+    if not choices:
         return None
-    worth, linked = np.array([w for w, _ in found]), np.array([chosen for _, chosen in found])
-    ends, best, agreed = best_cut(worth, linked)
-    candidates = [ends[0] - 0.01, *((ends[1:] + ends[:-1]) / 2), ends[-1] + 0.01]
-    return {"t": candidates[best], "agreed": agreed, "n": len(found)}
+    worth, linked = np.array(choices).T
+    thresholds = np.unique(worth)
+    thresholds = [*thresholds, thresholds[-1] + 0.01]
+    agreed = [float(((worth >= t) == linked).mean()) for t in thresholds]
+    best = int(np.argmax(agreed))
+    return {"t": float(thresholds[best]), "agreed": agreed[best], "n": len(choices)}
 
 
-def table(found: dict[str, list[tuple]]) -> dict:
-    """{who: [links, choices] by bin} and the best threshold of each."""
+def table(choices: dict[str, Choices]) -> dict:
+    """{who: [links, choices] of every bin}, and the best threshold of each."""
     bins = {}
-    for who, of_one in found.items():
-        worth, linked = np.array([w for w, _ in of_one]), np.array([chosen for _, chosen in of_one])
-        place = np.digitize(worth, EDGES) if of_one else np.array([])
+    for who, part in choices.items():
+        worth, linked = np.array(part).reshape(-1, 2).T
+        place = np.digitize(worth, EDGES)
         bins[who] = [[int(linked[place == k].sum()), int((place == k).sum())] for k in range(len(EDGES) + 1)]
-    return {"bins": bins, "thresholds": {who: best_threshold(of_one) for who, of_one in found.items()}}
+    return {"bins": bins, "thresholds": {who: best_threshold(part) for who, part in choices.items()}}
 
 
-def learned(samples: list[dict], prompts: dict[tuple, dict], results: dict) -> dict:
+def learned(samples: list[dict], targets: dict[tuple, Target], results: dict) -> dict:
     """The tables before and after RFT: in the games of the evaluation, and in the groups of training."""
-    found, names = {"edges": EDGES, "sources": {}}, list(results)
-    if "sft" in results and all("actions" in results[name] for name in results):
-        expert = next((n for n in names if n.startswith("expert:") and n != "expert:random"), None)
-        shown = {"before RFT (sft)": "sft", f"after RFT ({names[0]})": names[0], f"{expert}": expert}
-        of_all = {label: of_games(results[name]) for label, name in shown.items() if name}
-        found["sources"]["games of the evaluation"] = table(of_all)
+    sources, names = {}, list(results)
+    if "sft" in results and all("actions" in summary for summary in results.values()):
+        rows = {"before RFT (sft)": "sft", f"after RFT ({names[0]})": names[0]}
+        rows |= {name: name for name in names if name.startswith("expert:") and name != "expert:random"}
+        played = {label: choices_of(decisions_in(results[name])) for label, name in rows.items()}
+        sources["games of the evaluation"] = table(played)
     steps = sorted({s["step"] for s in samples})
-    if any("state" in p for p in prompts.values()) and len(steps) > 1:
+    if targets and len(steps) > 1:
         late = steps[-max(1, len(steps) // 4) :]
-        of_all = {
-            "step 0, the SFT policy": of_samples(samples, prompts, {steps[0]}, "reply"),
-            f"steps {late[0]} to {late[-1]}": of_samples(samples, prompts, set(late), "reply"),
-            "expert": of_samples(samples, prompts, {steps[0], *late}, "expert"),
+        first, last = ([s for s in samples if s["step"] in part] for part in (steps[:1], late))
+        trained = {
+            "step 0, the SFT policy": training_choices(first, targets),
+            f"steps {late[0]} to {late[-1]}": training_choices(last, targets),
+            "expert": training_choices(first + last, targets, "expert"),
         }
-        found["sources"]["groups of training"] = table(of_all)
-    return found
+        sources["groups of training"] = table(trained)
+    return {"edges": EDGES, "sources": sources}

@@ -49,7 +49,7 @@ def thinned(n: int, size: Callable[[list[int]], int], budget: int) -> list[int]:
     the last. size: of these items together."""
     for newest in (n - n // 4, n - 1):
         for k in range(1, n + 1):
-            kept = [i for i in range(n) if i >= newest or i % k == 0]
-            if size(kept) <= budget:
-                return kept
+            chosen = [i for i in range(n) if i >= newest or i % k == 0]
+            if size(chosen) <= budget:
+                return chosen
     return []

@@ -1,0 +1,214 @@
+"""The two kinds of decisions of the paper, links and efforts, each with all that belongs to it: the
+question, the answer, what a random player and an expert choose, the sample level of the reward, and U2. The
+methods are explained in games.Kind; docs/your-own-stage.md adds a third kind."""
+
+from functools import lru_cache
+
+import numpy as np
+
+from games import (
+    GAMES,
+    KINDS,
+    Decision,
+    Game,
+    Kind,
+    Observation,
+    State,
+    form_links,
+    own_rows,
+)
+from prompts import EFFORT_DIGITS, PromptStyle, read_list, read_number, tell_links, tell_numbers, tell_short
+from rewards import Target, accuracy, effort_score, f1
+
+# -------------------- what every choice is worth
+
+
+@lru_cache(maxsize=2**16)
+def _nash_payoffs(game: Game, links: bytes) -> np.ndarray:
+    links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
+    return game.payoffs(links_NN, game.nash_efforts(links_NN))
+
+
+def row_payoff(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> float:
+    """What the seat earns with this row among the proposals, at the Nash efforts of the graph that forms."""
+    proposals_NN = proposals_NN.copy()
+    proposals_NN[seat] = row_N
+    return _nash_payoffs(state.game, form_links(proposals_NN).tobytes())[seat]
+
+
+def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
+    """The same for all 2^(N-1) rows that the seat could have proposed, in the order of `games.own_rows`."""
+    rows = own_rows(state.game.N, seat)
+    return np.array([row_payoff(state, seat, proposals_NN, row_N) for row_N in rows])
+
+
+def effort_payoff(state: State, seat: int, efforts_N: np.ndarray, effort: float) -> float:
+    """What the seat earns with this effort among the efforts, on the graph that has formed."""
+    efforts_N = efforts_N.copy()
+    efforts_N[seat] = effort
+    return state.game.payoffs(state.links, efforts_N)[seat]
+
+
+def share_of_range(u: float, best: float, worst: float) -> float:
+    """U2 = 1 - (u_best - u) / (u_best - u_worst); 1 where the choice makes no difference."""
+    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
+
+
+# -------------------- the kinds
+
+
+class Links(Kind):
+    """actions: the proposals P, (N, N) of {0, 1} with a zero diagonal; row i says whom agent i chooses."""
+
+    letter, name, noun, answer = "G", "graph", "links", "[0 or 1 per agent, you 0]"
+
+    def check(self, actions, game: Game) -> np.ndarray:
+        N, actions = game.N, np.asarray(actions)
+        if actions.shape != (N, N) or not np.isin(actions, (0, 1)).all() or actions.diagonal().any():
+            raise ValueError(f"proposals must be {N} x {N} entries in {{0, 1}} with a zero diagonal")
+        return actions.astype(int)
+
+    def fallback(self, N: int) -> Decision:
+        """No links."""
+        return Decision(self, np.zeros(N, int))
+
+    def random(self, game: Game, seat: int, rng: np.random.Generator) -> Decision:
+        """A fair coin for every entry of the row and of the belief."""
+        row_N, belief_N = rng.integers(0, 2, (2, game.N))
+        row_N[seat] = belief_N[seat] = 0
+        return Decision(self, row_N, belief_N)
+
+    def result(self, seen: Observation) -> str:
+        """The question about efforts states the links itself."""
+        return "" if seen.kind is EFFORTS else f"Links formed: {tell_links(seen.links)}. "
+
+    def question(self, seen: Observation, style: PromptStyle) -> str:
+        game, own = GAMES[seen.game], f"Your {GAMES[seen.game].type_name} {seen.own_type:g}"
+        if seen.types is not None:
+            own += f" of {tell_short(seen.types)}" + (game.link_hint(seen) if style.hints else "")
+        return f"Round {seen.round} links. {own}. Whom do you choose?"
+
+    def write(self, action: np.ndarray) -> str:
+        return tell_short(action)
+
+    def read(self, text: str, seat: int, N: int, cap: float):
+        entries = read_list(text)
+        if entries is None:
+            return None, "not one list of numbers"
+        if not set(entries) <= {"0", "1"}:
+            return None, "an entry that is not 0 or 1"
+        if len(entries) != N:
+            return None, "wrong length"
+        if entries[seat] != "0":
+            return None, "own position not 0"
+        return np.array(entries, int), None
+
+    def write_belief(self, belief_N: np.ndarray) -> str:
+        return tell_short(belief_N)
+
+    def allows_belief(self, belief_N: np.ndarray) -> bool:
+        return bool(np.isin(belief_N, (0, 1)).all())
+
+    def to_text(self, actions: np.ndarray) -> str:
+        return " ".join("".join(map(str, row)) for row in actions.tolist())
+
+    def from_text(self, text: str) -> np.ndarray:
+        return np.array([list(map(int, row)) for row in text.split()])
+
+    def expert_decision(self, actions: np.ndarray, game: Game, seat: int) -> Decision:
+        return Decision(self, actions[seat], actions[:, seat])
+
+    def sample_level(self, decision: Decision, target: Target) -> float:
+        """F1 + accuracy of the row against the expert's [source]."""
+        expert_N = target.actions[target.seat]
+        return f1(decision.action, expert_N, target.seat) + accuracy(decision.action, expert_N, target.seat)
+
+    def belief_accuracy(self, belief_N: np.ndarray, target: Target) -> float:
+        """Share of the others whose choice of the agent was foreseen."""
+        others = np.arange(target.game.N) != target.seat
+        return float((belief_N == target.actions[:, target.seat])[others].mean())
+
+    def efficiency(self, state: State, seat: int, actions: np.ndarray) -> float:
+        """U2 over all own rows, at the Nash efforts of the graphs that would form."""
+        all_u = row_payoffs(state, seat, actions)
+        return share_of_range(row_payoff(state, seat, actions, actions[seat]), all_u.max(), all_u.min())
+
+
+class Efforts(Kind):
+    """actions: the efforts x, (N,) floats from 0 to the cap of the seat."""
+
+    letter, name, noun, answer = "E", "effort", "efforts", "one effort"
+
+    def check(self, actions, game: Game) -> np.ndarray:
+        actions = np.asarray(actions)
+        if actions.shape != (game.N,) or not ((actions >= 0) & (actions <= game.caps)).all():
+            raise ValueError(f"efforts must be {game.N} numbers from 0 to the cap of the seat")
+        return actions.astype(float)
+
+    def fallback(self, N: int) -> Decision:
+        """Effort 0."""
+        return Decision(self, 0.0)
+
+    def random(self, game: Game, seat: int, rng: np.random.Generator) -> Decision:
+        """Efforts and beliefs are uniform in [0, cap]."""
+        caps = game.caps
+        belief_N = np.round(rng.uniform(0, caps), EFFORT_DIGITS)
+        belief_N[seat] = 0
+        effort = round(rng.uniform(0, caps[seat]), EFFORT_DIGITS)
+        return Decision(self, float(min(caps[seat], effort)), belief_N)
+
+    def result(self, seen: Observation) -> str:
+        return f"Efforts were {tell_numbers(seen.efforts)}. "
+
+    def question(self, seen: Observation, style: PromptStyle) -> str:
+        game = GAMES[seen.game]
+        own = f"Your {game.type_name} {seen.own_type:g}{game.effort_facts(seen, style.hints)}"
+        return f"Round {seen.round} efforts. Links: {tell_links(seen.links)}. {own}. Your effort?"
+
+    def write(self, action: float) -> str:
+        return f"{action:.{EFFORT_DIGITS}f}"
+
+    def read(self, text: str, seat: int, N: int, cap: float):
+        effort = read_number(text)
+        if effort is None:
+            return None, "not one number"
+        if not 0 <= effort <= cap:
+            return None, "number outside [0, cap]"
+        return effort + 0.0, None  # -0.0 + 0.0 is 0.0
+
+    def write_belief(self, belief_N: np.ndarray) -> str:
+        return tell_numbers(belief_N)
+
+    def to_text(self, actions: np.ndarray) -> str:
+        return " ".join(map(str, actions.tolist()))
+
+    def from_text(self, text: str) -> np.ndarray:
+        return np.array([float(effort) for effort in text.split()])
+
+    def expert_decision(self, actions: np.ndarray, game: Game, seat: int) -> Decision:
+        efforts_N = np.clip(np.round(actions, EFFORT_DIGITS), 0, game.caps)
+        belief_N = efforts_N.copy()
+        belief_N[seat] = 0
+        return Decision(self, float(efforts_N[seat]), belief_N)
+
+    def sample_level(self, decision: Decision, target: Target) -> float:
+        """Nearness to the expert's effort, in [0, 2] [choice]."""
+        return effort_score(decision.action, target.actions[target.seat], target.cap)
+
+    def belief_accuracy(self, belief_N: np.ndarray, target: Target) -> float:
+        """Mean over the others of max(0, 1 - |belief - effort| / max(effort, 0.05 cap))."""
+        others, actions = np.arange(target.game.N) != target.seat, target.actions
+        error_N = np.abs(belief_N - actions) / np.maximum(actions, 0.05 * target.game.caps)
+        return float(np.maximum(0, 1 - error_N)[others].mean())
+
+    def efficiency(self, state: State, seat: int, actions: np.ndarray) -> float:
+        """U2 over all efforts in [0, cap]. The own payoff is concave in the own effort, so that the worst
+        effort is one of the two ends."""
+        best_reply = state.game.best_response(state.links, actions)[seat]
+        choices = actions[seat], best_reply, 0.0, state.game.caps[seat]
+        u, best, nothing, cap = (effort_payoff(state, seat, actions, x) for x in choices)
+        return share_of_range(u, best, min(nothing, cap))
+
+
+LINKS, EFFORTS = Links(), Efforts()
+KINDS |= {kind.letter: kind for kind in (LINKS, EFFORTS)}

@@ -1,0 +1,204 @@
+"""The data set of expert games: how it is made and read, what SFT imitates in it, and the prompts of RFT."""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+
+from experts import Expert
+from games import KINDS, Decision, State, game_from_json
+from play.expert_games import Record, label_decision, simulate
+from policy import Policy
+from prompts import PromptStyle, format_reply, parse_reply, read_reply
+from rewards import Target
+from run.errors import InputError, library_errors, one_line
+from run.files import write_atomic
+from run.seeds import Stream, numpy_generator, shuffled
+from world.draws import Family, draw_game
+
+WRITE_ONE = "write one with: python -m tools.expert_games --out FILE"
+
+# -------------------- games
+
+
+def simulate_many(
+    count: int,
+    expert: Expert,
+    seed: int,
+    style: PromptStyle,
+    agents: tuple[int, int] = (4, 4),
+    split: str = "train",
+    families: tuple[Family, ...] = (Family(),),
+    noise: float = 0.15,
+) -> list[Record]:
+    """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents.
+    Families take turns. noise: the share of the decisions that are replaced at random.
+
+    A language model plays all games at the same time. It gets the same instances and replaced decisions as
+    an exact expert, because none of them depends on the answers: each game is first played by an exact
+    expert, to advance the random stream, and then in earnest with a copy of the stream from before."""
+    rng = np.random.default_rng([seed, split == "held-out"])
+    rehearsing = expert.stand_in()
+    records, plays = [], []
+    for index in range(count):
+        N = int(rng.integers(agents[0], agents[1] + 1))
+        game = draw_game(rng, N, split, families[index % len(families)])
+        if expert.language:
+            plays.append((index, game, copy.deepcopy(rng)))
+        records += simulate([(index, game, rng)], rehearsing, style, noise)
+    return simulate(plays, expert, style, noise) if expert.language else records
+
+
+def write_records(path: str, records: list[Record]) -> None:
+    write_atomic(path, "".join(json.dumps(asdict(r)) + "\n" for r in records).encode())
+
+
+def read_records(path: str) -> list[Record]:
+    """Reads and checks a data set. InputError names the file, the line and what is wrong with it."""
+    with (
+        library_errors(f"cannot read the data set {path}", f"; {WRITE_ONE}"),
+        open(path, encoding="utf-8") as f,
+    ):
+        lines = f.read().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record(**json.loads(line)))
+            check_record(records[-1])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise InputError(f"{path} line {number} is not a valid record: {one_line(e)}") from None
+    if not records:
+        raise InputError(f"the data set {path} is empty; {WRITE_ONE}")
+    return records
+
+
+def check_record(r: Record) -> None:
+    """Raises ValueError, or whatever a value of a wrong type leads to."""
+    game = game_from_json(r.instance)
+    if not all(type(v) is int for v in (r.game, r.seat, r.stage, r.round)) or r.stage < 0:
+        raise ValueError("`game`, `seat`, `stage` and `round` must be whole numbers")
+    round_before, stage = divmod(r.stage, len(game.stages))
+    if (r.round - 1, r.kind) != (round_before, game.stages[stage]) or r.seat not in range(game.N):
+        raise ValueError("`round` and `kind` must be those of the `stage`, and `seat` a seat of the game")
+    for name, text in (("reply", r.reply), ("label", r.label)):
+        if read_reply(text, KINDS[r.kind], r.seat, game.N, game.caps[r.seat])[0] is None:
+            raise ValueError(f"`{name}` is not a compliant reply: {text!r}")
+    roles = [m["role"] for m in r.prompt]
+    roles = roles[1:] if roles[:1] == ["system"] else roles
+    if roles != ["user", *["assistant", "user"] * r.stage]:
+        raise ValueError("`prompt` must be a conversation with a question and a reply per `stage`")
+    "".join(m["content"] for m in r.prompt).encode()  # half of a surrogate pair cannot be encoded
+
+
+# -------------------- what is trained
+
+
+def trained_seats(records: list[Record], seat: int | str, seed: int) -> list[Record]:
+    """The decisions that are trained on: those of one seat [source: seat 0], of every seat (`all`), or of one
+    seat drawn for each game (`random`)."""
+    if seat != "random":
+        return [r for r in records if seat == "all" or r.seat == seat]
+    agents: dict[int, int] = {}
+    for r in records:
+        agents[r.game] = max(agents.get(r.game, 0), r.seat + 1)
+    drawn = {game: numpy_generator(seed, Stream.SEATS, game).integers(N) for game, N in agents.items()}
+    return [r for r in records if r.seat == drawn[r.game]]
+
+
+def with_label_noise(
+    records: list[Record], rates: dict[str, float], seed: int, style: PromptStyle
+) -> list[Record]:
+    """Weak demonstrations: in a share of the labels, by kind of decision, the decision becomes a random
+    compliant one. The Belief line stays the expert's: no reward of the default run would correct a belief
+    that was learned from random lines. Which labels are replaced depends on (seed, game, stage, seat)
+    alone. What was played, and so every prompt, stays as it is, and the rewards of RFT do not read these
+    labels."""
+    noisy = []
+    for r in records:
+        rng = numpy_generator(seed, Stream.LABEL_NOISE, r.game, r.stage, r.seat)
+        if rng.random() < rates.get(r.kind, 0.0):
+            drawn = KINDS[r.kind].random(game_from_json(r.instance), r.seat, rng)
+            drawn = replace(drawn, belief=label_decision(r).belief)
+            r = replace(r, label=format_reply(drawn, style))
+        noisy.append(r)
+    return noisy
+
+
+def targets(records: list[Record], wanted: list[Record]) -> list[tuple[Record, Target]]:
+    """The wanted ones of the records, each with the state in which the decision is taken and what the
+    experts of all agents do there, sorted by game, stage and seat. InputError: the records lack seats or
+    stages."""
+    places = {(r.game, r.stage, r.seat) for r in wanted}
+    stages: dict[tuple[int, int], list[Record]] = {}
+    for r in records:
+        stages.setdefault((r.game, r.stage), []).append(r)
+    pairs: list[tuple[Record, Target]] = []
+    histories: dict[int, tuple[np.ndarray, ...]] = {}
+    for (game, stage), unsorted in sorted(stages.items()):
+        seats = sorted(unsorted, key=lambda r: r.seat)
+        state = State(game_from_json(seats[0].instance), histories.get(game, ()))
+        if [r.seat for r in seats] != list(range(state.game.N)) or len(state.history) != stage:
+            missing = f"the data set lacks decisions of game {game}, stage {stage}"
+            raise InputError(f"{missing}: RFT needs all seats and stages")
+        played = [action(parse_reply(r.reply, state, r.seat)) for r in seats]
+        histories[game] = state.step(played).history
+        actions = np.array([action(label_decision(r)) for r in seats])
+        pairs += [(r, Target(state, r.seat, actions, game)) for r in seats if (game, stage, r.seat) in places]
+    return pairs
+
+
+def action(decision: Decision | None):
+    if decision is None:
+        raise InputError("the records of one game and stage are of different instances")
+    return decision.action
+
+
+# -------------------- prompts of RFT
+
+
+@dataclass
+class Prompt:
+    """One decision of an expert game, as a prompt q of RFT. ids: its tokens."""
+
+    record: Record
+    ids: list[int]
+    target: Target
+
+    @property
+    def conversation(self) -> tuple[int, int]:
+        """The prompts of one agent in one game share tokens."""
+        return self.record.game, self.record.seat
+
+
+def make_prompts(
+    policy: Policy, records: list[Record], trained: list[Record], counts: dict[str, int], style: PromptStyle
+) -> list[list[Prompt]]:
+    """The trained ones of the records, in a list for each conversation. counts: how many decisions of each
+    kind a step needs. Raises InputError if a game lacks one of these kinds or the model's context is too
+    short."""
+    for letter, count in counts.items():
+        if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
+            lack = f"the data set has games without {KINDS[letter].name} decisions"
+            raise InputError(f"{lack}; set their count in --prompts to 0")
+    conversations: dict[tuple[int, int], list[Prompt]] = {}
+    for r, target in targets(records, trained):
+        prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
+        policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
+        conversations.setdefault(prompt.conversation, []).append(prompt)
+    return list(conversations.values())
+
+
+def next_batch(
+    conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+) -> list[Prompt]:
+    """The prompts of a step: so many decisions of each kind, from the same conversations where possible. All
+    conversations are gone through once an epoch."""
+    rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
+    order = shuffled(len(conversations), max(counts.values()), step, seed, Stream.RFT_ORDER)
+    for k, i in enumerate(order):
+        for letter, count in counts.items():
+            if k < count:
+                choices = [p for p in conversations[i] if p.target.kind.letter == letter]
+                batch.append(choices[rng.integers(len(choices))])
+    return batch
