@@ -27,6 +27,7 @@ functions: variants/credit.py and variants/joint.py.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class Rollout:
 
     reply: Reply
     decision: Decision | None
-    rewards: dict[str, float] = field(default_factory=dict)
+    rewards: dict[str, Any] = field(default_factory=dict)
     advantage: float = 0.0
 
 
@@ -125,7 +126,7 @@ WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 # -------------------- graph level
 
 
-def hamming(
+def graph_likeness(
     decision: Decision | None, target: Target, proposals_NN: np.ndarray | None = None
 ) -> float | None:
     """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen. proposals_NN:
@@ -179,19 +180,20 @@ def group_rewards(
     target: Target,
     memory: Memory,
     weights: dict[str, float],
-    sample: list,
-    scores: list,
+    sample_levels: list[float],
+    scores: list[float | None],
 ) -> None:
     """Writes all terms of one group into its rollouts: `compliance`, `sample`, the optional ones by name,
-    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample, scores: the
-    sample level and s_i of each reply."""
-    for o, sample_i, s in zip(group, sample, scores, strict=True):
+    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample_levels,
+    scores: the sample level and s_i of each reply."""
+    best = max((s for s in scores if s is not None), default=0.0)
+    for o, sample_i, s in zip(group, sample_levels, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}
         bonus = sum(weights.get(name, 0.0) * (value or 0.0) for name, value in optional.items())
         o.rewards = {"compliance": compliance(o.decision), "sample": sample_i} | optional
         o.rewards["r_S"] = o.rewards["compliance"] + sample_i + bonus
         if s is not None:
-            local = weights["local"] * (o.decision is not None and s == max(scores))
+            local = weights["local"] * (o.decision is not None and s == best)
             globally = weights["global"] * (o.decision is not None and s >= memory.get(target.game.key))
             o.rewards |= {"s": s, "local": local, "global": globally, "R_G": s + local + globally}
 
@@ -202,9 +204,10 @@ def expert_rewards(
     memory: Memory,
     *,
     weights: dict[str, float] = WEIGHTS,
-    score: Callable[[Decision | None, Target], float | None] = hamming,
+    score: Callable[[Decision | None, Target], float | None] = graph_likeness,
 ) -> None:
     """Writes the rewards of a step's groups, one for each target, into their rollouts. score: s_i."""
     for target, group in zip(targets, groups, strict=True):
-        sample = [sample_level(o.decision, target) for o in group]
-        group_rewards(group, target, memory, weights, sample, [score(o.decision, target) for o in group])
+        sample_levels = [sample_level(o.decision, target) for o in group]
+        scores = [score(o.decision, target) for o in group]
+        group_rewards(group, target, memory, weights, sample_levels, scores)

@@ -61,7 +61,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
 positive_int = number(int, 1)
 count = number(int, 0)
 seed_int = number(int, 0, 2**32 - 1)  # one word of a random seed, see run/seeds.py
-weight = number(float, 0)
+non_negative = number(float, 0)
 share = number(float, 0, 1)
 
 
@@ -306,7 +306,7 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> None:
     add("--label-noise", type=share, default=0.5, metavar="RATE", help=noise)
     add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
     add("--sft-batch", type=positive_int, default=4, help="conversations per step")
-    add("--sft-lr", type=weight, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
+    add("--sft-lr", type=non_negative, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
 
 
 def resolve_sft(args: argparse.Namespace) -> SFT:
@@ -371,7 +371,7 @@ def add_rft_flags(parser: argparse.ArgumentParser) -> None:
         help=f"per step: {kinds} decisions",
     )
     add("--m", type=number(int, 2), default=8, help="replies per prompt: the group")
-    add("--lr", type=weight, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
+    add("--lr", type=non_negative, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
     add("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
     temperature = number(float, 0, above=True)
     add("--temperature", type=temperature, default=1.0, help="of sampling and of every log-probability")
@@ -383,8 +383,8 @@ def add_rft_flags(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(f"{name}={value:g}" for name, value in known.items())
     add("--weights", nargs="+", metavar="NAME=NUMBER", help=f"of reward terms and levels ({names})")
     clip = "how far the ratio may go below and above 1; one number for both"
-    add("--clip-eps", nargs="+", type=weight, default=[0.2], help=clip)
-    add("--beta", type=weight, default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
+    add("--clip-eps", nargs="+", type=non_negative, default=[0.2], help=clip)
+    add("--beta", type=non_negative, default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
     tables = "; ".join(f"{name}: {', '.join(table)}" for name, table in tompo.TABLES.items())
     objective = f"variants, the first by default ({tables})"
     add("--objective", nargs="+", metavar="NAME=CHOICE", help=objective)
@@ -482,7 +482,7 @@ def add_seating_flags(parser: argparse.ArgumentParser, *words: str) -> None:
     add("--eval-seed", type=seed_int, default=0, help="of sampling and of the experts' draws")
     add(
         "--eval-temperature",
-        type=weight,
+        type=non_negative,
         default=1.0,
         help="0 is greedy; 1 is the distribution that is trained",
     )

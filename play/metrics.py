@@ -18,7 +18,7 @@ import numpy as np
 
 from decisions import LINKS
 from games import KINDS, Decision, Game, State, empty_graph, history_to_text
-from rewards import Target, accuracy, belief_accuracy, hamming
+from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.errors import InputError, library_errors
 from run.files import read_json
 
@@ -53,8 +53,8 @@ def compliant(turn: Turn) -> float:
 
 
 def graph_score(turn: Turn) -> float | None:
-    """As in training (rewards.hamming); 0 if not compliant."""
-    return hamming(turn.played, Target(turn.state, turn.seat, turn.expert_actions))
+    """As in training (rewards.graph_likeness); 0 if not compliant."""
+    return graph_likeness(turn.played, Target(turn.state, turn.seat, turn.expert_actions))
 
 
 def row_agreement(turn: Turn) -> float | None:

@@ -13,7 +13,17 @@ import rewards
 from decisions import EFFORTS, LINKS
 from games import Decision, State, complete_graph, empty_graph
 from prompts import Reply
-from rewards import Memory, Rollout, Target, accuracy, belief_accuracy, f1, hamming, sample_level, welfare
+from rewards import (
+    Memory,
+    Rollout,
+    Target,
+    accuracy,
+    belief_accuracy,
+    f1,
+    graph_likeness,
+    sample_level,
+    welfare,
+)
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 from world.pgg import PGG
@@ -118,14 +128,14 @@ def test_compliance_and_sample_level():
 @pytest.mark.parametrize("decision, s", [(SAME, 1), (LESS, 5 / 6), (MORE, 5 / 6), (NONE, 2 / 3), (None, 0)])
 def test_graph_score_by_hand(decision, s):
     """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two."""
-    assert hamming(decision, TARGET) == pytest.approx(s)
+    assert graph_likeness(decision, TARGET) == pytest.approx(s)
 
 
 def test_an_unrequited_choice_costs_accuracy_but_not_the_graph():
     proposals = P.copy()
     proposals[3, 0] = 0
     t = target(0, proposals)
-    assert hamming(MORE, t) == 1 and sample_level(MORE, t) == pytest.approx(4 / 5 + 2 / 3)
+    assert graph_likeness(MORE, t) == 1 and sample_level(MORE, t) == pytest.approx(4 / 5 + 2 / 3)
     # Nobody else chooses anybody: no row can form a link, so all rows have the same graph.
     empty, full = rewards_of([row(0, 0, 0), row(1, 0, 1)], target(1, empty_graph(3)))
     assert empty["s"] == full["s"] == 1 and empty["R_G"] == full["R_G"] == 2
@@ -143,7 +153,7 @@ def test_graph_score_by_a_loop():
             ours_ij = mine[j] if i == seat else proposals[i, j]
             ours_ji = mine[i] if j == seat else proposals[j, i]
             differ += (ours_ij and ours_ji) != (proposals[i, j] and proposals[j, i])
-        score = hamming(Decision(LINKS, mine), target(seat, proposals))
+        score = graph_likeness(Decision(LINKS, mine), target(seat, proposals))
         assert score == pytest.approx(1 - differ / (N * (N - 1)))
         assert 0 <= score <= 1 and (proposals == before).all()
 
@@ -174,7 +184,12 @@ def test_all_terms_of_a_group():
 
 
 BONUSES = [  # group, memory, local bonuses, global bonuses
-    ([LESS, MORE, NONE], hamming(LESS, TARGET), [0.5, 0.5, 0], [0.5, 0.5, 0]),  # ties share, equal is enough
+    (
+        [LESS, MORE, NONE],
+        graph_likeness(LESS, TARGET),
+        [0.5, 0.5, 0],
+        [0.5, 0.5, 0],
+    ),  # ties share, equal is enough
     ([LESS, NONE], 1.0, [0.5, 0], [0, 0]),
     ([LESS, NONE], 0.7, [0.5, 0], [0.5, 0]),
     ([LESS, NONE], 0.0, [0.5, 0], [0.5, 0.5]),
@@ -243,7 +258,7 @@ def test_memory_is_updated_only_by_update_and_never_falls():
         memory.update(targets, groups)
         return before, [o.rewards.get("global") for (o,) in groups]
 
-    low = hamming(LESS, TARGET)
+    low = graph_likeness(LESS, TARGET)
     assert step(NONE, effort(1.0), row(0, 0), LESS) == ({}, [0.5, None, 0.5, 0.5])
     assert best == {TARGET.game.key: low, other.game.key: 0}
     assert step(NONE, effort(1.0), row(0, 1), None)[1] == [0, None, 0.5, 0]

@@ -2,8 +2,6 @@
 
     python -m tools.bench                          # 4 prompts of 400 tokens, 8 replies of 48 to each
     python -m tools.bench --peer plain --peer trl  # the same prompts, runs taking turns, ratio of medians
-    python -m tools.bench --scaling                # m in 4..32 against prompts of 200..800 tokens
-    python -m tools.bench --precision runs/tompo/adapter    # what bf16 does to a policy's log-probabilities
 
 The work is one step of reinforcement fine-tuning: sample m replies of exactly --reply-tokens to each prompt,
 score them with the reference, one forward and backward pass, one optimizer step. Prompts are random words
@@ -35,12 +33,9 @@ from torch.utils import benchmark
 import lora
 import settings
 import tompo
-from experts import make_expert
 from models import pretrained
-from models.load import load_policy, put_adapter
-from play.dataset import simulate_many
+from models.load import load_policy
 from policy import Policy
-from prompts import PromptStyle, Reply
 from run.errors import InputError, reports_errors
 from run.files import Stopwatch, peak_memory_gib, refuse_existing, write_json
 from run.seeds import Stream, torch_generator
@@ -243,42 +238,6 @@ PEERS = {
     "trl": ("trl", "whole step", STAGES, {}),  # GRPOTrainer with PEFT, the same beta
 }
 
-# -------------------- precision
-
-
-@torch.no_grad()
-def scored(policy: Policy, prompts: list[list[int]], groups: list[list[Reply]]) -> torch.Tensor:
-    """log pi of all reply tokens, prompt by prompt, (T,)."""
-    pairs = zip(prompts, groups, strict=True)
-    passes = [policy.token_logps([prompt], [[o.ids for o in group]]) for prompt, group in pairs]
-    return torch.cat(sum(passes, [])).cpu()
-
-
-def precision_table(model: str, adapter: str, seed: int) -> str:
-    """Log-probabilities of sampled replies (8 to each decision of seat 0 in 20 expert games): bf16, by both
-    engines, against fp32 on fp32's replies; and each one's scored against its sampled. Nats per token."""
-    records, reference = simulate_many(20, make_expert("second-best"), seed, PromptStyle()), None
-    lines = [f"{'':16}{'scored against fp32':>34}{'scored against sampled':>40}"]
-    lines += [
-        f"{'':16}{'mean |d|':>12}{'largest':>10}{'KL':>12}{'mean |d|':>16}{'largest':>10}{'off by 5 %':>14}"
-    ]
-    for engine, dtype in (("fast", "float32"), ("fast", "bfloat16"), ("plain", "bfloat16")):
-        policy = load_policy(model, dtype, DEVICE, engine)
-        put_adapter(policy, adapter)
-        prompts = [policy.encode_prompt(r.prompt) for r in records if r.seat == 0]
-        uniforms_PMS = torch.rand(len(prompts), 8, 48, generator=torch_generator(seed, Stream.BENCH + 4))
-        groups = policy.sample(prompts, uniforms_PMS)
-        own = scored(policy, prompts, groups)
-        reference = reference or (groups, own)  # fp32's
-        on_reference = scored(policy, prompts, reference[0])
-        d, kl = (on_reference - reference[1]).abs(), tompo.k3(reference[1], on_reference).mean()
-        apart = (own - torch.tensor([logp for g in groups for o in g for logp in o.logps])).abs()
-        off = (apart.exp() > 1.05).float().mean()
-        line = f"{f'{engine} {dtype}':16}{d.mean():>12.1e}{d.max():>10.2f}{kl:>12.1e}"
-        lines.append(f"{line}{apart.mean():>16.1e}{apart.max():>10.2f}{off:>14.2%}")
-    return "\n".join(lines)
-
-
 # -------------------- runs and tables
 
 
@@ -337,22 +296,6 @@ def beside_peers(work: Work, peers: list[str], peer_dtype: str, repeats: int) ->
     return results
 
 
-def scaling(work: Work, repeats: int) -> dict[str, list[dict]]:
-    """Our step by number of replies and length of prompts. Prints the table and returns every run."""
-    results, counts = {}, (4, 8, 16, 32)
-    print(f"seconds of a step (medians of {repeats}), {work.prompts} prompts, ", end="")
-    print(f"replies of {work.reply_tokens} tokens\n{'prompt tokens':14}", end="")
-    print("".join(f"{f'm = {m}':>10}" for m in counts))
-    for p in (200, 400, 800):
-        print(f"{p:<14}", end="", flush=True)
-        for m in counts:
-            runs = [run_worker(replace(work, prompt_tokens=p, m=m), "tompo") for _ in range(repeats)]
-            results[f"p={p} m={m}"] = runs
-            print(f"{seconds_of(runs):>10.2f}", end="", flush=True)
-        print()
-    return results
-
-
 @reports_errors
 def main(argv=None) -> None:
     text = "Time one step of reinforcement fine-tuning, beside its peers."
@@ -364,13 +307,16 @@ def main(argv=None) -> None:
     add("--prompt-tokens", type=positive_int, default=400, help="tokens of each prompt")
     add("--m", type=positive_int, default=8, help="replies per prompt")
     add("--reply-tokens", type=number(int, 2), default=48, help="tokens of each reply")
-    add("--beta", type=settings.weight, default=0.04, help="weight of the KL term; 0 skips the reference")
+    add(
+        "--beta",
+        type=settings.non_negative,
+        default=0.04,
+        help="weight of the KL term; 0 skips the reference",
+    )
     add("--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update")
     add("--repeats", type=positive_int, default=3, help="runs of each, taking turns")
     add("--peer", action="append", choices=PEERS, default=[], help="also run this")
     add("--peer-dtype", choices=dtypes, help="the peers' dtype (else --dtype)")
-    add("--scaling", action="store_true", help="the table of m against prompt lengths instead")
-    add("--precision", metavar="ADAPTER", help="what bf16 does to this policy's log-probabilities instead")
     add("--seed", type=settings.seed_int, default=0, help="of prompts and sampling")
     add("--json", metavar="FILE", help="write every run to a new file")
     add("--worker", nargs=2, metavar=("NAME", "WORK"), help=argparse.SUPPRESS)  # one run, in its own process
@@ -381,16 +327,11 @@ def main(argv=None) -> None:
         memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else peak_memory_gib()
         print("\n" + json.dumps(result | {"peak_memory_gib": memory}))
         return
-    if args.precision:
-        if args.peer or args.scaling or args.json:
-            raise InputError("--precision times nothing: it takes no --peer, --scaling or --json")
-        print(precision_table(args.model, args.precision, args.seed))
-        return
     if args.json:
         refuse_existing(args.json)
     work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
     peers = list(dict.fromkeys(args.peer)), args.peer_dtype or args.dtype
-    results = scaling(work, args.repeats) if args.scaling else beside_peers(work, *peers, args.repeats)
+    results = beside_peers(work, *peers, args.repeats)
     if args.json:
         write_json(args.json, {"arguments": vars(args), "runs": results})
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from experts import Expert
 from games import Decision, State
-from rewards import Memory, Rollout, Target, group_rewards, hamming
+from rewards import Memory, Rollout, Target, graph_likeness, group_rewards
 from run.seeds import Stream, numpy_generator
 
 WEIGHTS = {"gamma": 1.0, "zeta": 0.0}  # the discount per round, the weight of |C_G - C_E|; see --weights
@@ -73,4 +73,6 @@ def credit_rewards(
         other = means.get((place, OTHER.get(letter)))
         zeta = 0.0 if other is None else weights["zeta"]
         sample = [0.0 if c is None else c - zeta * abs(c - (other or 0.0)) for c in of_group]
-        group_rewards(group, target, memory, weights, sample, [hamming(o.decision, target) for o in group])
+        group_rewards(
+            group, target, memory, weights, sample, [graph_likeness(o.decision, target) for o in group]
+        )

@@ -86,9 +86,10 @@ class BCZ(Game):
     def efficient_graph(self, solution: str = "nash") -> tuple[np.ndarray, float]:
         """(links_NN, welfare) of the best graph at `nash` or `planner` efforts.
 
-        All links cost the same, so that some best graph is a threshold graph in which agents with a higher
-        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2). (This holds while the
-        cap does not bind, which `effort_cap` ensures.)"""
+        Where all links cost the same, some best graph is a threshold graph in which agents with a higher
+        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2).
+        (tests/world/test_bcz.py compares with all graphs. It holds while the cap does not bind, which
+        `effort_cap` ensures.)"""
         by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas stay in the order of seats
         best_links, best_welfare = empty_graph(self.N), -math.inf
         for graph_NN in threshold_graphs(self.N):
@@ -135,7 +136,8 @@ class BCZ(Game):
                 text += f". Best reply to efforts alpha: {response:.2f}"
         return text
 
-    # The draws: u is p = delta (N-1), v is g = c / (delta mean(alpha)^2).
+    # The draws: an instance is given by u = delta (N-1) and v = c / (delta mean(alpha)^2); their ranges in
+    # training, their values in evaluation, and the lowest, highest and homogeneous alpha.
 
     fixable = ("delta", "c")
     ranges = ((0.15, 0.33), (0.6, 2.2))

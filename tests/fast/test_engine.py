@@ -151,8 +151,8 @@ def test_scores_reference_and_gradients_are_the_same(model, temperature):
 
 def test_a_batch_is_scored_as_it_was_packed(monkeypatch):
     """The rows of a batch, and the order of their tokens, are those of the pass that `batches` has cut. And
-    prompts that are no batch are read in the order given, whatever their lengths."""
-    (fast, _), passes, new_pass = pair(), [], fast_engine.Pass
+    prompts that are no batch are read, and their scores returned, in the order given."""
+    (fast, plain), passes, new_pass = pair(), [], fast_engine.Pass
     monkeypatch.setattr(fast_engine, "Pass", lambda rows, *rest: passes.append(rows) or new_pass(rows, *rest))
     rows = fast_engine.pack(PROMPTS, REPLIES)
     for size in (1, 2, 3):
@@ -160,8 +160,11 @@ def test_a_batch_is_scored_as_it_was_packed(monkeypatch):
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
         assert [[row.ids for row in part] for part in passes] == [[row.ids for row in part] for part in parts]
         passes.clear()
-    fast.token_logps([[65, 66], [90] * 5, [65, 66, 67]], [[[1, 2]]] * 3)
-    assert [row.ids for row in passes[0]] == [[65, 66, 67, 1, 1], [90] * 5 + [1]]
+    prompts, replies = [[65, 66], [90] * 5, [65, 66, 67]], [[[1, 2], [3]], [[4, 5, 6]], [[7, 8]]]
+    logps = fast.token_logps(prompts, replies)
+    assert [row.ids for row in passes[0]] == [[65, 66, 67, 1, 7], [90] * 5 + [4, 5]]
+    assert [len(x) for x in logps] == [2, 1, 3, 2]
+    assert difference(logps, plain.token_logps(prompts, replies)) < 1e-4
 
 
 def test_an_adapter_on_the_head_is_trained_too():

@@ -16,7 +16,7 @@ from play import expert_games, players
 from play.metrics import METRICS, per_instance, summarise
 from play.players import Ask, expert_examples, play_tables, policy_player, with_examples
 from prompts import PromptStyle, Reply, messages, parse_reply, read_reply
-from rewards import Target, accuracy, belief_accuracy, hamming
+from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.seeds import torch_generator
 from world.draws import Family, draw_game, held_out_grid, split_of
 
@@ -50,7 +50,7 @@ def reference_play(instances, player, seat, others, seed):
             actions[seat] = (decision or kind.fallback(N)).action
             s = row = None
             if kind.letter == "G":
-                s = hamming(decision, Target(state, seat, experts_N))
+                s = graph_likeness(decision, Target(state, seat, experts_N))
                 row = accuracy(decision.action, experts_N[seat], seat) if decision else 0.0
             values = [s, row, kind.efficiency(state, seat, actions)]
             values.append(belief_accuracy(decision, Target(state, seat, actions)))
