@@ -1,5 +1,5 @@
 """The two kinds of decisions of the paper, links and efforts, each with all that belongs to it: the
-question, the answer, what a random player and an expert choose, the sample level of the reward, and U2. The
+question, the answer, what a random player and an expert choose, the likeness to the expert, and U2. The
 methods are explained in games.Kind; docs/your-own-stage.md adds a third kind."""
 
 from functools import lru_cache

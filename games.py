@@ -125,7 +125,7 @@ class Game:
         return ""
 
     # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
-    # these are p = delta (N-1) and g = c / (delta mean(alpha)^2). See world/draws.py.
+    # u = delta (N-1) and v = c / (delta mean(alpha)^2). See world/draws.py.
     fixable: ClassVar[tuple[str, ...]]  # parameters that --fix can hold fixed
     ranges: ClassVar[tuple[tuple[float, float], tuple[float, float]]]  # of u and v in training, both uniform
     grid: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # their values in evaluation
@@ -306,7 +306,7 @@ class Kind:
         raise NotImplementedError
 
     def sample_level(self, decision: Decision, target) -> float:
-        """The sample level of r^S for a compliant decision: likeness to the expert's, in [0, 2]."""
+        """The likeness to the expert's decision within r^S, for a compliant decision, in [0, 2]."""
         raise NotImplementedError
 
     def belief_accuracy(self, belief_N: np.ndarray, target) -> float | None:

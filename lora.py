@@ -51,7 +51,8 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the paper.
+    """A frozen linear layer with a low-rank correction: (..., in) -> (..., out). Section 4.1 of the LoRA
+    paper.
 
     A and B are fp32 also where W is bf16: an optimizer step is often below bf16's resolution of 1/256 and
     would be rounded away. base is an nn.Linear, or below fp32 a LoRALinear that `merge` has frozen.

@@ -4,16 +4,16 @@
 P_expert at q, which forms G_expert. For reply i of the group:
 
     compliance   +0.5 if the reply is compliant, else -0.5 and every other term is 0                [source]
-    sample level, links:    F1(row_i, expert row) + accuracy(row_i, expert row)                     [source]
-    sample level, efforts:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))                [choice]
-    r^S_i = compliance + sample level + the optional terms below, each times its weight
+    likeness, links:    F1(row_i, expert row) + accuracy(row_i, expert row)                         [source]
+    likeness, efforts:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))                    [choice]
+    sample level: r^S_i = compliance + likeness + the optional terms below, each times its weight
     graph level, links only:
         G_i = form(P_expert with the agent's row := row_i)                                          [source]
         s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                 [source]
         or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG,
         where those are mostly 0 and the empty graph would score best, at planner efforts           [choice]
-        R^G_i = s_i + w_local if s_i is the largest of the group
-                    + w_global if s_i reaches the best so far of this game instance (Memory)
+        R^G_i = s_i + (w_local if s_i is the largest of the group)
+                    + (w_global if s_i reaches the best so far of this game instance, see Memory)
                                   [source: the terms; choice: that they are added, w_local = w_global = 0.5]
 
 The paper calls the two bonuses prompt_best and memory_best and does not say whether they are added or
@@ -76,7 +76,7 @@ class Rollout:
     advantage: float = 0.0
 
 
-# -------------------- sample level
+# -------------------- likeness to the expert
 
 
 def compliance(decision: Decision | None) -> float:
@@ -102,8 +102,8 @@ def effort_score(effort: float, expert_effort: float, cap: float) -> float:
 
 
 def sample_level(decision: Decision | None, target: Target) -> float:
-    """Without compliance; 0 for a reply that is not compliant. For links it is f1 + accuracy, for efforts
-    effort_score (decisions.Links, decisions.Efforts)."""
+    """0 for a reply that is not compliant. For links it is f1 + accuracy, for efforts effort_score
+    (decisions.Links, decisions.Efforts)."""
     return target.kind.sample_level(decision, target) if decision else 0.0
 
 
@@ -180,18 +180,18 @@ def group_rewards(
     target: Target,
     memory: Memory,
     weights: dict[str, float],
-    sample_levels: list[float],
+    likeness: list[float],
     scores: list[float | None],
 ) -> None:
     """Writes all terms of one group into its rollouts: `compliance`, `sample`, the optional ones by name,
-    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample_levels,
-    scores: the sample level and s_i of each reply."""
+    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. likeness,
+    scores: the likeness and s_i of each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
-    for o, sample_i, s in zip(group, sample_levels, scores, strict=True):
+    for o, likeness_i, s in zip(group, likeness, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}
         bonus = sum(weights.get(name, 0.0) * (value or 0.0) for name, value in optional.items())
-        o.rewards = {"compliance": compliance(o.decision), "sample": sample_i} | optional
-        o.rewards["r_S"] = o.rewards["compliance"] + sample_i + bonus
+        o.rewards = {"compliance": compliance(o.decision), "sample": likeness_i} | optional
+        o.rewards["r_S"] = o.rewards["compliance"] + likeness_i + bonus
         if s is not None:
             local = weights["local"] * (o.decision is not None and s == best)
             globally = weights["global"] * (o.decision is not None and s >= memory.get(target.game.key))
@@ -208,6 +208,6 @@ def expert_rewards(
 ) -> None:
     """Writes the rewards of a step's groups, one for each target, into their rollouts. score: s_i."""
     for target, group in zip(targets, groups, strict=True):
-        sample_levels = [sample_level(o.decision, target) for o in group]
+        likeness = [sample_level(o.decision, target) for o in group]
         scores = [score(o.decision, target) for o in group]
-        group_rewards(group, target, memory, weights, sample_levels, scores)
+        group_rewards(group, target, memory, weights, likeness, scores)

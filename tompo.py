@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-ALGORITHMS = ("tompo", "grpo")
+ALGORITHMS = ("tompo", "grpo")  # grpo: the weights of A^S and A^G are 1 and 0 (settings.resolve_rft)
 
 # -------------------- advantages
 
@@ -73,7 +73,7 @@ def token_ratio(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
 
 
 # All functions of a table take the same arguments, also where only some of them use all.
-LOSSES = {"clip": clipped}  # (rho, log pi, A, ends of the clip range) -> what J sums, (T,)
+LOSSES = {"clip": clipped}  # (rho, log pi, A, ends of the clip range) -> what J sums, to be maximised, (T,)
 RATIOS = {"token": token_ratio}  # (log pi_theta - log pi_old, reply lengths) -> log rho, (T,)
 
 

@@ -62,8 +62,10 @@ def rft(
     seed: int,
     micro_batch: int,
 ) -> None:
-    """The training loop. reply_limit: the longest reply in tokens; micro_batch: conversations in a pass. M:
-    the replies of a group; T: the reply tokens of a pass."""
+    """The training loop. cfg holds what the flags chose (settings.resolve_rft): by default reward is
+    rewards.expert_rewards, next_batch is dataset.next_batch, the other functions are the first of each
+    table in tompo.py, and with `--algo grpo` w_sample, w_graph are 1, 0. reply_limit: the longest reply in
+    tokens; micro_batch: see Policy.batches. M: the replies of a group; T: the reply tokens of a pass."""
     memory = Memory(stage.state.setdefault("memory", {}))  # the checkpoints hold stage.state
     log = RFTLog(stage)
     for step in stage.steps():
@@ -135,6 +137,7 @@ def sample(
 
 
 def reward_tensor(group: list[Rollout], name: str) -> Tensor:
+    """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single."""
     return torch.tensor([o.rewards[name] for o in group])
 
 

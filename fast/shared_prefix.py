@@ -133,7 +133,7 @@ class History:
 
 class _Gather(torch.autograd.Function):
     """x[index], whose gradient is grad[back] with zeros at `none`. The index takes each token at most once,
-    but for padding, which passes no gradient back. In general it would be a slow scatter-add."""
+    except padding, which passes no gradient back. In general it would be a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, x, index, back, none):
@@ -293,7 +293,7 @@ class SharedKV:
         taken = torch.tensor(origin + ended, device=device)
         self.reply = {layer: (k[taken], v[taken]) for layer, (k, v) in self.reply.items()}
         # Attention to the prompts needs the states by row, with K places in each; places without a state are
-        # computed in vain.
+        # computed without need.
         rows = [self.row_of_prompt[i] for i in self.prompt_of[: self.U]]
         self.K = max(rows.count(r) for r in set(rows))
         place = [r * self.K + rows[:u].count(r) for u, r in enumerate(rows)]

@@ -39,14 +39,14 @@ def simulate_many(
     an exact expert, because none of them depends on the answers: each game is first played by an exact
     expert, to advance the random stream, and then in earnest with a copy of the stream from before."""
     rng = np.random.default_rng([seed, split == "held-out"])
-    rehearsing = expert.stand_in()
+    exact = expert.stand_in()  # an exact expert is its own, and these games are then the result
     records, plays = [], []
     for index in range(count):
         N = int(rng.integers(agents[0], agents[1] + 1))
         game = draw_game(rng, N, split, families[index % len(families)])
         if expert.language:
             plays.append((index, game, copy.deepcopy(rng)))
-        records += simulate([(index, game, rng)], rehearsing, style, noise)
+        records += simulate([(index, game, rng)], exact, style, noise)
     return simulate(plays, expert, style, noise) if expert.language else records
 
 

@@ -12,11 +12,12 @@ from prompts import PromptStyle, format_reply, messages, read_reply
 
 @dataclass(frozen=True)
 class Record:
-    """One decision of one agent in an expert game: one line of the data set. prompt: the
-    conversation so far; label: the expert's reply to the state that really arose; reply: the one that was
-    played, a random one where `replaced` (an agent could otherwise learn to copy the last round). proposals
-    and links: the latest ones after this stage; efforts: those played in this stage (None in a stage of
-    another kind); payoffs: of the round that ended with this stage (None if none did)."""
+    """One decision of one agent in an expert game: one line of the data set. prompt: the conversation so
+    far; label: the expert's reply to the state that really arose; reply: the one that was played, a random
+    one where `replaced` (so that other graphs than the experts' arise, and in games of several rounds
+    nobody learns to copy the last one). proposals and links: the latest ones after this stage; efforts:
+    those played in this stage (None in a stage of another kind); payoffs: of the round that ended with this
+    stage (None if none did)."""
 
     game: int
     instance: dict
@@ -37,9 +38,9 @@ class Record:
 def simulate(
     plays: list[tuple[int, Game, np.random.Generator]], expert: Expert, style: PromptStyle, noise: float = 0.0
 ) -> list[Record]:
-    """Plays games with the expert in every seat, side by side; T * len(stages) * N records of each, game by
-    game. plays: of each game its index, its instance and its random numbers; noise: share of decisions
-    replaced at random."""
+    """Plays games with the expert in every seat, side by side; rounds * len(stages) * N records of each,
+    game by game. plays: of each game its index, its instance and its random numbers; noise: share of
+    decisions replaced at random."""
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
     records: list[list[Record]] = [[] for _ in plays]

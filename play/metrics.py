@@ -2,8 +2,8 @@
 
 The metrics are a [choice] where the paper only names them; docs/settings.md explains them at length. The
 unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
-compliant plays no links or effort 0, and counts. Where the policy sits in several seats, the value of a
-game is the mean over its seats.
+compliant plays no links or effort 0, which U2 and U3 measure; in s and row it counts as 0. Where the policy
+sits in several seats, the value of a game is the mean over its seats.
 
 A new metric is one entry of METRICS. Where a metric does not exist, as U3 where the first best is 0 or s for
 efforts, it is None and left out of means.

@@ -5,7 +5,7 @@ In the place of the likeness to the expert stands what the decision earns:
     [source] C_i = discounted return of the agent when decision i is played and experts then play on to the
              end: for an effort the return given the graph, for a decision about links V*(S_t+1) of its next
              state
-    [choice] sample level := 2 max(0, 1 + (C_i - C_expert) / |C_expert|), 2 for what the expert's own earns
+    [choice] likeness := 2 max(0, 1 + (C_i - C_expert) / |C_expert|), 2 for what the expert's own earns
     [source] minus zeta |C_G - C_E|; [choice] its form: the distance from the mean credit of the other kind of
              decision in the same round of the same conversation, if the step contains one
 """
@@ -59,7 +59,7 @@ def credit_rewards(
     expert: Expert,
     seed: int,
 ) -> None:
-    """As rewards.expert_rewards, with credits for the sample level."""
+    """As rewards.expert_rewards, with credits in the place of the likeness."""
     credits = [
         return_credits([o.decision for o in group], target, expert, weights["gamma"], seed)
         for target, group in zip(targets, groups, strict=True)
