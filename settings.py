@@ -571,7 +571,6 @@ def parse_training(parser: argparse.ArgumentParser, script: str, argv=None) -> S
     if known.preset == "paper":
         parser.set_defaults(**{name: value for name, value in PAPER.items() if name in names})
     args = parser.parse_args(argv)
-    args.resume = None
     return resolve(args, script, resumed=bool(folder))
 
 
