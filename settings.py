@@ -212,6 +212,7 @@ def add_player_flags(parser: argparse.ArgumentParser) -> None:
 
 def resolve_players(args: argparse.Namespace) -> Players:
     style = PromptStyle(args.information, args.belief, args.hints, args.max_new_tokens)
+    asking(args.ask, style)  # complains about --ask before a language model is asked for
     make = partial(make_expert, language=partial(make_language_expert, args.ask, style))
     return Players(make(args.expert), style, make)
 
