@@ -138,7 +138,8 @@ def sample(
 
 def reward_tensor(group: list[Rollout], name: str) -> Tensor:
     """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single."""
-    return torch.tensor([o.rewards[name] for o in group])
+    rewards_M = torch.tensor([o.rewards[name] for o in group])
+    return rewards_M if rewards_M.is_floating_point() else rewards_M.float()
 
 
 def note_advantages(
