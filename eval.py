@@ -11,14 +11,11 @@ self-play s and row compare with what --expert would play in all seats.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
-import argparse
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-
-import numpy as np
 
 import lora
 import settings as flags
@@ -36,16 +33,14 @@ from run.files import refuse_existing, write_json
 from run.seeds import Stream, numpy_generator
 from settings import Evaluation, Games, Settings
 from teachers.language import print_report
-from world.draws import held_out_grid
+from world.draws import held_out_games
 
 # -------------------- games and seats
 
 
 def instances(games: Games, evaluation: Evaluation) -> list[Game]:
-    """The games of the grid that are played, evenly spread. Raises GameError for flags that leave none."""
-    grid = [game for family in games.families for game in held_out_grid(evaluation.agents, family)]
-    chosen = np.linspace(0, len(grid) - 1, min(evaluation.games, len(grid))).round().astype(int)
-    return [grid[i] for i in chosen]
+    """The games of the grid that are played. Raises GameError for flags that leave none."""
+    return held_out_games(games.families, evaluation.agents, evaluation.games)
 
 
 def seats_in(games: list[Game], seat: int | str, seed: int) -> list[tuple[int, ...]]:
@@ -228,13 +223,8 @@ def evaluate_table(settings: Settings, names: list[str]) -> dict[str, dict]:
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Play held-out games with policies and experts in the seats."
-    )
-    for add_flags in (flags.add_model_flags, flags.add_game_flags, flags.add_player_flags):
-        add_flags(parser)
-    flags.add_evaluation_flags(parser)
-    flags.add_seating_flags(parser, "random", "all")
+    text = "Play held-out games with policies and experts in the seats."
+    parser = flags.playing_parser(text, "random", "all")
     add = parser.add_argument
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)

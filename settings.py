@@ -14,20 +14,18 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-import torch
-
 import lora
 import tompo
 import variants.objective  # noqa: F401  (its import adds to the tables of tompo)
 from experts import Expert, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
-from models.load import ENGINES, load_policy
+from models.load import ENGINES, default_device, load_policy
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
 from policy import Policy
 from prompts import PromptStyle
-from rewards import TERMS, WEIGHTS, expert_rewards, welfare
+from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness, welfare
 from run import ranks
 from run.errors import InputError
 from run.files import argv_of, resumed_flags
@@ -133,8 +131,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_model(args: argparse.Namespace) -> Model:
-    """The model runs on CUDA where there is a GPU; CUDA_VISIBLE_DEVICES chooses it, or hides it."""
-    return Model(args.model, args.dtype, args.engine, "cuda" if torch.cuda.is_available() else "cpu")
+    return Model(args.model, args.dtype, args.engine, default_device())
 
 
 # -------------------- games
@@ -425,12 +422,11 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
 
 
 def resolve_reward(args: argparse.Namespace, weights: dict[str, float], expert: Expert) -> Callable:
-    if args.reward_from == "welfare":
-        return partial(expert_rewards, weights=weights, score=welfare)
+    if args.reward_from in ("expert", "welfare"):
+        score = welfare if args.reward_from == "welfare" else graph_likeness
+        return partial(expert_rewards, weights=weights, score=score)
     if args.reward_from == "joint":
         return partial(joint.joint_rewards, weights=weights)
-    if args.reward_from == "expert":
-        return partial(expert_rewards, weights=weights)
     if expert.language:
         raise InputError(
             "--reward-from credit plays every game to its end with the expert: choose an exact one"
@@ -497,6 +493,15 @@ def resolve_evaluation(args: argparse.Namespace) -> Evaluation:
     if isinstance(args.seat, int) and args.seat >= args.agents:
         raise InputError(f"--seat {args.seat} must be below --agents, which is {args.agents}")
     return Evaluation(args.agents, args.eval_games, args.seat, args.eval_temperature, args.eval_seed)
+
+
+def playing_parser(description: str, *words: str) -> argparse.ArgumentParser:
+    """The flags that the scripts which only play games share. words: for --seat."""
+    parser = argparse.ArgumentParser(description=description)
+    for add_flags in (add_model_flags, add_game_flags, add_player_flags, add_evaluation_flags):
+        add_flags(parser)
+    add_seating_flags(parser, *words)
+    return parser
 
 
 # -------------------- a run

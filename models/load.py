@@ -12,6 +12,11 @@ from run.errors import InputError, one_line
 ENGINES = ("fast", "plain")
 
 
+def default_device() -> str:
+    """CUDA where there is a GPU; CUDA_VISIBLE_DEVICES chooses it, or hides it."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_policy(name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast") -> Policy:
     """The base model as a policy. dtype: of the frozen weights. InputError: as in pretrained.load."""
     policy_class = Policy

@@ -12,7 +12,7 @@ efforts, it is None and left out of means.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -36,6 +36,11 @@ class Turn:
     played: Decision | None
     actions: np.ndarray
     expert_actions: np.ndarray | None
+
+    @cached_property
+    def U2(self) -> float | None:
+        """1 - (u_best - u) / (u_best - u_worst) given what the others actually play (see decisions.py)."""
+        return self.state.kind.efficiency(self.state, self.seat, self.actions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +70,9 @@ def row_agreement(turn: Turn) -> float | None:
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
-@lru_cache(maxsize=2**13)
 def efficiency(turn: Turn) -> float | None:
-    """1 - (u_best - u) / (u_best - u_worst) given what the others actually play (see decisions.py)."""
-    return turn.state.kind.efficiency(turn.state, turn.seat, turn.actions)
+    """U2 of the decision."""
+    return turn.U2
 
 
 def belief(turn: Turn) -> float | None:
@@ -179,15 +183,16 @@ def summarise(games_played: list[Played]) -> dict:
         for p in games_played
     ]
 
-    def table(part):
-        return _intervals([per_instance(p) for p in part], [t for p in part for t in p.turns], seats)
+    def table(pairs):  # of games with their metrics
+        return _intervals([row for _, row in pairs], [t for p, _ in pairs for t in p.turns], seats)
 
+    pairs = [(p, per_instance(p)) for p in games_played]
     labels = dict.fromkeys(p.game.label for p in games_played)
     return {
-        "all rounds": table(games_played),
-        "round 1": table(round_1),
-        "games": {label: table([p for p in games_played if p.game.label == label]) for label in labels},
-        "instances": [{"instance": p.game.to_json()} | per_instance(p) for p in games_played],
+        "all rounds": table(pairs),
+        "round 1": table([(p, per_instance(p)) for p in round_1]),
+        "games": {label: table([pair for pair in pairs if pair[0].game.label == label]) for label in labels},
+        "instances": [{"instance": p.game.to_json()} | row for p, row in pairs],
         "replies": [[t.reply for t in p.turns] for p in games_played],
         "seats": [sorted({t.seat for t in p.turns}) for p in games_played],
         "actions": [history_to_text(State(p.game, p.history)) for p in games_played],

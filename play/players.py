@@ -157,7 +157,7 @@ def play_tables(
     turns: list[list[Turn]] = [[] for _ in games]
     listeners = [player.game_over for player in players if hasattr(player, "game_over")]
     hidden = bool(listeners) or not ranks.first()  # a progress bar would disturb a person's dialogue
-    stages, read = range(len(games[0].stages) * games[0].rounds), repair_reply if repair else parse_reply
+    stages = range(len(games[0].stages) * games[0].rounds)
     for _ in tqdm(stages, desc=f"playing {label}", unit="stage", leave=False, disable=hidden):
         asks = [Ask(first + i, s, j, replies[i][j]) for i, s in enumerate(states) for j in range(s.game.N)]
         texts: dict[tuple[int, int], str] = {}
@@ -170,7 +170,7 @@ def play_tables(
             seats = range(state.game.N)
             given = [texts[first + i, j] for j in seats]
             strict = [parse_reply(text, state, j) for j, text in enumerate(given)]
-            played = [read(text, state, j) for j, text in enumerate(given)]
+            played = [repair_reply(text, state, j) for j, text in enumerate(given)] if repair else strict
             silent = state.kind.fallback(state.game.N)
             actions = np.array([(decision or silent).action for decision in played])
             expert_actions = np.array([next(reference).action for _ in seats]) if compared else None

@@ -21,7 +21,7 @@ from run import ranks
 from run.curves import plot_curves
 from run.seeds import Stream, numpy_generator, torch_generator
 from run.stage import Stage
-from world.draws import Family, held_out_grid
+from world.draws import Family, held_out_games
 
 GAMES = 20  # of the evaluation's held-out grid, evenly spread
 EVERY = 4  # of every fourth game also decisions other than links: SFT knows them, and replies take time
@@ -33,10 +33,8 @@ def probe_targets(
 ) -> list[tuple[Target, list[dict]]]:
     """The decisions of one seat in held-out games of N agents, and their prompts. Before each decision all
     agents, this seat too, have played the expert's decisions. For exact experts."""
-    grid = [game for family in families for game in held_out_grid(N, family)]
-    chosen = np.linspace(0, len(grid) - 1, min(GAMES, len(grid))).round().astype(int)
     targets = []
-    for index, game in enumerate(grid[i] for i in chosen):
+    for index, game in enumerate(held_out_games(families, N, GAMES)):
         state, replies = State(game), []
         while not state.done:
             numbers = [(0, Stream.PROBE_GAMES, index, i, len(state.history)) for i in range(N)]

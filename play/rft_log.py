@@ -55,7 +55,7 @@ class RFTLog:
         values |= {"loss": total.get("loss", 0.0), "lr": lr, "grad_norm": grad_norm}
         values |= {"tokens_per_s": tokens / seconds, "sample_s": sample_s, "update_s": seconds - sample_s}
         self.write(step, prompts, groups)
-        # For the progress bar. The policy loss is not shown: it is 0 at step 0, and that is right.
+        # For the progress bar. The policy loss is not shown: with one inner epoch it is 0, and that is right.
         shown = {"reward": "reward", "U1": "U1", "s": "s", "KL": "kl"}
         texts = [f"{name} {values[key]:.3f}" for name, key in shown.items() if values[key] is not None]
         self.stage.end_step(values, f"{', '.join(texts)}, {values['tokens_per_s']:.0f} reply tok/s")

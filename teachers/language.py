@@ -23,7 +23,7 @@ from decisions import EFFORTS
 from experts import Exact, Expert
 from games import Decision, State
 from models.adapters import chain
-from models.load import load_policy, put_adapter
+from models.load import default_device, load_policy, put_adapter
 from prompts import EFFORT_DIGITS, format_reply, messages, parse_reply
 from run import ranks
 from run.errors import InputError
@@ -50,7 +50,7 @@ class LocalModel:
     def __init__(self, name: str, asking: Asking):
         adapter = Path(chain(name)[0], "adapter_config.json")
         base = read_json(adapter).get("base_model_name_or_path") if adapter.exists() else name
-        self.policy = load_policy(base or name, device="cuda" if torch.cuda.is_available() else "cpu")
+        self.policy = load_policy(base or name, device=default_device())
         if adapter.exists():
             put_adapter(self.policy, name)
         self.temperature = 1.0 if asking.temperature is None else asking.temperature

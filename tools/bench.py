@@ -34,7 +34,7 @@ import lora
 import settings
 import tompo
 from models import pretrained
-from models.load import load_policy
+from models.load import default_device, load_policy
 from policy import Policy
 from run.errors import InputError, reports_errors
 from run.files import Stopwatch, peak_memory_gib, refuse_existing, write_json
@@ -44,7 +44,7 @@ from train_sft import clip_gradient, make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prompts", "decoding", "reference", "update", "optimizer")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = default_device()
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ intervals. Read U2 beside U3: where nobody in the other seats links with player 
 good, and U2 is 1. All entries play the same games with the same seats and random numbers.
 """
 
-import argparse
 from functools import partial
 from itertools import product
 
@@ -26,11 +25,7 @@ SHOWN = {"U3": "U3, welfare of all against the first best", "U2": "U2 of the sea
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description="Every player against every other on the held-out games.")
-    for add_flags in (flags.add_model_flags, flags.add_game_flags, flags.add_player_flags):
-        add_flags(parser)
-    flags.add_evaluation_flags(parser)
-    flags.add_seating_flags(parser, "rotate")
+    parser = flags.playing_parser("Every player against every other on the held-out games.", "rotate")
     add = parser.add_argument
     add("--player", nargs="+", default=DEFAULT, help="as --policy of eval.py")
     add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")

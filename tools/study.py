@@ -136,14 +136,9 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """What train_sft.py, train_rft.py and eval.py know."""
     sft, rft = (settings.training_parser("", "") for _ in range(2))
-    evaluation = argparse.ArgumentParser()
     settings.add_rft_flags(rft)
-    for add_flags in (settings.add_model_flags, settings.add_game_flags, settings.add_player_flags):
-        add_flags(evaluation)
-    settings.add_seating_flags(evaluation, "random", "all")
-    for parser in (rft, evaluation):
-        settings.add_evaluation_flags(parser, fewest=0)
-    return {"sft": sft, "rft": rft, "eval": evaluation}
+    settings.add_evaluation_flags(rft, fewest=0)
+    return {"sft": sft, "rft": rft, "eval": settings.playing_parser("", "random", "all")}
 
 
 def part(flags: str, script: str) -> list[str]:

@@ -115,6 +115,13 @@ def held_out_grid(N: int, family: Family = Family()) -> tuple[Game, ...]:
     return tuple(games.values())
 
 
+def held_out_games(families: Iterable[Family], N: int, count: int) -> list[Game]:
+    """`count` games of these families' grids, evenly spread, or all of them if there are fewer."""
+    grid = [game for family in families for game in held_out_grid(N, family)]
+    chosen = np.linspace(0, len(grid) - 1, min(count, len(grid))).round().astype(int)
+    return [grid[i] for i in chosen]
+
+
 @lru_cache
 def _grid_keys(N: int, game: str) -> frozenset[str]:
     return frozenset(game.key for game in held_out_grid(N, Family(game)))
