@@ -29,28 +29,31 @@ def _nash_payoffs(game: Game, links: bytes) -> np.ndarray:
     return game.payoffs(links_NN, game.nash_efforts(links_NN))
 
 
-def row_payoff(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> float:
-    """What the seat earns with this row among the proposals, at the Nash efforts of the graph that forms."""
-    proposals_NN = proposals_NN.copy()
+def payoffs_with_row(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+    """What every agent earns, (N,), with this row of the seat among the proposals, at the Nash efforts of the
+    graph that forms."""
+    proposals_NN, game = proposals_NN.copy(), state.game
     proposals_NN[seat] = row_N
-    return _nash_payoffs(state.game, form_links(proposals_NN).tobytes())[seat]
+    return _nash_payoffs(game, form_links(proposals_NN).tobytes()) - game.unanswered_costs(proposals_NN)
 
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
-    """The same for all 2^(N-1) rows that the seat could have proposed, in the order of `games.own_rows`."""
+    """What the seat earns with each of the 2^(N-1) rows that it could have proposed, in the order of
+    `games.own_rows`."""
     rows = own_rows(state.game.N, seat)
-    return np.array([row_payoff(state, seat, proposals_NN, row_N) for row_N in rows])
+    return np.array([payoffs_with_row(state, seat, proposals_NN, row_N)[seat] for row_N in rows])
 
 
-def effort_payoff(state: State, seat: int, efforts_N: np.ndarray, effort: float) -> float:
-    """What the seat earns with this effort among the efforts, on the graph that has formed."""
+def payoffs_with_effort(state: State, seat: int, efforts_N: np.ndarray, effort: float) -> np.ndarray:
+    """What every agent earns, (N,), with this effort of the seat among the efforts, on the graph that has
+    formed. What unanswered proposals cost is spent, and left out."""
     efforts_N = efforts_N.copy()
     efforts_N[seat] = effort
-    return state.game.payoffs(state.links, efforts_N)[seat]
+    return state.game.payoffs(state.links, efforts_N)
 
 
 def share_of_range(u: float, best: float, worst: float) -> float:
-    """U2 = 1 - (u_best - u) / (u_best - u_worst); 1 where the choice makes no difference."""
+    """1 - (best - u) / (best - worst); 1 where the choice makes no difference. U2, if u is the own payoff."""
     return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
@@ -79,8 +82,12 @@ class Links(Kind):
         return Decision(self, row_N, belief_N)
 
     def result(self, seen: Observation) -> str:
-        """The question about efforts states the links itself."""
-        return "" if seen.kind is EFFORTS else f"Links formed: {tell_links(seen.links)}. "
+        """The question about efforts states the links itself. In a game of several rounds the agent reads who
+        chose it, too: it may be worth knowing in the next round."""
+        news = "" if seen.kind is EFFORTS else f"Links formed: {tell_links(seen.links)}. "
+        if seen.rounds > 1 and seen.last_actions is not None:
+            news = f"You were chosen by {tell_short(seen.last_actions[:, seen.seat])}. {news}"
+        return news
 
     def question(self, seen: Observation, style: PromptStyle) -> str:
         game, own = GAMES[seen.game], f"Your {GAMES[seen.game].type_name} {seen.own_type:g}"
@@ -130,8 +137,16 @@ class Links(Kind):
 
     def efficiency(self, state: State, seat: int, actions: np.ndarray) -> float:
         """U2 over all own rows, at the Nash efforts of the graphs that would form."""
-        all_u = row_payoffs(state, seat, actions)
-        return share_of_range(row_payoff(state, seat, actions, actions[seat]), all_u.max(), all_u.min())
+        u, all_u = (
+            payoffs_with_row(state, seat, actions, actions[seat])[seat],
+            row_payoffs(state, seat, actions),
+        )
+        return share_of_range(u, all_u.max(), all_u.min())
+
+    def common_good(self, state: State, seat: int, actions: np.ndarray) -> float:
+        rows = [actions[seat], *own_rows(state.game.N, seat)]
+        W, *all_W = (payoffs_with_row(state, seat, actions, row_N).sum() for row_N in rows)
+        return share_of_range(W, max(all_W), min(all_W))
 
 
 class Efforts(Kind):
@@ -206,8 +221,15 @@ class Efforts(Kind):
         effort is one of the two ends."""
         best_reply = state.game.best_response(state.links, actions)[seat]
         choices = actions[seat], best_reply, 0.0, state.game.caps[seat]
-        u, best, nothing, cap = (effort_payoff(state, seat, actions, x) for x in choices)
+        u, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x)[seat] for x in choices)
         return share_of_range(u, best, min(nothing, cap))
+
+    def common_good(self, state: State, seat: int, actions: np.ndarray) -> float:
+        """The welfare, too, is concave in the own effort."""
+        best_effort = state.game.planner_response(state.links, actions)[seat]
+        choices = actions[seat], best_effort, 0.0, state.game.caps[seat]
+        W, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x).sum() for x in choices)
+        return share_of_range(W, best, min(nothing, cap))
 
 
 LINKS, EFFORTS = Links(), Efforts()

@@ -52,14 +52,15 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 class Game:
     """One instance of a game: a frozen, hashable dataclass, so that its solutions can be cached.
 
-    A subclass declares its parameters, `c`, `stages` and `rounds` as fields, and must define everything under
-    the three headings "Each game". [choice] A later stage of the same kind revises the earlier one; the round
-    pays once, at its end, from the last graph and the last efforts."""
+    A subclass declares its parameters, `c`, `stages`, `rounds` and `fee` as fields. It must define everything
+    under the three headings "Each game". [choice] A later stage of the same kind revises the earlier one; the
+    round pays once, at its end, from the last graph and the last efforts."""
 
     # Each game: its rules. Efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
     scored_at: ClassVar[str] = "nash"  # which efforts the welfare score of a graph assumes (rewards.welfare)
     c: float  # cost of a link, paid at both ends
+    fee: float = 0.0  # [choice] what a proposal costs, answered or not, as a share of c; 0 in the paper
     stages: str  # the stages of a round, by the letters of their kinds: `G` links, `E` efforts
     rounds: int  # T
     __dataclass_fields__: ClassVar[dict[str, Any]]  # every game is a dataclass
@@ -85,11 +86,15 @@ class Game:
         raise NotImplementedError
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """pi (N,)."""
+        """pi (N,), where every proposal is answered, so that each end of a link pays `link_cost`."""
         raise NotImplementedError
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """Every agent's best effort against the others' efforts, (N,)."""
+        raise NotImplementedError
+
+    def planner_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """Of every agent the effort that is best for the welfare, given the others' efforts, (N,)."""
         raise NotImplementedError
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
@@ -161,7 +166,22 @@ class Game:
 
     def to_json(self) -> dict:
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if not self.fee:
+            values.pop("fee", None)
         return {"game": self.name} | values
+
+    @property
+    def link_cost(self) -> float:
+        """What a link costs each of its ends: the link itself, and the proposal."""
+        return self.c * (1 + self.fee)
+
+    def unanswered_costs(self, proposals_NN: np.ndarray) -> np.ndarray:
+        """What each agent pays for its proposals that are not answered, (N,)."""
+        return self.fee * self.c * (proposals_NN & (1 - proposals_NN.T)).sum(1)
+
+    def round_payoffs(self, proposals_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """pi (N,) of a round with these proposals, answered or not."""
+        return self.payoffs(form_links(proposals_NN), efforts_N) - self.unanswered_costs(proposals_NN)
 
     def welfare(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> float:
         return float(self.payoffs(links_NN, efforts_N).sum())
@@ -210,7 +230,7 @@ def game_from_json(d: dict) -> Game:
     """The instance that `to_json` wrote. Raises GameError."""
     try:
         game = GAMES[d["game"]]
-        values = {f.name: d[f.name] for f in fields(game)}
+        values = {f.name: d[f.name] for f in fields(game) if f.name != "fee" or "fee" in d}
         return game(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise GameError(f"not a game instance ({type(e).__name__}: {e})") from None
@@ -317,6 +337,10 @@ class Kind:
         """U2 of the decision that `seat` took among these actions; None for a kind that pays nothing."""
         return None
 
+    def common_good(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
+        """As U2, of the welfare instead of the own payoff: 1 for what is best for all, 0 for the worst."""
+        return None
+
 
 KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it
 
@@ -381,8 +405,12 @@ class State:
         """(links_NN, efforts_N, payoffs_N) at the end of every finished round."""
         per_round = len(self.game.stages)
         ends = [self.before(k) for k in range(per_round, len(self.history) + 1, per_round)]
-        rounds = [(s.links, s.last("E")) for s in ends]
-        return [(G, x, self.game.payoffs(G, x)) for G, x in rounds if x is not None]
+        rounds = [(s.last("G"), s.last("E")) for s in ends]
+        return [
+            (form_links(P), x, self.game.round_payoffs(P, x))
+            for P, x in rounds
+            if P is not None and x is not None
+        ]
 
 
 def history_to_text(state: State) -> list[str]:
@@ -409,6 +437,7 @@ class Observation:
     own_type: float
     types: tuple[float, ...] | None  # everybody's, None under `local` information
     parameters: dict[str, float]
+    fee: float
     cap: float
     stages: str
     rounds: int
@@ -430,8 +459,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
     game, per_round, stage = state.game, len(state.game.stages), len(state.history)
-    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
-    x = ended.efforts
+    results = state.round_results()
     return Observation(
         game=game.name,
         N=game.N,
@@ -439,6 +467,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         own_type=game.types[seat],
         types=game.types if information == "full" else None,
         parameters=game.parameters,
+        fee=game.fee,
         cap=float(game.caps[seat]),
         stages=game.stages,
         rounds=game.rounds,
@@ -448,6 +477,6 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         previous=state.kind_of(stage - 1) if stage else None,
         links=state.links,
         efforts=state.efforts,
-        last_payoff=None if x is None else float(game.payoffs(ended.links, x)[seat]),
+        last_payoff=float(results[-1][2][seat]) if results else None,
         last_actions=state.history[-1] if stage else None,
     )

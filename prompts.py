@@ -92,8 +92,10 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
     game = GAMES[seen.game]
     digits = game.parameter_format
     parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
+    fee = f", and every choice costs {seen.fee:g} c, answered or not" if seen.fee else ""
+    consent = f"A link forms if both choose it, at cost c each{fee}."
     return (
-        f"{rounds}: {stages}. A link forms if both choose it, at cost c each. {game.payoff_rule} Reply:\n"
+        f"{rounds}: {stages}. {consent} {game.payoff_rule} Reply:\n"
         f"{belief}Decision: {answers}\n"
         f"You are agent {seen.seat + 1} of {seen.N}. {parameters}, effort x 0 to {seen.cap:g}."
     )

@@ -22,18 +22,20 @@ from prompts import tell_numbers, tell_short
 MAX_LABELLED = 5  # agents up to which all labelled graphs are enumerated: 1024 at 5
 
 
-def best_reply(alpha: float, others) -> float:
-    """The best effort of an agent whose partners give the efforts `others`. The payoff is concave in the own
-    effort x, and its slope is alpha k - x where k partners give more than x. So it rises up to the largest x
-    that does not exceed alpha k while k partners give at least x, for some k."""
-    return max((min(alpha * k, y) for k, y in enumerate(sorted(others, reverse=True), 1)), default=0.0)
+def best_reply(worth: np.ndarray, efforts: np.ndarray) -> float:
+    """An agent's best effort if its partners give `efforts`, and a unit of the weaker effort of the link with
+    each of them counts `worth`. The sum over the links is concave in the own effort x, and its slope is (the
+    worth of the partners who give more than x) - x. So it rises up to the largest x that does not exceed the
+    worth of those who give at least x."""
+    order = np.argsort(-efforts)
+    return max(np.minimum(np.cumsum(worth[order]), efforts[order]), default=0.0)
 
 
 @register
 @dataclass(frozen=True)
 class Coordination(Game):
     """alpha: what the weaker effort of a link is worth to each agent (N,); c: cost of a link, paid at both
-    ends; cap: the largest allowed effort; stages, rounds: see Game."""
+    ends; cap: the largest allowed effort; stages, rounds, fee: see Game."""
 
     # The rules.
 
@@ -43,11 +45,12 @@ class Coordination(Game):
     cap: float
     stages: str = "GE"
     rounds: int = 1
+    fee: float = 0.0
 
     def __post_init__(self):
         self.check()
-        if min(self.alpha) <= 0 or self.c < 0 or self.cap <= 0:
-            raise GameError("alpha and cap must be positive, c must not be negative")
+        if min(self.alpha) <= 0 or min(self.c, self.fee) < 0 or self.cap <= 0:
+            raise GameError("alpha and cap must be positive, c and fee must not be negative")
 
     @property
     def types(self) -> tuple[float, ...]:
@@ -68,12 +71,19 @@ class Coordination(Game):
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         x = np.asarray(efforts_N, float)
         shared_N = (links_NN * np.minimum.outer(x, x)).sum(1)
-        return np.array(self.alpha) * shared_N - x**2 / 2 - self.c * links_NN.sum(1)
+        return np.array(self.alpha) * shared_N - x**2 / 2 - self.link_cost * links_NN.sum(1)
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        x = np.minimum(self.cap, efforts_N)
-        rows = zip(self.alpha, links_NN, strict=True)
-        return np.array([best_reply(alpha, x[row_N == 1]) for alpha, row_N in rows])
+        return self.best_replies(np.tile(self.alpha, (self.N, 1)).T, links_NN, efforts_N)
+
+    def planner_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        return self.best_replies(np.add.outer(self.alpha, self.alpha), links_NN, efforts_N)
+
+    def best_replies(self, worth_NN: np.ndarray, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """Where the link ij counts worth_NN[i, j] to i, (N,)."""
+        x, partners_NN = np.minimum(self.cap, efforts_N), links_NN == 1
+        rows = zip(worth_NN, partners_NN, strict=True)
+        return np.array([best_reply(worth_N[row_N], x[row_N]) for worth_N, row_N in rows])
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         """The greatest equilibrium. Best replies rise with the others' efforts (the game is supermodular).
@@ -125,7 +135,7 @@ class Coordination(Game):
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """alpha_i min(x_i, x_j) - c, whatever the other links are."""
-        return np.array(self.alpha)[:, None] * np.minimum.outer(efforts_N, efforts_N) - self.c
+        return np.array(self.alpha)[:, None] * np.minimum.outer(efforts_N, efforts_N) - self.link_cost
 
     # The words.
 
@@ -153,8 +163,8 @@ class Coordination(Game):
         if seen.types is not None and len(linked):
             text += f" to alphas {tell_short(seen.types[j] for j in linked)}"
             if hints:
-                efforts = [min(seen.cap, seen.types[j] * seen.links[j].sum()) for j in linked]
-                best = best_reply(seen.own_type, efforts)
+                efforts = np.array([min(seen.cap, seen.types[j] * seen.links[j].sum()) for j in linked])
+                best = best_reply(np.full(len(linked), seen.own_type), efforts)
                 text += f". Best reply if each gives alpha times its links: {best:.2f}"
         return text
 

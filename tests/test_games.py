@@ -24,7 +24,7 @@ BAD = [  # a field, a value, words of the refusal
     *(("alpha", (1.0, v), "alpha") for v in (0.0, -2.0)),
     *(("alpha", (1.0, v), "finite") for v in (math.nan, "2\n", None)),
     *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e+06")),
-    *(("c", "0.1", "finite"), ("c", -0.1, "c must not be negative")),
+    *(("c", "0.1", "finite"), ("c", -0.1, "c and fee must not be negative")),
     *(("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
     *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5, ["G", "E"])),
     ("stages", "GXE", "GXE"),
@@ -55,10 +55,13 @@ def test_json_that_is_no_game_is_refused_in_one_line(key):
 
 @pytest.mark.parametrize("name, stages, rounds", [("bcz", "GE", 1), ("bcz", "GGE", 3), ("pgg", "GEE", 2)])
 def test_json_round_trip(name, stages, rounds):
-    game = draw_game(np.random.default_rng(70), 5, family=Family(name, stages, rounds))
-    d = json.loads(json.dumps(game.to_json()))
-    assert set(d) == {"game"} | {f.name for f in fields(game)}
-    assert game_from_json(d) == game and hash(game_from_json(d)) == hash(game)
+    drawn = draw_game(np.random.default_rng(70), 5, family=Family(name, stages, rounds))
+    for game in (drawn, replace(drawn, fee=0.1)):  # without a fee, as in data sets that are older than fees
+        d = json.loads(json.dumps(game.to_json()))
+        assert set(d) | {"fee"} == {"game"} | {f.name for f in fields(game)} and ("fee" in d) == (
+            game.fee > 0
+        )
+        assert game_from_json(d) == game and hash(game_from_json(d)) == hash(game)
 
 
 # --- graphs

@@ -83,6 +83,10 @@ def test_best_responses_are_the_best_of_a_grid():
     for _ in range(60):
         game, links_NN = random_game(rng, 4), random_graph(rng, 4, 0.7)
         x = rng.choice(halves(game), 4)
+        for i, best in enumerate(game.planner_response(links_NN, x)):
+            options = [np.where(np.arange(4) == i, own, x) for own in (best, *np.linspace(0, game.cap, 401))]
+            first, *others = (game.welfare(links_NN, efforts) for efforts in options)
+            assert max(others) <= first + 1e-9
         for i, best in enumerate(game.best_response(links_NN, x)):
             own = [loop_payoffs(game, links_NN, [*x[:i], e, *x[i + 1 :]])[i] for e in (*halves(game), best)]
             assert own[-1] == pytest.approx(max(own)) and best in halves(game)

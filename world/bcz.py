@@ -31,7 +31,8 @@ from prompts import tell_numbers, tell_short
 @register
 @dataclass(frozen=True)
 class BCZ(Game):
-    """One instance: its parameters, in the notation above, and `stages` and `rounds`, see games.Game."""
+    """One instance: its parameters, in the notation above, and `stages`, `rounds` and `fee`, see
+    games.Game."""
 
     name = "bcz"
     alpha: tuple[float, ...]
@@ -40,11 +41,12 @@ class BCZ(Game):
     cap: float
     stages: str = "GE"
     rounds: int = 1
+    fee: float = 0.0
 
     def __post_init__(self):
         self.check()
-        if min(self.alpha) <= 0 or self.delta < 0 or self.c < 0 or self.cap <= 0:
-            raise GameError("alpha and cap must be positive, delta and c must not be negative")
+        if min(self.alpha) <= 0 or min(self.delta, self.c, self.fee) < 0 or self.cap <= 0:
+            raise GameError("alpha and cap must be positive, delta, c and fee must not be negative")
 
     @property
     def types(self) -> tuple[float, ...]:
@@ -68,11 +70,15 @@ class BCZ(Game):
         """pi, (N,)."""
         x = np.asarray(efforts_N, float)
         own = np.array(self.alpha) * x - x**2 / 2
-        return own + self.delta * x * (links_NN @ x) - self.c * links_NN.sum(1)
+        return own + self.delta * x * (links_NN @ x) - self.link_cost * links_NN.sum(1)
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         """The effort with which each agent responds best to the efforts of the others, (N,)."""
         return np.clip(np.array(self.alpha) + self.delta * links_NN @ efforts_N, 0, self.cap)
+
+    def planner_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        """The effort of each agent that is best for the welfare, given those of the others, (N,)."""
+        return np.clip(np.array(self.alpha) + 2 * self.delta * links_NN @ efforts_N, 0, self.cap)
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         """The only efforts that are best responses to each other, (N,)."""
@@ -101,9 +107,9 @@ class BCZ(Game):
         return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """What agent i gains from the link ij at these efforts, delta x_i x_j - c, for all i and j, (N,
-        N)."""
-        return self.delta * np.outer(efforts_N, efforts_N) - self.c
+        """What agent i gains from the link ij at these efforts, delta x_i x_j - c (without a fee), for all i
+        and j, (N, N)."""
+        return self.delta * np.outer(efforts_N, efforts_N) - self.link_cost
 
     # The words, of which prompts.py makes what an agent reads.
 

@@ -9,7 +9,7 @@ have efficient graphs in between.
 
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -24,7 +24,7 @@ class Family:
     """A game with its stages and rounds, and what of its instances is fixed.
 
     patterns: of the types, where these are drawn; types: else the numbers themselves (one for all agents, or
-    N, by seat); fixed: the values of parameters that the game calls fixable, by name."""
+    N, by seat); fixed: the values of parameters that the game calls fixable, by name; fee: see games.Game."""
 
     game: str = "bcz"
     stages: str = "GE"
@@ -32,6 +32,7 @@ class Family:
     patterns: tuple[str, ...] = TYPE_PATTERNS
     types: tuple[float, ...] = ()
     fixed: tuple[tuple[str, float], ...] = ()
+    fee: float = 0.0
 
     @property
     def rules(self) -> type[Game]:
@@ -48,7 +49,8 @@ class Family:
             advice = f"give one number for all, or {len(types_N)}"
             raise GameError(f"{len(self.types)} types are given for {len(types_N)} agents; {advice}")
         types_N = np.resize(self.types or types_N, len(types_N))
-        return self.rules.make(types_N, u, v, dict(self.fixed), self.stages, self.rounds)
+        game = self.rules.make(types_N, u, v, dict(self.fixed), self.stages, self.rounds)
+        return replace(game, fee=self.fee) if self.fee else game
 
 
 def families_of(
@@ -59,14 +61,15 @@ def families_of(
     types: tuple[float, ...] = (),
     fixed: dict[str, float] | None = None,
 ) -> tuple[Family, ...]:
-    """Every game with every string of stages; of `fixed` each game takes what it can fix. Raises
+    """Every game with every string of stages; of `fixed` each game takes what it can fix, and `fee`. Raises
     GameError."""
+    fee = (fixed or {}).get("fee", 0.0)
     families = []
     for name in dict.fromkeys(games):
         own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in (fixed or {}))
         for string in dict.fromkeys(stages):
             check_stages(string)
-            families.append(Family(name, string, rounds, patterns, types, own))
+            families.append(Family(name, string, rounds, patterns, types, own, fee))
     return tuple(families)
 
 

@@ -32,7 +32,8 @@ MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphis
 @register
 @dataclass(frozen=True)
 class PGG(Game):
-    """One instance: its parameters, in the notation above, and `stages` and `rounds`, see games.Game."""
+    """One instance: its parameters, in the notation above, and `stages`, `rounds` and `fee`, see
+    games.Game."""
 
     name = "pgg"
     scored_at = "planner"  # at Nash efforts mostly nobody contributes, and the best graph has no links
@@ -42,11 +43,12 @@ class PGG(Game):
     c: float
     stages: str = "GE"
     rounds: int = 1
+    fee: float = 0.0
 
     def __post_init__(self):
         self.check()
-        if min(self.endowment) <= 0 or self.r <= 0 or self.c < 0:
-            raise GameError("endowments and the factor must be positive, the cost not negative")
+        if min(self.endowment) <= 0 or self.r <= 0 or min(self.c, self.fee) < 0:
+            raise GameError("endowments and the factor must be positive, cost and fee not negative")
         if not 0 <= self.b <= 10:  # 12 ** b would overflow for large b
             raise GameError(f"the size exponent must be 0 to 10, got {self.b:g}")
 
@@ -74,10 +76,13 @@ class PGG(Game):
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         x = np.asarray(efforts_N, float)
-        return self.caps - x + self.returns(links_NN) @ x - self.c * links_NN.sum(1)
+        return self.caps - x + self.returns(links_NN) @ x - self.link_cost * links_NN.sum(1)
 
     def best_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
         return self.nash_efforts(links_NN)
+
+    def planner_response(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
+        return self.planner_efforts(links_NN)
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
         return np.where(self.returns(links_NN).diagonal() > 1 + 1e-12, self.caps, 0.0)
@@ -112,7 +117,7 @@ class PGG(Game):
             decisive_N = M.sum(0) if solution == "planner" else M.diagonal()
             w_N = np.where(decisive_N > 1 + 1e-12, M.sum(0) - 1, 0.0)
             order = np.argsort(-w_N, kind="stable")
-            W = e.sum() + w_N[order] @ e[by_endowment] - self.c * graph_NN.sum()
+            W = e.sum() + w_N[order] @ e[by_endowment] - self.link_cost * graph_NN.sum()
             if W > best_welfare + 1e-9:
                 links_NN = empty_graph(N)
                 links_NN[np.ix_(by_endowment, by_endowment)] = graph_NN[np.ix_(order, order)]

@@ -16,7 +16,7 @@ from tables import STYLE, evaluation_of, expert
 from whole_runs import lines_of
 
 import train_rft
-from decisions import row_payoff, row_payoffs
+from decisions import payoffs_with_row, row_payoffs
 from eval import play_among_experts
 from experts import make_expert
 from games import game_from_json, history_from_text
@@ -408,7 +408,7 @@ def test_games_show_regret_and_the_best_row(page, made):
         game = game_from_json(results["tompo"]["instances"][i]["instance"])
         end = history_from_text(game, results["tompo"]["actions"][i])
         worth = row_payoffs(end.before(0), 0, end.history[0])
-        chosen = row_payoff(end.before(0), 0, end.history[0], end.history[0][0])
+        chosen = payoffs_with_row(end.before(0), 0, end.history[0], end.history[0][0])[0]
         assert f"Regret {worth.max() - chosen:.3f}" in players[0] and f"worth {worth.max():.3f}" in players[0]
         assert results["tompo"]["replies"][i][0].split("\n")[-1] in players[0]
     page.click("p-game-before")

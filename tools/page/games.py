@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from decisions import EFFORTS, LINKS, effort_payoff, row_payoffs
+from decisions import EFFORTS, LINKS, payoffs_with_effort, row_payoffs
 from games import Game, State, game_from_json, history_from_text, own_rows
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
@@ -31,7 +31,7 @@ def decision_of(state: State, seat: int, actions: np.ndarray, reply: str) -> dic
     elif kind is EFFORTS:
         own, best = float(actions[seat]), float(game.best_response(state.links, actions)[seat])
         efforts = [own, best, *np.linspace(0, game.caps[seat], CURVE)]
-        chosen, value, *payoffs = (effort_payoff(state, seat, actions, x) for x in efforts)
+        chosen, value, *payoffs = (payoffs_with_effort(state, seat, actions, x)[seat] for x in efforts)
         decision |= {"true": actions, "curve": list(zip(efforts[2:], payoffs, strict=True))}
         choice = {"own": own, "best": best, "chosen": chosen, "value": value}
     else:

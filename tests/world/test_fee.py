@@ -1,0 +1,112 @@
+"""The fee of a proposal, and what a choice is worth to all, against formulas written anew and brute force."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from brute import all_graphs, random_graph
+
+from decisions import EFFORTS, LINKS
+from games import GameError, State, complete_graph, empty_graph, form_links, own_rows
+from prompts import PromptStyle, messages
+from world.draws import Family, draw_game, families_of
+
+
+def drawn(name, fee, seed=0, N=4):
+    return draw_game(np.random.default_rng(seed), N, family=Family(name, rounds=2, fee=fee))
+
+
+def random_proposals(rng, N):
+    return rng.integers(0, 2, (N, N)) * complete_graph(N)
+
+
+@pytest.mark.parametrize("name", ("bcz", "pgg"))
+def test_every_proposal_costs_its_fee(name):
+    rng = np.random.default_rng(1)
+    for seed in range(20):
+        free, game = drawn(name, 0.0, seed), drawn(name, 0.3, seed)
+        assert game == replace(free, fee=0.3) and game.key == free.key  # the same draw, in the same split
+        P, x = random_proposals(rng, 4), rng.uniform(0, game.caps)
+        expected = free.payoffs(form_links(P), x) - 0.3 * game.c * P.sum(1)
+        np.testing.assert_allclose(game.round_payoffs(P, x), expected, atol=1e-12)
+        (G, efforts, paid), *_ = State(game).step(P).step(x).round_results()
+        np.testing.assert_allclose(paid, expected, atol=1e-12)
+        assert (G == form_links(P)).all() and (efforts == x).all()
+
+
+@pytest.mark.parametrize("name", ("bcz", "pgg"))
+@pytest.mark.parametrize("solution", ("nash", "planner"))
+def test_the_efficient_graph_pays_the_fee_at_both_ends(name, solution):
+    for seed in range(6):
+        game = drawn(name, 0.4, seed)
+        best = max(game.welfare(G, game.solve_efforts(solution, G)) for G in all_graphs(4))
+        links_NN, W = game.efficient_graph(solution)
+        assert W == pytest.approx(best) == game.welfare(links_NN, game.solve_efforts(solution, links_NN))
+        costs = 0.4 * game.c * links_NN.sum()
+        free = replace(game, fee=0.0)
+        assert W + costs == pytest.approx(free.welfare(links_NN, game.solve_efforts(solution, links_NN)))
+
+
+def test_a_fee_makes_always_link_a_bad_answer():
+    game, P = drawn("bcz", 0.3), empty_graph(4)
+    P[0] = 1 - np.eye(4, dtype=int)[0]  # to all, and nobody answers
+    assert LINKS.efficiency(State(replace(game, fee=0.0)), 0, P) == 1.0
+    assert LINKS.efficiency(State(game), 0, P) == 0.0
+    assert LINKS.efficiency(State(game), 0, empty_graph(4)) == 1.0
+
+
+@pytest.mark.parametrize("name", ("bcz", "pgg"))
+@pytest.mark.parametrize("fee", (0.0, 0.2))
+def test_the_common_good_of_a_row_against_all_rows(name, fee):
+    rng = np.random.default_rng(2)
+    for seed in range(10):
+        game, P = drawn(name, fee, seed), random_proposals(rng, 4)
+
+        def W(row, game=game, P=P):
+            other = np.array([row, *P[1:]])
+            x = game.nash_efforts(form_links(other))
+            return game.round_payoffs(other, x).sum()
+
+        values = [W(row) for row in own_rows(4, 0)]
+        span = max(values) - min(values)
+        expected = 1.0 if span < 1e-12 else (W(P[0]) - min(values)) / span
+        assert LINKS.common_good(State(game), 0, P) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ("bcz", "pgg"))
+def test_the_common_good_of_an_effort_against_a_grid(name):
+    rng = np.random.default_rng(3)
+    for seed in range(10):
+        game = drawn(name, 0.0, seed)
+        links, x = random_graph(rng, 4, 0.7), np.minimum(rng.uniform(0, 4, 4), game.caps)
+        state, seat = State(game, (links,)), int(rng.integers(4))
+
+        def W(own, game=game, links=links, x=x, seat=seat):
+            return game.welfare(links, np.where(np.arange(4) == seat, own, x))
+
+        grid = [W(own) for own in np.linspace(0, game.caps[seat], 4001)]
+        best = W(game.planner_response(links, x)[seat])
+        assert max(grid) <= best + 1e-9 and best == pytest.approx(max(grid), abs=1e-4)
+        share = EFFORTS.common_good(state, seat, x)
+        assert share == pytest.approx(
+            (W(x[seat]) - min(grid)) / (best - min(grid)) if best > min(grid) else 1
+        )
+
+
+def test_the_fee_is_read_and_so_is_who_chose_the_agent():
+    game, style = drawn("bcz", 0.05), PromptStyle()
+    P = np.array([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 0, 0]])
+    system, _, _, question = messages(State(game).step(P), 0, ["x"], style)
+    assert "every choice costs 0.05 c, answered or not" in system["content"]
+    assert question["content"].startswith("You were chosen by [0, 0, 1, 1]. Round 1 efforts. Links: 1-3.")
+    system, _, _, question = messages(State(replace(game, fee=0.0, rounds=1)).step(P), 0, ["x"], style)
+    assert "every choice" not in system["content"] and question["content"].startswith("Round 1 efforts.")
+
+
+def test_the_fee_of_families_and_bad_fees():
+    bcz, pgg = families_of(["bcz", "pgg"], ["GE"], 1, fixed={"fee": 0.1, "b": 0.6})
+    assert (bcz.fee, pgg.fee, bcz.fixed, pgg.fixed) == (0.1, 0.1, (), (("b", 0.6),))
+    for name, fee in itertools.product(("bcz", "pgg"), (-0.1, float("nan"))):
+        with pytest.raises(GameError):
+            replace(drawn(name, 0.0), fee=fee)
