@@ -56,7 +56,7 @@ def seats_in(games: list[Game], seat: int | str, seed: int) -> list[tuple[int, .
 def check_lengths(settings: Settings, policy: Policy) -> None:
     """Raises InputError where the last question of some game, after the longest replies, could exceed the
     model's context, so that it is known before training. The games are played by an exact expert."""
-    style, expert = settings.players.style, settings.players.expert.stand_in()
+    style, expert = settings.players.style, settings.players.others.stand_in()
     for game in instances(settings.games, settings.evaluation):
         limit, stages = style.reply_limit(game.N), game.rounds * len(game.stages)
         last = simulate([(0, game, numpy_generator(0))], expert, style)[-1]
@@ -99,7 +99,7 @@ def play_among_experts(
 ) -> list[Played]:
     """The player of this name among experts. seat: another than that of the settings."""
     players, evaluation = settings.players, settings.evaluation
-    make_expert = partial(expert_player, players.expert, players.style, evaluation.seed)
+    make_expert = partial(expert_player, players.others, players.style, evaluation.seed)
     makers, seat = {True: make_player, False: make_expert}, evaluation.seat if seat is None else seat
     return play_held_out(settings, seat, makers, [name], repair=repair)
 
@@ -113,6 +113,8 @@ def check_name(settings: Settings, name: str, flag: str) -> None:
     if kind == "expert":
         settings.players.make_expert(rest)
     elif kind == "few-shot":
+        if settings.players.partners:
+            raise InputError(f"{flag} {name}: examples are games among experts: leave out --partners")
         if rest not in map(str, range(1, 1001)):  # no context has room for as many
             raise InputError(f"{flag} {name}: K of few-shot:K is a number of expert games from 1 to 1000")
     elif name not in ("base", human.NAME):

@@ -12,7 +12,9 @@ before, which only language models look at. The exact ones need no model:
                   link and plays effort alpha
     selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
+    reciprocal    proposes to whoever proposed to it in the last stage of links, first to all; Nash efforts
     random        a fair coin for every link, a uniform effort
+    switch:A:B    the exact expert A in the first half of the rounds, then B
     openai:MODEL / hf:PATH   a language model on a server, a local one: see teachers/language.py
     noisy:EXPERT:RATE   any of them, with that share of its decisions replaced by `random`
 
@@ -22,6 +24,7 @@ tools.expert_games` writes a data set.
 """
 
 import copy
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -31,6 +34,7 @@ import games
 from decisions import EFFORTS, LINKS
 from games import Decision, Game, State
 from run.errors import InputError
+from run.seeds import Stream, numpy_generator
 
 # -------------------- rules of exact experts, solved for all seats at once
 
@@ -60,6 +64,11 @@ def _myopic_efforts(state: State) -> np.ndarray:
     return state.game.best_response(state.links, x)
 
 
+def _reciprocal_proposals(state: State) -> np.ndarray:
+    proposals_NN = state.last("G")
+    return games.complete_graph(state.game.N) if proposals_NN is None else proposals_NN.T
+
+
 def _nash(state: State) -> np.ndarray:
     return state.game.nash_efforts(state.links)
 
@@ -76,6 +85,7 @@ RULES = {
     "selfish": (lambda s: np.array([_selfish_row(s.game, i) for i in range(s.game.N)]), _nash),
     "always-link": (lambda s: games.complete_graph(s.game.N), _nash),
     "never-link": (lambda s: games.empty_graph(s.game.N), _nash),
+    "reciprocal": (_reciprocal_proposals, _nash),
 }
 NAMES = (*RULES, "random")
 
@@ -122,6 +132,32 @@ class Random(Expert):
         return state.kind.random(state.game, seat, rng)
 
 
+class Switch(Expert):
+    def __init__(self, first: Expert, then: Expert):
+        self.first, self.then, self.name = first, then, f"switch:{first.name}:{then.name}"
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        rule = self.first if 2 * state.round <= state.game.rounds else self.then
+        return rule(state, seat, rng, past)
+
+
+class Partners(Expert):
+    """Several rules. Which one a seat follows is drawn for every seat of every instance, and depends on
+    nothing else, so all policies meet the same partners in evaluation."""
+
+    name = "partners"
+
+    def __init__(self, rules: list[Expert]):
+        self.rules = rules
+
+    def rule(self, game: Game, seat: int) -> Expert:
+        drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(game.key.encode()), seat)
+        return self.rules[drawn.integers(len(self.rules))]
+
+    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
+        return self.rule(state.game, seat)(state, seat, rng, past)
+
+
 class Noisy(Expert):
     """An expert of whose decisions a share is replaced by `random`. rates: of several layers of noise, the
     outermost first."""
@@ -155,6 +191,16 @@ class Noisy(Expert):
         return Noisy(self.inner.stand_in(), self.rates)
 
 
+def decide_together(experts: list[Expert], calls: list[tuple]) -> list[Decision]:
+    """The decisions of several calls, each of its own expert, in order; those of one expert are asked for
+    together."""
+    decisions: dict[int, Decision] = {}
+    for expert in dict.fromkeys(experts):
+        own = [k for k, other in enumerate(experts) if other is expert]
+        decisions |= zip(own, expert.decide_all([calls[k] for k in own]), strict=True)
+    return [decisions[k] for k in range(len(calls))]
+
+
 def make_expert(name: str, language: Callable[[str], Expert] | None = None) -> Expert:
     """The expert of a name. language: makes those of openai: and hf: names (teachers/language.py). Raises
     InputError for a name that is none, or for a language model that is not available."""
@@ -168,10 +214,12 @@ def make_expert(name: str, language: Callable[[str], Expert] | None = None) -> E
         expert = language(inner)
     elif inner == "random":
         expert = Random()
+    elif inner.startswith("switch:") and inner.count(":") == 2:
+        expert = Switch(*(make_expert(part) for part in inner.split(":")[1:]))
     elif inner in RULES:
         expert = Exact(inner)
     else:
-        known = f"{', '.join(RULES)}, random, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
+        known = f"{', '.join(RULES)}, random, switch:A:B, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
         raise InputError(f"unknown expert {inner!r}; choose from {known}")
     return Noisy(expert, rates) if rates else expert
 

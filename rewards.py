@@ -163,15 +163,20 @@ class Memory:
     def __init__(self, best: dict[str, float] | None = None):
         self.best = {} if best is None else best
 
-    def get(self, key: str) -> float:
-        return self.best.get(key, 0.0)
+    def get(self, target: Target) -> float:
+        return self.best.get(self.key(target), 0.0)
+
+    @staticmethod
+    def key(target: Target) -> str:
+        """Efforts have a graph level only in variants/game.py, and there a memory of their own."""
+        return target.game.key + ("" if target.kind.letter == "G" else f" {target.kind.letter}")
 
     def update(self, targets: list[Target], groups: list[list[Rollout]]) -> None:
         """To be called after the step: within a step all groups see the same memory."""
         for target, group in zip(targets, groups, strict=True):
             scores = [o.rewards["s"] for o in group if "s" in o.rewards]
             if scores:
-                self.best[target.game.key] = max(self.get(target.game.key), *scores)
+                self.best[self.key(target)] = max(self.get(target), *scores)
 
 
 # -------------------- the reward function
@@ -196,7 +201,7 @@ def group_rewards(
         o.rewards["r_S"] = o.rewards["compliance"] + likeness_i + bonus
         if s is not None:
             local = weights["local"] * (o.decision is not None and s == best)
-            globally = weights["global"] * (o.decision is not None and s >= memory.get(target.game.key))
+            globally = weights["global"] * (o.decision is not None and s >= memory.get(target))
             o.rewards |= {"s": s, "local": local, "global": globally, "R_G": s + local + globally}
 
 

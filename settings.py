@@ -17,7 +17,7 @@ from typing import Any
 import lora
 import tompo
 import variants.objective  # noqa: F401  (its import adds to the tables of tompo)
-from experts import Expert, make_expert
+from experts import Expert, Partners, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
 from models.load import ENGINES, default_device, load_policy
@@ -31,7 +31,7 @@ from run.errors import InputError
 from run.files import argv_of, resumed_flags
 from teachers import language
 from teachers.asking import asking, with_record
-from variants import credit, joint
+from variants import credit, game, joint
 from world.draws import TYPE_PATTERNS, Family, families_of
 
 # -------------------- types of single values, for argparse
@@ -155,12 +155,13 @@ def add_game_flags(parser: argparse.ArgumentParser) -> None:
     types = f"alpha, endowments: {patterns}, or numbers, one for all or one for each seat (else drawn)"
     add("--types", nargs="+", help=types)
     known = "; ".join(f"{name}: {', '.join(game.fixable)}" for name, game in GAMES.items())
-    add("--fix", nargs="+", metavar="NAME=VALUE", help=f"parameters that are not drawn ({known})")
+    add("--fix", nargs="+", metavar="NAME=VALUE", help=f"parameters that are not drawn ({known}; all: fee)")
 
 
 def resolve_games(args: argparse.Namespace) -> Games:
     patterns, types = resolve_types(args.types)
-    fixed = named_numbers(args.fix, "--fix", [p for name in args.game for p in GAMES[name].fixable])
+    known = [*(p for name in args.game for p in GAMES[name].fixable), "fee"]
+    fixed = named_numbers(args.fix, "--fix", known)
     return Games(families_of(args.game, args.stages, args.rounds, patterns, types, fixed))
 
 
@@ -186,11 +187,18 @@ def resolve_types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float
 
 @dataclass(frozen=True)
 class Players:
-    """expert: the teacher and the player of the other seats; make_expert: the expert of another name."""
+    """expert: the teacher, and the player of the other seats where there are no partners; partners: who plays
+    there in its stead; make_expert: the expert of another name."""
 
     expert: Expert
+    partners: Partners | None
     style: PromptStyle
     make_expert: Callable[[str], Expert]
+
+    @property
+    def others(self) -> Expert:
+        """Who plays the seats that are not the policy's."""
+        return self.partners or self.expert
 
 
 def add_player_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +207,8 @@ def add_player_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
+    partners = "the rules from which that of every other seat of every game is drawn (default: the expert)"
+    add("--partners", nargs="+", metavar="EXPERT", help=partners)
     asking = "how a language model is asked, such as attempts=3 budget=20 (docs/language-model-experts.md)"
     add("--ask", nargs="+", metavar="NAME=VALUE", help=asking)
     add("--information", choices=("full", "local"), default="full", help="whose types an agent knows")
@@ -211,7 +221,10 @@ def resolve_players(args: argparse.Namespace) -> Players:
     style = PromptStyle(args.information, args.belief, args.hints, args.max_new_tokens)
     asking(args.ask, style)  # complains about --ask before a language model is asked for
     make = partial(make_expert, language=partial(make_language_expert, args.ask, style))
-    return Players(make(args.expert), style, make)
+    partners = Partners([make(name) for name in args.partners]) if args.partners else None
+    if partners and any(rule.language for rule in partners.rules):
+        raise InputError("--partners takes exact experts (see experts.py)")
+    return Players(make(args.expert), partners, style, make)
 
 
 def make_language_expert(ask: list[str] | None, style: PromptStyle, name: str) -> Expert:
@@ -239,7 +252,7 @@ class Data:
 
     def simulate(self, games: Games, players: Players, count: int, split: str = "train"):
         """`count` games of a split."""
-        drawn = self.agents, split, games.families, self.noise
+        drawn = self.agents, split, games.families, self.noise, players.partners, self.seat
         return dataset.simulate_many(count, players.expert, self.seed, players.style, *drawn)
 
 
@@ -261,6 +274,8 @@ def resolve_data(args: argparse.Namespace) -> Data:
         agents = f"the number of agents, which is {args.agents[0]} in some games"
         raise InputError(f"--seat {args.seat} must be below {agents}")
     games, file = (0, args.games) if isinstance(args.games, str) else (args.games, None)
+    if args.partners and args.seat == "all":
+        raise InputError("--partners sit in the other seats: --seat is a number or random, not all")
     return Data(games, file, tuple(args.agents), args.seat, args.noise, args.seed)
 
 
@@ -344,7 +359,7 @@ class RFT:
 
 LEVELS = {"A_S": 0.8, "A_G": 0.2}  # the weights of the two levels of advantage [source]
 KNOWN_WEIGHTS = {**WEIGHTS, **LEVELS, **credit.WEIGHTS}
-REWARDS_FROM = ("expert", "welfare", "credit", "joint")
+REWARDS_FROM = ("expert", "welfare", "game", "credit", "joint")
 # Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
 RESERVED = set(
     "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken advantage"
@@ -375,7 +390,9 @@ def add_rft_flags(parser: argparse.ArgumentParser) -> None:
     add("--temperature", type=temperature, default=1.0, help="of sampling and of every log-probability")
     group = parser.add_argument_group("reward and objective", "See rewards.py and tompo.py.")
     add = group.add_argument
-    source = "likeness to the expert; s by welfare; credit by returns, or one graph for all seats (variants/)"
+    source = (
+        "likeness to the expert; s by welfare; game: payoffs; credit: returns; joint: one graph (variants/)"
+    )
     add("--reward-from", choices=REWARDS_FROM, default="expert", help=source)
     known = {**KNOWN_WEIGHTS, **{name: 0 for name in TERMS if name not in KNOWN_WEIGHTS}}
     names = ", ".join(f"{name}={value:g}" for name, value in known.items())
@@ -425,6 +442,10 @@ def resolve_reward(args: argparse.Namespace, weights: dict[str, float], expert: 
     if args.reward_from in ("expert", "welfare"):
         score = welfare if args.reward_from == "welfare" else graph_likeness
         return partial(expert_rewards, weights=weights, score=score)
+    if args.reward_from == "game":
+        return partial(game.game_rewards, weights=weights)
+    if args.partners and args.reward_from == "credit":
+        raise InputError("--reward-from credit plays on with the expert in all seats: leave out --partners")
     if args.reward_from == "joint":
         return partial(joint.joint_rewards, weights=weights)
     if expert.language:

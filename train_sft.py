@@ -202,7 +202,8 @@ def make_probe(settings: Settings, policy: Policy, stage: Stage, name: str, ever
     if players.expert.language:
         return None
     seat = data.seat if isinstance(data.seat, int) else 0
-    targets = probe_targets(settings.games.families, data.agents[0], seat, players.expert, players.style)
+    games = settings.games.families, data.agents[0], seat
+    targets = probe_targets(*games, players.expert, players.style, players.partners)
     return Probe(
         stage, name, every, policy, targets, players.style, Path(settings.run.out), settings.run.seed
     )

@@ -31,23 +31,27 @@ def simulate_many(
     split: str = "train",
     families: tuple[Family, ...] = (Family(),),
     noise: float = 0.15,
+    partners: Expert | None = None,
+    seat: int | str = 0,
 ) -> list[Record]:
     """The records of `count` games on instances drawn from a split, with agents[0] to agents[1] agents.
-    Families take turns. noise: the share of the decisions that are replaced at random.
+    Families take turns. noise: the share of the decisions that are replaced at random; partners: who sits in
+    the seats that are not trained, if not the expert (see `simulate`); seat: the trained one.
 
     A language model plays all games at the same time. It gets the same instances and replaced decisions as
     an exact expert, because none of them depends on the answers: each game is first played by an exact
     expert, to advance the random stream, and then in earnest with a copy of the stream from before."""
     rng = np.random.default_rng([seed, split == "held-out"])
     exact = expert.stand_in()  # an exact expert is its own, and these games are then the result
-    records, plays = [], []
+    records, plays, trained = [], [], []
     for index in range(count):
         N = int(rng.integers(agents[0], agents[1] + 1))
         game = draw_game(rng, N, split, families[index % len(families)])
         if expert.language:
             plays.append((index, game, copy.deepcopy(rng)))
-        records += simulate([(index, game, rng)], exact, style, noise)
-    return simulate(plays, expert, style, noise) if expert.language else records
+        trained.append(seat_of(seat, seed, index, N))
+        records += simulate([(index, game, rng)], exact, style, noise, partners, trained[-1:])
+    return simulate(plays, expert, style, noise, partners, trained) if expert.language else records
 
 
 def write_records(path: str, records: list[Record]) -> None:
@@ -97,13 +101,17 @@ def check_record(r: Record) -> None:
 def trained_seats(records: list[Record], seat: int | str, seed: int) -> list[Record]:
     """The decisions that are trained on: those of one seat [source: seat 0], of every seat (`all`), or of one
     seat drawn for each game (`random`)."""
-    if seat != "random":
-        return [r for r in records if seat == "all" or r.seat == seat]
+    if seat == "all":
+        return records
     agents: dict[int, int] = {}
     for r in records:
         agents[r.game] = max(agents.get(r.game, 0), r.seat + 1)
-    drawn = {game: numpy_generator(seed, Stream.SEATS, game).integers(N) for game, N in agents.items()}
-    return [r for r in records if r.seat == drawn[r.game]]
+    return [r for r in records if r.seat == seat_of(seat, seed, r.game, agents[r.game])]
+
+
+def seat_of(seat: int | str, seed: int, game: int, N: int) -> int:
+    """The trained seat of a game of N agents."""
+    return int(numpy_generator(seed, Stream.SEATS, game).integers(N)) if seat == "random" else int(seat)
 
 
 def with_label_noise(

@@ -1,11 +1,11 @@
 """Whole games among experts: what SFT imitates, and where the prompts of RFT come from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from decisions import EFFORTS
-from experts import Expert
+from experts import Expert, decide_together
 from games import KINDS, Decision, Game, State, game_from_json
 from prompts import PromptStyle, format_reply, messages, read_reply
 
@@ -36,24 +36,41 @@ class Record:
 
 
 def simulate(
-    plays: list[tuple[int, Game, np.random.Generator]], expert: Expert, style: PromptStyle, noise: float = 0.0
+    plays: list[tuple[int, Game, np.random.Generator]],
+    expert: Expert,
+    style: PromptStyle,
+    noise: float = 0.0,
+    partners: Expert | None = None,
+    trained: list[int] | None = None,
 ) -> list[Record]:
     """Plays games with the expert in every seat, side by side; rounds * len(stages) * N records of each,
     game by game. plays: of each game its index, its instance and its random numbers; noise: share of
-    decisions replaced at random."""
+    decisions replaced at random.
+
+    With partners, these sit in all seats but one in each game, `trained`. This one plays at random, so that
+    nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
+    lines say what the others really do in the same stage [choice]."""
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
     records: list[list[Record]] = [[] for _ in plays]
     while active := [k for k, state in enumerate(states) if not state.done]:
-        calls = [(states[k], i, plays[k][2], replies[k][i]) for k in active for i in range(states[k].game.N)]
-        answers = iter(expert.decide_all(calls))
+        places = [(k, i) for k in active for i in range(states[k].game.N)]
+        calls = [(states[k], i, plays[k][2], replies[k][i]) for k, i in places]
+        who = [partners if partners and i != trained[k] else expert for k, i in places]
+        answers = iter(decide_together(who, calls))
         for k in active:
             state, (index, game, rng) = states[k], plays[k]
             seats, kind = range(game.N), state.kind
             labels = [next(answers) for _ in seats]
-            replaced = [bool(rng.random() < noise) for _ in seats]
+            replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
-            states[k] = after = state.step(np.array([decision.action for decision in played]))
+            actions = np.array([decision.action for decision in played])
+            if partners:
+                labels = [
+                    replace(d, belief=kind.expert_decision(actions, game, i).belief)
+                    for i, d in enumerate(labels)
+                ]
+            states[k] = after = state.step(actions)
             proposals_NN, ended = after.last("G"), after.round > state.round
             shared = dict(game=index, instance=game.to_json(), round=state.round, stage=len(state.history))
             shared |= dict(kind=kind.letter, links=after.links.tolist())

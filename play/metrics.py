@@ -174,23 +174,27 @@ def _intervals(rows: list[dict[str, float | None]], turns: list[Turn], seats: in
 
 
 def summarise(games_played: list[Played]) -> dict:
-    """{"all rounds" | "round 1": {metric: mean and interval}, "games": {game and stages: the same},
+    """{"all rounds" | "round 1" | ...: {metric: mean and interval}, "games": {game and stages: the same},
     "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
     in each stage), and all agents' "actions" by stage (as text); "repaired": how many replies}."""
     seats = len({t.seat for t in games_played[0].turns})
-    round_1 = [
-        replace(p, turns=[t for t in p.turns if t.state.round == 1], welfares=p.welfares[:1])
-        for p in games_played
-    ]
 
     def table(pairs):  # of games with their metrics
         return _intervals([row for _, row in pairs], [t for p, _ in pairs for t in p.turns], seats)
 
+    def in_round(played: Played, r: int) -> Played:
+        turns = [t for t in played.turns if t.state.round == r]
+        return replace(played, turns=turns, welfares=played.welfares[r - 1 : r])
+
+    rounds: dict[str, list[Played]] = {}
+    for p in games_played:
+        for r in range(1, p.game.rounds + 1):
+            rounds.setdefault(f"round {r}", []).append(in_round(p, r))
     pairs = [(p, per_instance(p)) for p in games_played]
     labels = dict.fromkeys(p.game.label for p in games_played)
     return {
         "all rounds": table(pairs),
-        "round 1": table([(p, per_instance(p)) for p in round_1]),
+        **{name: table([(p, per_instance(p)) for p in part]) for name, part in rounds.items()},
         "games": {label: table([pair for pair in pairs if pair[0].game.label == label]) for label in labels},
         "instances": [{"instance": p.game.to_json()} | row for p, row in pairs],
         "replies": [[t.reply for t in p.turns] for p in games_played],
@@ -264,13 +268,20 @@ def report(results: dict[str, dict]) -> str:
     """The tables that are printed, and the paired differences of the first row to every other."""
     first, *others = results
     text, parts = format_table({name: s["all rounds"] for name, s in results.items()}), {}
-    if results[first]["instances"][0]["instance"]["rounds"] > 1:
+    rounds = results[first]["instances"][0]["instance"]["rounds"]
+    if rounds > 1:
         parts["round 1"] = {name: s["round 1"] for name, s in results.items()}
     if len(results[first]["games"]) > 1:
         for label in results[first]["games"]:
             parts[label] = {name: s["games"][label] for name, s in results.items()}
     for label, tables in parts.items():
         text += f"\n\n{label} alone\n{format_table(tables)}"
+    if rounds > 1:
+        names = [f"round {r}" for r in range(1, rounds + 1)]
+        tables = {
+            name: {r: s.get(r, {}).get("U2 graph", UNKNOWN) for r in names} for name, s in results.items()
+        }
+        text += f"\n\nU2 of links by round\n{format_table(tables, names)}"
     return text + report_differences(
         first, others, lambda name, m: paired_difference(results[first], results[name], m)
     )

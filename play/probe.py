@@ -29,21 +29,30 @@ KEYS = ("U1", "row", "s", "U2", "belief")
 
 
 def probe_targets(
-    families: tuple[Family, ...], N: int, seat: int, expert: Expert, style: PromptStyle
+    families: tuple[Family, ...],
+    N: int,
+    seat: int,
+    expert: Expert,
+    style: PromptStyle,
+    partners: Expert | None = None,
 ) -> list[tuple[Target, list[dict]]]:
     """The decisions of one seat in held-out games of N agents, and their prompts. Before each decision all
-    agents, this seat too, have played the expert's decisions. For exact experts."""
+    agents, this seat too, have played the expert's decisions; with partners, these have played in the other
+    seats, and this one at random, as in training. For exact experts."""
     targets = []
     for index, game in enumerate(held_out_games(families, N, GAMES)):
         state, replies = State(game), []
         while not state.done:
             numbers = [(0, Stream.PROBE_GAMES, index, i, len(state.history)) for i in range(N)]
-            decisions = [expert(state, i, numpy_generator(*own)) for i, own in enumerate(numbers)]
+            generators = [numpy_generator(*own) for own in numbers]
+            who = [partners if partners and i != seat else expert for i in range(N)]
+            decisions = [player(state, i, generators[i]) for i, player in enumerate(who)]
             target = Target(state, seat, np.array([decision.action for decision in decisions]))
             if state.kind is LINKS or index % EVERY == 0:
                 targets.append((target, messages(state, seat, replies, style)))
-            replies.append(format_reply(decisions[seat], style))
-            state = state.step(target.actions)
+            own = state.kind.random(game, seat, generators[seat]) if partners else decisions[seat]
+            replies.append(format_reply(own, style))
+            state = state.step(target.with_own(own))
     return targets
 
 

@@ -33,6 +33,8 @@ class Stream(IntEnum):
     LABEL_NOISE = 10
     PROBE_GAMES = 11
     PROBE_REPLIES = 12
+    PARTNERS = 13  # of an instance, whatever the seed of the run
+    SELF_PLAY = 14
     PLAYERS = 100  # player k of a table has PLAYERS + k
     BENCH = 200  # to 204
 
