@@ -49,7 +49,7 @@ def simulate_many(
         game = draw_game(rng, N, split, families[index % len(families)])
         if expert.language:
             plays.append((index, game, copy.deepcopy(rng)))
-        trained.append(seat_of(seat, seed, index, N))
+        trained.append(seat_of(seat, seed, index, N) if partners else 0)
         records += simulate([(index, game, rng)], exact, style, noise, partners, trained[-1:])
     return simulate(plays, expert, style, noise, partners, trained) if expert.language else records
 
