@@ -13,6 +13,7 @@ from games import (
     Game,
     Kind,
     Observation,
+    Range,
     State,
     form_links,
     own_rows,
@@ -50,11 +51,6 @@ def payoffs_with_effort(state: State, seat: int, efforts_N: np.ndarray, effort: 
     efforts_N = efforts_N.copy()
     efforts_N[seat] = effort
     return state.game.payoffs(state.links, efforts_N)
-
-
-def share_of_range(u: float, best: float, worst: float) -> float:
-    """1 - (best - u) / (best - worst); 1 where the choice makes no difference. U2, if u is the own payoff."""
-    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
 # -------------------- the kinds
@@ -135,18 +131,15 @@ class Links(Kind):
         others = np.arange(target.game.N) != target.seat
         return float((belief_N == target.actions[:, target.seat])[others].mean())
 
-    def efficiency(self, state: State, seat: int, actions: np.ndarray) -> float:
-        """U2 over all own rows, at the Nash efforts of the graphs that would form."""
-        u, all_u = (
-            payoffs_with_row(state, seat, actions, actions[seat])[seat],
-            row_payoffs(state, seat, actions),
-        )
-        return share_of_range(u, all_u.max(), all_u.min())
+    def payoff_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
+        """Of all own rows, at the Nash efforts of the graphs that would form."""
+        all_u = row_payoffs(state, seat, actions)
+        return payoffs_with_row(state, seat, actions, actions[seat])[seat], all_u.max(), all_u.min()
 
-    def common_good(self, state: State, seat: int, actions: np.ndarray) -> float:
+    def welfare_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
         rows = [actions[seat], *own_rows(state.game.N, seat)]
         W, *all_W = (payoffs_with_row(state, seat, actions, row_N).sum() for row_N in rows)
-        return share_of_range(W, max(all_W), min(all_W))
+        return W, max(all_W), min(all_W)
 
 
 class Efforts(Kind):
@@ -216,20 +209,20 @@ class Efforts(Kind):
         error_N = np.abs(belief_N - actions) / np.maximum(actions, 0.05 * target.game.caps)
         return float(np.maximum(0, 1 - error_N)[others].mean())
 
-    def efficiency(self, state: State, seat: int, actions: np.ndarray) -> float:
-        """U2 over all efforts in [0, cap]. The own payoff is concave in the own effort, so that the worst
-        effort is one of the two ends."""
+    def payoff_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
+        """Of all efforts in [0, cap]. The own payoff is concave in the own effort, so that the worst effort
+        is one of the two ends."""
         best_reply = state.game.best_response(state.links, actions)[seat]
         choices = actions[seat], best_reply, 0.0, state.game.caps[seat]
         u, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x)[seat] for x in choices)
-        return share_of_range(u, best, min(nothing, cap))
+        return u, best, min(nothing, cap)
 
-    def common_good(self, state: State, seat: int, actions: np.ndarray) -> float:
+    def welfare_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
         """The welfare, too, is concave in the own effort."""
         best_effort = state.game.planner_response(state.links, actions)[seat]
         choices = actions[seat], best_effort, 0.0, state.game.caps[seat]
         W, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x).sum() for x in choices)
-        return share_of_range(W, best, min(nothing, cap))
+        return W, best, min(nothing, cap)
 
 
 LINKS, EFFORTS = Links(), Efforts()

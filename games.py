@@ -333,13 +333,29 @@ class Kind:
         """How well the belief predicts the target's actions, in [0, 1]."""
         return None
 
-    def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
-        """U2 of the decision that `seat` took among these actions; None for a kind that pays nothing."""
+    def payoff_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
+        """The own payoff with what `seat` chose among these actions, and with its best and its worst choice
+        instead. None for a kind that pays nothing."""
         return None
 
-    def common_good(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
-        """As U2, of the welfare instead of the own payoff: 1 for what is best for all, 0 for the worst."""
+    def welfare_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
+        """The same of the welfare: of what is best and worst for all."""
         return None
+
+    def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
+        """U2 = 1 - (u_best - u) / (u_best - u_worst) of the decision of `seat`."""
+        return share_of_range(self.payoff_range(state, seat, actions))
+
+
+Range = tuple[float, float, float]  # of a choice, of the best one, of the worst one
+
+
+def share_of_range(values: Range | None) -> float | None:
+    """0 for the worst choice, 1 for the best; 1 where the choice makes no difference."""
+    if values is None:
+        return None
+    u, best, worst = values
+    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
 
 
 KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it

@@ -188,10 +188,12 @@ def resolve_types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float
 @dataclass(frozen=True)
 class Players:
     """expert: the teacher, and the player of the other seats where there are no partners; partners: who plays
-    there in its stead; make_expert: the expert of another name."""
+    there in its stead; self_play: whether RFT plays its games with the policy in all seats, see
+    play/self_play.py; make_expert: the expert of another name."""
 
     expert: Expert
     partners: Partners | None
+    self_play: bool
     style: PromptStyle
     make_expert: Callable[[str], Expert]
 
@@ -207,7 +209,7 @@ def add_player_flags(parser: argparse.ArgumentParser) -> None:
     )
     add = group.add_argument
     add("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
-    partners = "the rules from which that of every other seat of every game is drawn (default: the expert)"
+    partners = "rules, from which that of each other seat is drawn (default: the expert); self: the policy"
     add("--partners", nargs="+", metavar="EXPERT", help=partners)
     asking = "how a language model is asked, such as attempts=3 budget=20 (docs/language-model-experts.md)"
     add("--ask", nargs="+", metavar="NAME=VALUE", help=asking)
@@ -221,10 +223,11 @@ def resolve_players(args: argparse.Namespace) -> Players:
     style = PromptStyle(args.information, args.belief, args.hints, args.max_new_tokens)
     asking(args.ask, style)  # complains about --ask before a language model is asked for
     make = partial(make_expert, language=partial(make_language_expert, args.ask, style))
-    partners = Partners([make(name) for name in args.partners]) if args.partners else None
+    self_play = args.partners == ["self"]
+    partners = Partners([make(name) for name in args.partners]) if args.partners and not self_play else None
     if partners and any(rule.language for rule in partners.rules):
         raise InputError("--partners takes exact experts (see experts.py)")
-    return Players(make(args.expert), partners, style, make)
+    return Players(make(args.expert), partners, self_play, style, make)
 
 
 def make_language_expert(ask: list[str] | None, style: PromptStyle, name: str) -> Expert:
@@ -274,8 +277,8 @@ def resolve_data(args: argparse.Namespace) -> Data:
         agents = f"the number of agents, which is {args.agents[0]} in some games"
         raise InputError(f"--seat {args.seat} must be below {agents}")
     games, file = (0, args.games) if isinstance(args.games, str) else (args.games, None)
-    if args.partners and args.seat == "all":
-        raise InputError("--partners sit in the other seats: --seat is a number or random, not all")
+    if args.partners and (args.partners == ["self"]) != (args.seat == "all"):
+        raise InputError("--partners self goes with --seat all, and other --partners with a seat or random")
     return Data(games, file, tuple(args.agents), args.seat, args.noise, args.seed)
 
 
@@ -508,9 +511,11 @@ def add_seating_flags(parser: argparse.ArgumentParser, *words: str) -> None:
 
 def resolve_evaluation(args: argparse.Namespace) -> Evaluation:
     """Of a script with the seating flags, or of a training run, which is evaluated with the fewest agents
-    that it trains with; a run that trains on every seat is evaluated in the first."""
+    that it trains with; a run that trains on every seat is evaluated in the first, or in self-play if it was
+    trained so."""
     if not hasattr(args, "eval_seed"):
-        return Evaluation(max(3, args.agents[0]), args.eval_games, 0 if args.seat == "all" else args.seat)
+        seat = 0 if args.seat == "all" and args.partners != ["self"] else args.seat
+        return Evaluation(max(3, args.agents[0]), args.eval_games, seat)
     if isinstance(args.seat, int) and args.seat >= args.agents:
         raise InputError(f"--seat {args.seat} must be below --agents, which is {args.agents}")
     return Evaluation(args.agents, args.eval_games, args.seat, args.eval_temperature, args.eval_seed)

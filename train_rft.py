@@ -11,7 +11,7 @@ step 0. RUN/adapter holds both adapters as one, for the plain base model.
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from models.load import put_adapter
 from play import metrics
 from play.dataset import Prompt, make_prompts, trained_seats
 from play.rft_log import RFTLog
+from play.self_play import Table
 from policy import Policy
 from prompts import Reply, parse_reply
 from rewards import Memory, Rollout
@@ -192,7 +193,10 @@ def batches(
 def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, stop: StopSignal) -> bool:
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one.
     Returns False if it was stopped before the end, after saving a checkpoint."""
-    cfg, seed = settings.rft, settings.run.seed
+    cfg, seed, data, style = settings.rft, settings.run.seed, settings.data, settings.players.style
+    if settings.players.self_play:
+        played = Table(policy, style, cfg.temperature, settings.games.families, data.agents)
+        cfg = replace(cfg, next_batch=played.next_batch)
     adapter = new_adapter(policy, settings.lora, seed, Stream.RFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
@@ -201,7 +205,7 @@ def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, sto
         stage.probe = make_probe(settings, policy, stage, cfg.algo.upper(), PROBE_EVERY)
         if stage.steps_done == 0 and ranks.first():
             tqdm.write("RFT: with one inner epoch the loss shows beta KL alone; its gradient holds A too")
-        limit, micro_batch = settings.players.style.reply_limit(N), settings.run.micro_batch
+        limit, micro_batch = style.reply_limit(N), settings.run.micro_batch
         rft(
             policy,
             cfg,

@@ -105,6 +105,14 @@ def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
     return lambda played: mean_interval(metric(t) for t in played.turns if where(t))["mean"]
 
 
+def gap(turn: Turn) -> float | None:
+    """What the agent would have gained by its best choice, as a share of W* / N. In self-play this is how
+    much a best-replying seat exploits the policy."""
+    values, game = turn.state.kind.payoff_range(turn.state, turn.seat, turn.actions), turn.state.game
+    first_best, _ = welfare_bounds(game)
+    return (values[1] - values[0]) * game.N / first_best if values and first_best > 1e-9 else None
+
+
 METRICS: dict[str, Callable[[Played], float | None]] = {
     "U1": mean_of(compliant),  # its interval is Wilson's
     "s": mean_of(graph_score),
@@ -113,10 +121,11 @@ METRICS: dict[str, Callable[[Played], float | None]] = {
     "U3": welfare_share,
     "U3 gain": welfare_gain,
     "belief": mean_of(belief),
+    "gap": mean_of(gap),
     "U2 | ok": mean_of(efficiency, compliant),
     "U3 | ok": lambda played: welfare_share(played) if all(map(compliant, played.turns)) else None,
 }
-DETAILS = ("U3 gain", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
+DETAILS = ("U3 gain", "gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 
 

@@ -42,5 +42,8 @@ def by_seat(rows, effort):
 def evaluation_of(expert, games, seat=0, seed=0, families=(Family(),), agents=4):
     """The settings of an evaluation against this expert, without a model."""
     groups = dict.fromkeys(field.name for field in fields(Settings))
-    groups |= {"players": Players(make_expert(expert), None, STYLE, make_expert), "games": Games(families)}
+    groups |= {
+        "players": Players(make_expert(expert), None, False, STYLE, make_expert),
+        "games": Games(families),
+    }
     return Settings(**groups | {"evaluation": Evaluation(agents, games, seat, seed=seed)})

@@ -10,6 +10,7 @@ the worst and the best of all its choices:
 r^S = compliance + 2 U2, and R^G = s with both bonuses, as in rewards.py. The rows are those of
 decisions.py. No decision of the expert in the agent's own seat is used."""
 
+from games import share_of_range
 from rewards import Memory, Rollout, Target, group_rewards
 
 
@@ -21,5 +22,5 @@ def game_rewards(
         kind, state, seat = target.kind, target.state, target.seat
         actions = [target.with_own(o.decision) if o.decision else None for o in group]
         own = [0.0 if a is None else 2 * (kind.efficiency(state, seat, a) or 0.0) for a in actions]
-        common = [0.0 if a is None else kind.common_good(state, seat, a) for a in actions]
+        common = [0.0 if a is None else share_of_range(kind.welfare_range(state, seat, a)) for a in actions]
         group_rewards(group, target, memory, weights, own, common)

@@ -144,12 +144,22 @@ def test_metrics_of_one_game_by_hand():
     row, first = per_instance(played), summarise([played])["round 1"]
     first = {name: v["mean"] for name, v in first.items()}
     assert row.pop("U3 | ok") is None
+    assert row.pop("gap") > 0 and first.pop("gap") > 0  # see test_the_gap_by_hand
     expected = {"U1": 3 / 4, "U2": (ROW_VALUE + 0.75 + 0 + 1) / 4, "U3": 2.025 / 2.2, "U3 gain": 0.525 / 0.7}
     expected |= {"U2 | ok": (ROW_VALUE + 0.75 + 1) / 3, "U2 graph": ROW_VALUE / 2, "U2 effort": 0.875}
     assert row == pytest.approx(expected | {"s": 1 / 3, "row": 0.25, "belief": 1.5 / 4}, abs=1e-4)
     expected = {"U1": 1, "U2": (ROW_VALUE + 0.75) / 2, "U3": 1.85 / 2.2, "U3 gain": 0.5, "belief": 0.75}
     expected |= {"U2 | ok": (ROW_VALUE + 0.75) / 2, "U2 graph": ROW_VALUE, "U2 effort": 0.75}
     assert first == pytest.approx(expected | {"U3 | ok": 1.85 / 2.2, "s": 2 / 3, "row": 0.5}, abs=1e-4)
+
+
+def test_the_gap_by_hand():
+    """Effort 2 instead of the best reply."""
+    effort = turn(1, 2.0, [0, 1, 1])
+    game, best = effort.state.game, effort.state.game.best_response(effort.state.links, effort.actions)[0]
+    lost = (2.0 - best) ** 2 / 2  # the payoff is quadratic in the own effort, with second derivative -1
+    first_best, _ = metrics.welfare_bounds(game)
+    assert METRICS["gap"](Played(game, [effort], [1.0])) == pytest.approx(lost * 3 / first_best)
 
 
 def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_worth_nothing(monkeypatch):

@@ -1,0 +1,75 @@
+"""Self-play: the prompts of a step come from fresh games that the current policy plays in all seats.
+
+[choice] `--partners self --seat all`. With fixed expert games a policy answers others that never change; here
+the others are the policy itself, as it is in this step. The games of a step are played to their end with one
+reply to every question, and then decisions of all seats are drawn, which become prompts like any others: m
+replies are sampled to each, and rewarded by what the others did in that game.
+"""
+
+import torch
+
+from experts import Expert
+from games import Decision
+from play import dataset
+from play.dataset import Prompt, make_prompts
+from play.expert_games import simulate
+from play.players import sample_texts
+from policy import Policy
+from prompts import PromptStyle, messages, parse_reply
+from run.seeds import Stream, numpy_generator, torch_generator
+from world.draws import Family, draw_game
+
+
+class Itself(Expert):
+    """The policy as a player of expert games. A reply that is not compliant plays no links or effort 0, and
+    stands in the history as if it had said so."""
+
+    name = "self"
+
+    def __init__(self, policy: Policy, style: PromptStyle, temperature: float, generator: torch.Generator):
+        self.policy, self.style, self.temperature, self.generator = policy, style, temperature, generator
+
+    def decide_all(self, calls: list[tuple]) -> list[Decision]:
+        chats = [messages(state, seat, past, self.style) for state, seat, _, past in calls]
+        prompts = [self.policy.encode_prompt(chat) for chat in chats]
+        limit = self.style.reply_limit(max(state.game.N for state, *_ in calls))
+        uniforms_P1S = torch.rand(len(prompts), 1, limit, generator=self.generator)
+        texts = sample_texts(self.policy, prompts, uniforms_P1S, self.temperature)
+        places = [(state, seat) for state, seat, *_ in calls]
+        return [
+            parse_reply(text, state, seat) or state.kind.fallback(state.game.N)
+            for text, (state, seat) in zip(texts, places, strict=True)
+        ]
+
+
+class Table:
+    """Where the policy plays against itself."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        style: PromptStyle,
+        temperature: float,
+        families: tuple[Family, ...],
+        agents: tuple[int, int],
+    ):
+        """families, agents: of the games, see dataset.simulate_many."""
+        self.policy, self.style, self.temperature = policy, style, temperature
+        self.families, self.agents = families, agents
+
+    def next_batch(
+        self, conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+    ) -> list[Prompt]:
+        """As dataset.next_batch, but from as many new games as are needed for so many decisions. The
+        conversations are not used."""
+        rng, plays, seats = numpy_generator(seed, Stream.SELF_PLAY, step), [], 0
+        while seats < max(counts.values()):
+            N = int(rng.integers(self.agents[0], self.agents[1] + 1))
+            game = draw_game(rng, N, "train", self.families[(step + len(plays)) % len(self.families)])
+            plays.append((step * max(counts.values()) + len(plays), game, rng))
+            seats += N
+        generator = torch_generator(seed, Stream.SELF_PLAY, step)
+        player = Itself(self.policy, self.style, self.temperature, generator)
+        records = simulate(plays, player, self.style)
+        fresh = make_prompts(self.policy, records, records, counts, self.style)
+        return dataset.next_batch(fresh, counts, step, seed)
