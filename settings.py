@@ -294,10 +294,12 @@ class LoRA:
 
 @dataclass(frozen=True)
 class SFT:
-    """kinds: the letters of the decisions that are imitated; label_noise: see dataset.with_label_noise;
+    """kinds: the letters of the decisions that are imitated; format_only: whether what is decided is left out
+    of the loss (train_sft.token_weights); label_noise: see dataset.with_label_noise;
     batch: conversations per step; lr: the peak learning rate."""
 
     kinds: tuple[str, ...]
+    format_only: bool
     label_noise: float
     steps: int
     batch: int
@@ -317,7 +319,8 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> None:
     text = "The first stage: imitate the expert's replies."
     add = parser.add_argument_group("supervised fine-tuning", text).add_argument
     kinds = [kind.name for kind in KINDS.values()]
-    add("--train-on", choices=(*kinds, "both"), default="both", help="which decisions are imitated")
+    imitated = "which decisions are imitated; format: both, without what is decided"
+    add("--train-on", choices=(*kinds, "both", "format"), default="both", help=imitated)
     noise = "share of the labels of links whose decision is random"
     add("--label-noise", type=share, default=0.5, metavar="RATE", help=noise)
     add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
@@ -326,8 +329,10 @@ def add_sft_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve_sft(args: argparse.Namespace) -> SFT:
-    kinds = tuple(k.letter for k in KINDS.values() if args.train_on in (k.name, "both"))
-    return SFT(kinds, args.label_noise, args.sft_steps, args.sft_batch, args.sft_lr)
+    kinds = tuple(k.letter for k in KINDS.values() if args.train_on in (k.name, "both", "format"))
+    return SFT(
+        kinds, args.train_on == "format", args.label_noise, args.sft_steps, args.sft_batch, args.sft_lr
+    )
 
 
 # -------------------- RFT

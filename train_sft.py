@@ -43,11 +43,12 @@ PROBE_EVERY = 10  # steps
 @dataclass
 class Conversation:
     """The trained decisions of one agent in one game: the prompts, the one reply to each that is imitated,
-    and the kinds of decision by name. Later prompts contain what was played, which may differ from the
-    label."""
+    the weight of each of its tokens in the loss, and the kinds of decision by name. Later prompts contain
+    what was played, which may differ from the label."""
 
     prompts: list[list[int]]
     replies: list[list[list[int]]]
+    weights: list[list[float]]
     kinds: list[str]
 
     @property
@@ -56,12 +57,25 @@ class Conversation:
 
     @property
     def tokens(self) -> int:
-        """Different tokens: the last prompt contains the earlier ones, and the fast engine reads them
+        """Different ones: the last prompt contains the earlier ones, and the fast engine reads them
         once."""
         return max(map(len, self.prompts)) + self.label_tokens
 
 
-def conversations(policy: Policy, records: list[Record], kinds: tuple[str, ...]) -> list[Conversation]:
+def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool) -> list[float]:
+    """1 for every token of a label, but with `format_only` 0 for the digits behind `Decision:`. So the format
+    of a decision is imitated, and not what is decided."""
+    if not format_only:
+        return [1.0] * len(ids)
+    before, word, _ = label.rpartition("Decision:")
+    start = len(policy.encode_reply(before + word)) - 1
+    texts = [policy.tokenizer.decode([token]) for token in ids]
+    return [float(k < start or not any(map(str.isdigit, text))) for k, text in enumerate(texts)]
+
+
+def conversations(
+    policy: Policy, records: list[Record], kinds: tuple[str, ...], format_only: bool = False
+) -> list[Conversation]:
     """One for each agent of each game, with its decisions of these kinds (letters)."""
     decisions: dict[tuple[int, int], list[Record]] = {}
     for r in records:
@@ -73,7 +87,9 @@ def conversations(policy: Policy, records: list[Record], kinds: tuple[str, ...])
         replies = [[policy.encode_reply(r.label)] for r in agent]
         for prompt, (reply,) in zip(prompts, replies, strict=True):
             policy.check_length(len(prompt), len(reply))
-        result.append(Conversation(prompts, replies, [KINDS[r.kind].name for r in agent]))
+        labels = zip(agent, replies, strict=True)
+        weights = [token_weights(policy, r.label, reply, format_only) for r, (reply,) in labels]
+        result.append(Conversation(prompts, replies, weights, [KINDS[r.kind].name for r in agent]))
     return result
 
 
@@ -84,12 +100,15 @@ def prompts_and_replies(part: list[Conversation]) -> tuple[list, list]:
 
 @torch.no_grad()
 def reply_loss(policy: Policy, test: list[Conversation]) -> dict[str, float]:
-    """Mean -log pi of the label tokens, by kind of decision."""
+    """Mean -log pi of the label tokens that count, by kind of decision."""
     losses: dict[str, list[float]] = {}
     for part in chunks(test, HELD_OUT_PASS):
-        kinds = [kind for c in part for kind in c.kinds]
-        for kind, logps in zip(kinds, policy.token_logps(*prompts_and_replies(part)), strict=True):
-            losses.setdefault(kind, []).extend((-logps).tolist())
+        places = [(kind, w) for c in part for kind, w in zip(c.kinds, c.weights, strict=True)]
+        for (kind, weights), logps in zip(
+            places, policy.token_logps(*prompts_and_replies(part)), strict=True
+        ):
+            counted = zip(logps.tolist(), weights, strict=True)
+            losses.setdefault(kind, []).extend(-logp for logp, weight in counted if weight)
     return {kind: sum(values) / len(values) for kind, values in losses.items()}
 
 
@@ -101,16 +120,19 @@ def sft(
         # 1. A batch of conversations; every epoch goes through all of them in a new order.
         order = shuffled(len(data), cfg.batch, step, seed, Stream.SFT_ORDER)
         batch = [data[i] for i in order]
-        label_tokens = sum(c.label_tokens for c in batch)
-        # 2. The mean of -log pi over the label tokens of the batch, pass by pass; processes share the batch.
+        counted = sum(weight for c in batch for weights in c.weights for weight in weights)
+        # 2. The mean of -log pi over the label tokens of the batch that count, pass by pass; processes share
+        # the batch.
         loss = 0.0
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
             # An engine may need several passes for the prompts of these conversations, in an order of its
             # own.
             prompts, replies = prompts_and_replies(part)
+            weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
                 logps = policy.token_logps([prompts[i] for i in own], [replies[i] for i in own])
-                part_loss = -torch.cat(logps).sum() / label_tokens
+                w_T = torch.tensor([w for i in own for w in weights[i]], device=policy.device)
+                part_loss = -(w_T * torch.cat(logps)).sum() / counted
                 part_loss.backward()
                 loss += part_loss.item()
         loss = sum(ranks.exchange(loss))
@@ -178,8 +200,8 @@ def run_sft(
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
     held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
-    test = conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS))
-    train = conversations(policy, labels, cfg.kinds)
+    test = conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS), cfg.format_only)
+    train = conversations(policy, labels, cfg.kinds, cfg.format_only)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
