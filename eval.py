@@ -31,6 +31,7 @@ from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import refuse_existing, write_json
 from run.seeds import Stream, numpy_generator
+from run.values import positive_int
 from settings import Evaluation, Games, Settings
 from teachers.language import print_report
 from world.draws import held_out_games
@@ -230,7 +231,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)
-    add("--few-shot", type=flags.positive_int, metavar="K", help="add base after K expert games")
+    add("--few-shot", type=positive_int, metavar="K", help="add base after K expert games")
     add("--repair", action="store_true", help="add rows in which replies are read leniently")
     add("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
     add("--table", nargs="+", metavar="PLAYER", help="a player for each seat, named as in --policy")

@@ -1,120 +1,61 @@
 """Settings: every flag of the scripts is defined, parsed and checked here, once, before anything is computed.
 
-The result is a few small frozen dataclasses, one for each group of flags, in which names have become what
-they stand for: the name of an advantage is the function, the name of an expert is the expert. Functions
-below the scripts take one of these groups, or single values; none of them sees the flags again.
+The result is a few small frozen dataclasses, one for each group of flags. A flag is a field: it says its
+type, its default and what it means (run/flags.py). The title and the docstring of the class stand above its
+flags in --help. Where flags are names or texts, a property or another field holds what they stand for: the
+expert and not its name, the functions of the objective and not theirs. Functions below the scripts take one
+of these groups, or single values; none of them sees the flags again.
+
 RUN/config.json holds the flags as they were given, so that a resumed run passes the same checks.
 """
 
 import argparse
-import math
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lora
 import tompo
-import variants.objective  # noqa: F401  (its import adds to the tables of tompo)
 from experts import Expert, Partners, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
 from models.load import ENGINES, default_device, load_policy
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
+from play.rft_log import LOGGED
 from policy import Policy
 from prompts import PromptStyle
 from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness, welfare
-from run import ranks
+from run import ranks, values
 from run.errors import InputError
-from run.files import argv_of, resumed_flags
+from run.flags import add_flags, flag, from_flags, parse_run
 from teachers import language
 from teachers.asking import asking, with_record
 from variants import credit, game, joint
-from world.draws import TYPE_PATTERNS, Family, families_of
+from variants.objective import choose
+from world.draws import TYPE_PATTERNS, Family, families_of, patterns_and_types
 
-# -------------------- types of single values, for argparse
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False):
-    """An int or float from low (or, with `above`, larger than low) to high."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
-            least = f"{'above' if above else 'at least'} {low}"
-            bounds = least if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
-            )
-        return value
-
-    return parse
-
-
-positive_int = number(int, 1)
-count = number(int, 0)
-seed_int = number(int, 0, 2**32 - 1)  # one word of a random seed, see run/seeds.py
-non_negative = number(float, 0)
-share = number(float, 0, 1)
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """`4` -> (4, 4), `4-8` -> (4, 8): numbers of agents."""
-    low, dash, high = text.partition("-")
-    try:
-        a, b = int(low), int(high) if dash else int(low)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number such as 4 or a range such as 4-8"
-        ) from None
-    if not 2 <= a <= b <= MAX_AGENTS:
-        raise argparse.ArgumentTypeError(f"{text!r} must rise, and a game needs 2 to {MAX_AGENTS} agents")
-    return a, b
-
-
-def seat_choice(*words: str):
-    """A seat, counted from 0, or one of the words."""
-    return lambda text: text if text in words else seed_int(text)
-
-
-def games_or_file(text: str) -> int | str:
-    """A number of games, or the whole path of a data set, so that a run can be resumed from another
-    folder."""
-    return positive_int(text) if text.lstrip("+-").isdigit() else os.path.abspath(text)
-
-
-def named_numbers(given: Iterable[str] | None, flag: str, known: Iterable[str]) -> dict[str, float]:
-    """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError."""
-    numbers = {}
-    for text in given or ():
-        name, _, value = text.partition("=")
-        try:
-            numbers[name] = float(value)
-        except ValueError:
-            numbers[name] = math.nan
-        if not name or not 0 <= numbers[name] < math.inf:
-            raise InputError(f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in delta=0.1")
-        if name not in known:
-            raise InputError(f"{flag} {name}: no such name; there are {', '.join(known)}")
-    return numbers
-
-
-# -------------------- model
+YES_NO = argparse.BooleanOptionalAction
+# What --help says of tables to which a file of your own may add: functions, called when a parser is made.
+kind_names = lambda: [kind.name for kind in KINDS.values()]
+kind_letters = lambda: ", ".join(f"{kind.letter} {kind.noun}" for kind in KINDS.values())
+fixable = lambda: "; ".join(f"{name}: {', '.join(game.fixable)}" for name, game in GAMES.items())
+table_names = lambda: "; ".join(f"{name}: {', '.join(table)}" for name, table in tompo.TABLES.items())
 
 
 @dataclass(frozen=True)
 class Model:
-    """dtype: of the frozen weights, by name; engine: `fast` or `plain`."""
+    """Which model, and how it is computed."""
 
-    name: str
-    dtype: str
-    engine: str
-    device: str
+    title = "model"
+    name: str = flag("--model", DEFAULT_MODEL, "Hugging Face id or folder of a causal chat model")
+    dtype: str = flag("--dtype", "float32", "of the frozen weights", choices=("float32", "bfloat16"))
+    engine: str = flag("--engine", "fast", "plain: policy.py itself, slow and short", choices=ENGINES)
+
+    @property
+    def device(self) -> str:
+        return default_device()
 
     def load(self) -> Policy:
         """The base model as a policy, on this process's device. The first process loads it first, because
@@ -123,299 +64,255 @@ class Model:
             return load_policy(self.name, self.dtype, ranks.own_device(self.device), self.engine)
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model", "Which model, and how it is computed.").add_argument
-    add("--model", default=DEFAULT_MODEL, help="Hugging Face id or folder of a causal chat model")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the frozen weights")
-    add("--engine", choices=ENGINES, default="fast", help="plain: policy.py itself, slow and short")
-
-
-def resolve_model(args: argparse.Namespace) -> Model:
-    return Model(args.model, args.dtype, args.engine, default_device())
-
-
-# -------------------- games
-
-
 @dataclass(frozen=True)
 class Games:
-    """Which games are drawn: families of instances, which take turns."""
+    """Which games are drawn. Several games or stages take turns."""
 
-    families: tuple[Family, ...]
+    title = "game"
+    game: tuple[str, ...] = flag(
+        "--game ...", ("bcz",), "bcz: network game; pgg: public goods game", choices=GAMES
+    )
+    stages: tuple[str, ...] = flag(
+        "--stages ...", ("GE",), lambda: f"of a round, such as GE GEE GGE: {kind_letters()}"
+    )
+    rounds: int = flag("--rounds", 1, "rounds T of a game", values.number(int, 1, 100))
+    types: tuple[str, ...] | None = flag(
+        "--types ...",
+        None,
+        f"alpha, endowments: {', '.join(TYPE_PATTERNS)}, or numbers, one for all or one for each seat "
+        "(else drawn)",
+    )
+    fix: tuple[str, ...] | None = flag(
+        "--fix NAME=VALUE ...", None, lambda: f"parameters that are not drawn ({fixable()}; all: fee)"
+    )
 
-
-def add_game_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("game", "Which games are drawn. Several games or stages take turns.")
-    add = group.add_argument
-    add("--game", nargs="+", choices=GAMES, default=["bcz"], help="bcz: network game; pgg: public goods game")
-    kinds = ", ".join(f"{kind.letter} {kind.noun}" for kind in KINDS.values())
-    add("--stages", nargs="+", default=["GE"], help=f"of a round, such as GE GEE GGE: {kinds}")
-    add("--rounds", type=number(int, 1, 100), default=1, help="rounds T of a game")
-    patterns = ", ".join(TYPE_PATTERNS)
-    types = f"alpha, endowments: {patterns}, or numbers, one for all or one for each seat (else drawn)"
-    add("--types", nargs="+", help=types)
-    known = "; ".join(f"{name}: {', '.join(game.fixable)}" for name, game in GAMES.items())
-    add("--fix", nargs="+", metavar="NAME=VALUE", help=f"parameters that are not drawn ({known}; all: fee)")
-
-
-def resolve_games(args: argparse.Namespace) -> Games:
-    patterns, types = resolve_types(args.types)
-    known = [*(p for name in args.game for p in GAMES[name].fixable), "fee"]
-    fixed = named_numbers(args.fix, "--fix", known)
-    return Games(families_of(args.game, args.stages, args.rounds, patterns, types, fixed))
-
-
-def resolve_types(given: list[str] | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """(patterns of the types that are drawn, the types themselves where they are given)."""
-    if not given:
-        return TYPE_PATTERNS, ()
-    if all(text in TYPE_PATTERNS for text in given):
-        return tuple(pattern for pattern in TYPE_PATTERNS if pattern in given), ()
-    try:
-        types = tuple(float(text) for text in given)
-    except ValueError:
-        types = (math.nan,)
-    # With a third decimal, PGG's cap, which is the type, would be below the effort that an expert writes.
-    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) for v in types):
-        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers with at most two decimals"
-        raise InputError(f"--types takes {allowed}, got {' '.join(given)}")
-    return TYPE_PATTERNS, types
-
-
-# -------------------- players
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """The families of instances, which take turns."""
+        patterns, types = patterns_and_types(self.types)
+        known = [*(parameter for name in self.game for parameter in GAMES[name].fixable), "fee"]
+        fixed = values.named_numbers(self.fix, "--fix", known)
+        return families_of(self.game, self.stages, self.rounds, patterns, types, fixed)
 
 
 @dataclass(frozen=True)
 class Players:
-    """expert: the teacher, and the player of the other seats where there are no partners; partners: who plays
-    there in its stead; self_play: whether RFT plays its games with the policy in all seats, see
-    play/self_play.py; make_expert: the expert of another name."""
+    """Who sits in the other seats, and what agents read and answer."""
 
-    expert: Expert
-    partners: Partners | None
-    self_play: bool
-    style: PromptStyle
-    make_expert: Callable[[str], Expert]
+    title = "players"
+    expert_name: str = flag("--expert", "second-best", "the teacher and the other seats (see experts.py)")
+    partner_names: tuple[str, ...] | None = flag(
+        "--partners EXPERT ...",
+        None,
+        "rules, from which that of each other seat is drawn (default: the expert); self: the policy",
+    )
+    ask: tuple[str, ...] | None = flag(
+        "--ask NAME=VALUE ...",
+        None,
+        "how a language model is asked, such as attempts=3 budget=20 (docs/language-model-experts.md)",
+    )
+    information: str = flag("--information", "full", "whose types an agent knows", choices=("full", "local"))
+    belief: bool = flag("--belief", True, "ask for a Belief line", action=YES_NO)
+    hints: bool = flag("--hints", True, "worked numbers in prompts", action=YES_NO)
+    max_new_tokens: int | None = flag(
+        "--max-new-tokens", None, "longest reply (default: 20 + 7 N)", values.positive_int
+    )
+
+    @cached_property
+    def style(self) -> PromptStyle:
+        return PromptStyle(self.information, self.belief, self.hints, self.max_new_tokens)
+
+    @cached_property
+    def expert(self) -> Expert:
+        """The teacher, and the player of the other seats where there are no partners."""
+        return self.make_expert(self.expert_name)
+
+    @property
+    def self_play(self) -> bool:
+        """Whether RFT takes its prompts from games of the policy with itself (play/self_play.py)."""
+        return self.partner_names == ("self",)
+
+    @cached_property
+    def partners(self) -> Partners | None:
+        """Who sits in the other seats instead of the expert."""
+        if not self.partner_names or self.self_play:
+            return None
+        rules = [self.make_expert(name) for name in self.partner_names]
+        if any(rule.language for rule in rules):
+            raise InputError("--partners takes exact experts (see experts.py)")
+        return Partners(rules)
 
     @property
     def others(self) -> Expert:
         """Who plays the seats that are not the policy's."""
         return self.partners or self.expert
 
-
-def add_player_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "players", "Who sits in the other seats, and what agents read and answer."
-    )
-    add = group.add_argument
-    add("--expert", default="second-best", help="the teacher and the other seats (see experts.py)")
-    partners = "rules, from which that of each other seat is drawn (default: the expert); self: the policy"
-    add("--partners", nargs="+", metavar="EXPERT", help=partners)
-    asking = "how a language model is asked, such as attempts=3 budget=20 (docs/language-model-experts.md)"
-    add("--ask", nargs="+", metavar="NAME=VALUE", help=asking)
-    add("--information", choices=("full", "local"), default="full", help="whose types an agent knows")
-    add("--belief", action=argparse.BooleanOptionalAction, default=True, help="ask for a Belief line")
-    add("--hints", action=argparse.BooleanOptionalAction, default=True, help="worked numbers in prompts")
-    add("--max-new-tokens", type=positive_int, help="longest reply (default: 20 + 7 N)")
-
-
-def resolve_players(args: argparse.Namespace) -> Players:
-    style = PromptStyle(args.information, args.belief, args.hints, args.max_new_tokens)
-    asking(args.ask, style)  # complains about --ask before a language model is asked for
-    make = partial(make_expert, language=partial(make_language_expert, args.ask, style))
-    self_play = args.partners == ["self"]
-    partners = Partners([make(name) for name in args.partners]) if args.partners and not self_play else None
-    if partners and any(rule.language for rule in partners.rules):
-        raise InputError("--partners takes exact experts (see experts.py)")
-    return Players(make(args.expert), partners, self_play, style, make)
-
-
-def make_language_expert(ask: list[str] | None, style: PromptStyle, name: str) -> Expert:
-    return language.make(name, asking(ask, style))
-
-
-# -------------------- expert games
+    def make_expert(self, name: str) -> Expert:
+        """The expert of this name."""
+        make_language_expert = partial(language.make, asking=asking(self.ask, self.style))
+        return make_expert(name, make_language_expert)
 
 
 @dataclass(frozen=True)
 class Data:
-    """games: how many; file: a data set that is read instead; agents: fewest and most; seat: the seat that is
-    trained, `random` or `all`; noise: the share of the played decisions that are replaced at random."""
+    """What SFT imitates, and the prompts of RFT."""
 
-    games: int
-    file: str | None
-    agents: tuple[int, int]
-    seat: int | str
-    noise: float
-    seed: int
+    title = "expert games"
+    seed: int  # of the run
+    games: int | str = flag(
+        "--games N|FILE",
+        126,
+        "number of expert games [source: 126], or a file of tools.expert_games",
+        values.number_or_path,
+    )
+    agents: tuple[int, int] = flag(
+        "--agents N|A-B", (4, 4), "agents per game, 4 or 4-8", values.number_or_range(2, MAX_AGENTS)
+    )
+    seat: int | str = flag(
+        "--seat SEAT|random|all",
+        0,
+        "the policy's seat, from 0 [source: 0]; random: one drawn for each game; "
+        "all: decisions of every seat",
+        values.number_or_word("random", "all"),
+    )
+    noise: float = flag("--noise", 0.15, "share of decisions replaced at random in the data", values.share)
+
+    def __post_init__(self):
+        if isinstance(self.seat, int) and self.seat >= self.agents[0]:
+            fewest = f"the number of agents, which is {self.agents[0]} in some games"
+            raise InputError(f"--seat {self.seat} must be below {fewest}")
 
     def load(self, games: Games, players: Players) -> list[dataset.Record]:
         """The records of all seats."""
-        return dataset.read_records(self.file) if self.file else self.simulate(games, players, self.games)
+        if isinstance(self.games, str):
+            return dataset.read_records(self.games)
+        return self.simulate(games, players, self.games)
 
     def simulate(self, games: Games, players: Players, count: int, split: str = "train"):
         """`count` games of a split."""
+        if players.partners and self.seat == "all":
+            raise InputError("--partners sit in all seats but one: --seat is a number or random")
         drawn = self.agents, split, games.families, self.noise, players.partners, self.seat
         return dataset.simulate_many(count, players.expert, self.seed, players.style, *drawn)
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("expert games", "What SFT imitates, and the prompts of RFT.")
-    add = group.add_argument
-    games = "number of expert games [source: 126], or a file of tools.expert_games"
-    add("--games", type=games_or_file, default=126, metavar="N|FILE", help=games)
-    add("--agents", type=parse_range, default=(4, 4), metavar="N|A-B", help="agents per game, 4 or 4-8")
-    seat = (
-        "the policy's seat, from 0 [source: 0]; random: one drawn for each game; all: decisions of every seat"
-    )
-    add("--seat", type=seat_choice("random", "all"), metavar="SEAT|random|all", default=0, help=seat)
-    add("--noise", type=share, default=0.15, help="share of decisions replaced at random in the data")
-
-
-def resolve_data(args: argparse.Namespace) -> Data:
-    if isinstance(args.seat, int) and args.seat >= args.agents[0]:
-        agents = f"the number of agents, which is {args.agents[0]} in some games"
-        raise InputError(f"--seat {args.seat} must be below {agents}")
-    games, file = (0, args.games) if isinstance(args.games, str) else (args.games, None)
-    if args.partners and (args.partners == ["self"]) != (args.seat == "all"):
-        raise InputError("--partners self goes with --seat all, and other --partners with a seat or random")
-    return Data(games, file, tuple(args.agents), args.seat, args.noise, args.seed)
-
-
-# -------------------- LoRA and SFT
-
-
 @dataclass(frozen=True)
 class LoRA:
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
+    """The adapter of each stage: h = W x + (alpha / r) B A x."""
+
+    title = "LoRA"
+    rank: int = flag("--rank", 32, "LoRA rank r", values.number(int, 1, 4096))
+    alpha: float = flag("--lora-alpha", 64.0, "LoRA alpha; the scaling is alpha / r", values.positive)
+    targets: tuple[str, ...] = flag("--targets ...", lora.DEFAULT_TARGETS, "names of the adapted layers")
 
 
 @dataclass(frozen=True)
 class SFT:
-    """kinds: the letters of the decisions that are imitated; format_only: whether what is decided is left out
-    of the loss (train_sft.token_weights); label_noise: see dataset.with_label_noise;
-    batch: conversations per step; lr: the peak learning rate."""
+    """The first stage: imitate the expert's replies."""
 
-    kinds: tuple[str, ...]
-    format_only: bool
-    label_noise: float
-    steps: int
-    batch: int
-    lr: float
-
-
-def add_lora_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LoRA", "The adapter of each stage: h = W x + (alpha / r) B A x.")
-    add = group.add_argument
-    add("--rank", type=number(int, 1, 4096), default=32, help="LoRA rank r")
-    above_0 = number(float, 0, above=True)
-    add("--lora-alpha", type=above_0, default=64.0, help="LoRA alpha; the scaling is alpha / r")
-    add("--targets", nargs="+", default=list(lora.DEFAULT_TARGETS), help="names of the adapted layers")
-
-
-def add_sft_flags(parser: argparse.ArgumentParser) -> None:
-    text = "The first stage: imitate the expert's replies."
-    add = parser.add_argument_group("supervised fine-tuning", text).add_argument
-    kinds = [kind.name for kind in KINDS.values()]
-    imitated = "which decisions are imitated; format: both, without what is decided"
-    add("--train-on", choices=(*kinds, "both", "format"), default="both", help=imitated)
-    noise = "share of the labels of links whose decision is random"
-    add("--label-noise", type=share, default=0.5, metavar="RATE", help=noise)
-    add("--sft-steps", type=positive_int, default=40, help="optimizer steps")
-    add("--sft-batch", type=positive_int, default=4, help="conversations per step")
-    add("--sft-lr", type=non_negative, default=1e-3, help="peak learning rate (warm-up, then cosine to 0)")
-
-
-def resolve_sft(args: argparse.Namespace) -> SFT:
-    kinds = tuple(k.letter for k in KINDS.values() if args.train_on in (k.name, "both", "format"))
-    return SFT(
-        kinds, args.train_on == "format", args.label_noise, args.sft_steps, args.sft_batch, args.sft_lr
+    title = "supervised fine-tuning"
+    train_on: str = flag(
+        "--train-on",
+        "both",
+        "which decisions are imitated; format: both, without what is decided",
+        choices=lambda: (*kind_names(), "both", "format"),
     )
+    label_noise: float = flag(  # see dataset.with_label_noise
+        "--label-noise RATE", 0.5, "share of the labels of links whose decision is random", values.share
+    )
+    steps: int = flag("--sft-steps", 40, "optimizer steps", values.positive_int)
+    batch: int = flag("--sft-batch", 4, "conversations per step", values.positive_int)
+    lr: float = flag("--sft-lr", 1e-3, "peak learning rate (warm-up, then cosine to 0)", values.non_negative)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The letters of the decisions that are imitated."""
+        words = "both", "format"
+        return tuple(kind.letter for kind in KINDS.values() if self.train_on in (kind.name, *words))
 
-# -------------------- RFT
-
-
-@dataclass(frozen=True)
-class RFT:
-    """prompts: decisions per step by the letter of their kind; m: replies to each; reward: writes r^S and
-    R^G into the rollouts of a step; next_batch: the prompts of a step; advantage, aggregation, loss, ratio,
-    kl: functions of tompo.TABLES; w_sample, w_graph: the weights of A^S and A^G; clip: the range of rho."""
-
-    algo: str
-    sft_adapter: str | None
-    steps: int
-    prompts: dict[str, int]
-    m: int
-    lr: float
-    inner_epochs: int
-    temperature: float
-    reward: Callable
-    next_batch: Callable
-    advantage: Callable
-    aggregation: Callable
-    loss: Callable
-    ratio: Callable
-    kl: Callable
-    w_sample: float
-    w_graph: float
-    clip: tuple[float, float]
-    beta: float
+    @property
+    def format_only(self) -> bool:
+        """Whether what is decided is left out of the loss, see train_sft.token_weights."""
+        return self.train_on == "format"
 
 
 LEVELS = {"A_S": 0.8, "A_G": 0.2}  # the weights of the two levels of advantage [source]
 KNOWN_WEIGHTS = {**WEIGHTS, **LEVELS, **credit.WEIGHTS}
-REWARDS_FROM = ("expert", "welfare", "game", "credit", "joint")
-# Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
-RESERVED = set(
-    "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken advantage"
-    " reward gamma zeta".split()
-)
+all_weights = lambda: ", ".join(f"{w}={KNOWN_WEIGHTS.get(w, 0):g}" for w in {**KNOWN_WEIGHTS, **TERMS})
 
 
-def add_rft_flags(parser: argparse.ArgumentParser) -> None:
-    text = "The second stage: sample, reward, compare within groups, step."
-    add = parser.add_argument_group("reinforcement", text).add_argument
-    add("--algo", choices=tompo.ALGORITHMS, default="tompo", help="grpo is the sample level alone")
-    adapter = "start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one"
-    add("--sft-adapter", metavar="FOLDER", help=adapter)
-    add("--steps", type=positive_int, default=20, help="optimizer steps (sampling rounds)")
-    kinds = ", ".join(kind.name for kind in KINDS.values())
-    add(
-        "--prompts",
-        nargs="+",
-        type=count,
-        default=(8, 2),
-        metavar="N",
-        help=f"per step: {kinds} decisions",
+@dataclass(frozen=True)
+class Objective:
+    """See rewards.py and tompo.py."""
+
+    title = "reward and objective"
+    reward: Callable  # writes r^S and R^G into the rollouts of a step
+    next_batch: Callable  # the prompts of a step
+    advantage: Callable  # this and the next four are functions of tompo.TABLES
+    aggregation: Callable
+    loss: Callable
+    ratio: Callable
+    kl: Callable
+    w_sample: float  # the weight of A^S
+    w_graph: float  # the weight of A^G
+    reward_from: str = flag(
+        "--reward-from",
+        "expert",
+        "likeness to the expert; s by welfare; game: payoffs; credit: returns; joint: one graph (variants/)",
+        choices=("expert", "welfare", "game", "credit", "joint"),
     )
-    add("--m", type=number(int, 2), default=8, help="replies per prompt: the group")
-    add("--lr", type=non_negative, default=2e-4, help="peak learning rate (warm-up, then cosine to 0)")
-    add("--inner-epochs", type=positive_int, default=1, help="optimizer steps on the same samples")
-    temperature = number(float, 0, above=True)
-    add("--temperature", type=temperature, default=1.0, help="of sampling and of every log-probability")
-    group = parser.add_argument_group("reward and objective", "See rewards.py and tompo.py.")
-    add = group.add_argument
-    source = (
-        "likeness to the expert; s by welfare; game: payoffs; credit: returns; joint: one graph (variants/)"
+    weights: tuple[str, ...] | None = flag(
+        "--weights NAME=NUMBER ...", None, lambda: f"of reward terms and levels ({all_weights()})"
     )
-    add("--reward-from", choices=REWARDS_FROM, default="expert", help=source)
-    known = {**KNOWN_WEIGHTS, **{name: 0 for name in TERMS if name not in KNOWN_WEIGHTS}}
-    names = ", ".join(f"{name}={value:g}" for name, value in known.items())
-    add("--weights", nargs="+", metavar="NAME=NUMBER", help=f"of reward terms and levels ({names})")
-    clip = "how far the ratio may go below and above 1; one number for both"
-    add("--clip-eps", nargs="+", type=non_negative, default=[0.2], help=clip)
-    add("--beta", type=non_negative, default=0.04, help="weight of KL(pi, pi_ref); 0 skips the reference")
-    tables = "; ".join(f"{name}: {', '.join(table)}" for name, table in tompo.TABLES.items())
-    objective = f"variants, the first by default ({tables})"
-    add("--objective", nargs="+", metavar="NAME=CHOICE", help=objective)
+    clip_eps: tuple[float, ...] = flag(
+        "--clip-eps ...",
+        (0.2,),
+        "how far the ratio may go below and above 1; one number for both",
+        values.non_negative,
+    )
+    beta: float = flag("--beta", 0.04, "weight of KL(pi, pi_ref); 0 skips the reference", values.non_negative)
+    objective: tuple[str, ...] | None = flag(
+        "--objective NAME=CHOICE ...", None, lambda: f"variants, the first by default ({table_names()})"
+    )
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """The range of rho."""
+        return 1 - self.clip_eps[0], 1 + self.clip_eps[-1]
+
+
+@dataclass(frozen=True)
+class RFT(Objective):
+    """The second stage: sample, reward, compare within groups, step."""
+
+    title = "reinforcement"
+    algo: str = flag("--algo", "tompo", "grpo is the sample level alone", choices=tompo.ALGORITHMS)
+    sft_adapter: str | None = flag(
+        "--sft-adapter FOLDER",
+        None,
+        "start from this SFT adapter (FOLDER+FOLDER: a chain), not from a new one",
+        adapters.whole_paths,
+    )
+    steps: int = flag("--steps", 20, "optimizer steps (sampling rounds)", values.positive_int)
+    prompt_counts: tuple[int, ...] = flag(
+        "--prompts N ...", (8, 2), lambda: f"per step: {', '.join(kind_names())} decisions", values.count
+    )
+    m: int = flag("--m", 8, "replies per prompt: the group", values.number(int, 2))
+    lr: float = flag("--lr", 2e-4, "peak learning rate (warm-up, then cosine to 0)", values.non_negative)
+    inner_epochs: int = flag("--inner-epochs", 1, "optimizer steps on the same samples", values.positive_int)
+    temperature: float = flag(
+        "--temperature", 1.0, "of sampling and of every log-probability", values.positive
+    )
+
+    @property
+    def prompts(self) -> dict[str, int]:
+        """Decisions per step, by the letter of their kind."""
+        return dict(zip(KINDS, self.prompt_counts, strict=False))
 
 
 def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
-    weights = KNOWN_WEIGHTS | named_numbers(args.weights, "--weights", {**KNOWN_WEIGHTS, **TERMS})
-    if taken := [name for name in TERMS if name in RESERVED]:
+    weights = KNOWN_WEIGHTS | values.named_numbers(args.weights, "--weights", {**KNOWN_WEIGHTS, **TERMS})
+    if taken := [name for name in TERMS if name in LOGGED]:
         raise InputError(f"the reward term {taken[0]} has a name that the logs use; give it another")
     if weights["belief"] and not args.belief:
         raise InputError("--weights belief is for the Belief line, which --no-belief switches off")
@@ -426,56 +323,27 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
         raise InputError("--clip-eps takes one number, or two: how far the ratio may go below and above 1")
     if args.reward_from == "joint" and args.seat != "all":
         raise InputError("--reward-from joint asks all seats of a game at once: give --seat all")
+    if args.reward_from == "credit" and players.expert.language:
+        raise InputError("--reward-from credit plays every game to its end: choose an exact --expert")
+    if args.reward_from == "credit" and args.partners:
+        raise InputError("--reward-from credit plays on with the expert in all seats: leave out --partners")
+    rewards: dict[str, Callable] = {
+        "expert": partial(expert_rewards, score=graph_likeness),
+        "welfare": partial(expert_rewards, score=welfare),
+        "game": game.game_rewards,
+        "credit": partial(credit.credit_rewards, expert=players.expert, seed=args.seed),
+        "joint": joint.joint_rewards,
+    }
     w_sample, w_graph = (1.0, 0.0) if args.algo == "grpo" else (weights["A_S"], weights["A_G"])
-    return RFT(
-        algo=args.algo,
-        sft_adapter=args.sft_adapter and "+".join(map(os.path.abspath, adapters.chain(args.sft_adapter))),
-        steps=args.steps,
-        prompts=dict(zip(KINDS, args.prompts, strict=False)),
-        m=args.m,
-        lr=args.lr,
-        inner_epochs=args.inner_epochs,
-        temperature=args.temperature,
-        reward=resolve_reward(args, weights, players.expert),
+    return from_flags(
+        RFT,
+        args,
+        reward=partial(rewards[args.reward_from], weights=weights),
         next_batch=joint.next_batch if args.reward_from == "joint" else dataset.next_batch,
         w_sample=w_sample,
         w_graph=w_graph,
-        clip=(1 - args.clip_eps[0], 1 + args.clip_eps[-1]),
-        beta=args.beta,
-        **resolve_objective(args.objective),
+        **choose(args.objective),
     )
-
-
-def resolve_reward(args: argparse.Namespace, weights: dict[str, float], expert: Expert) -> Callable:
-    if args.reward_from in ("expert", "welfare"):
-        score = welfare if args.reward_from == "welfare" else graph_likeness
-        return partial(expert_rewards, weights=weights, score=score)
-    if args.reward_from == "game":
-        return partial(game.game_rewards, weights=weights)
-    if args.partners and args.reward_from == "credit":
-        raise InputError("--reward-from credit plays on with the expert in all seats: leave out --partners")
-    if args.reward_from == "joint":
-        return partial(joint.joint_rewards, weights=weights)
-    if expert.language:
-        raise InputError(
-            "--reward-from credit plays every game to its end with the expert: choose an exact one"
-        )
-    return partial(credit.credit_rewards, weights=weights, expert=expert, seed=args.seed)
-
-
-def resolve_objective(given: list[str] | None) -> dict[str, Callable]:
-    """The function of every table of tompo.py, by the table's name."""
-    chosen = {name: next(iter(table.values())) for name, table in tompo.TABLES.items()}
-    for text in given or ():
-        name, _, choice = text.partition("=")
-        if choice not in tompo.TABLES.get(name, ()):
-            known = "; ".join(f"{name}={'|'.join(table)}" for name, table in tompo.TABLES.items())
-            raise InputError(f"--objective {text}: write NAME=CHOICE, of {known}")
-        chosen[name] = tompo.TABLES[name][choice]
-    return chosen
-
-
-# -------------------- evaluation
 
 
 @dataclass(frozen=True)
@@ -495,74 +363,70 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, fewest: int = 1) -> No
     """fewest: 0 where evaluation may be left out."""
     add = parser.add_argument_group("evaluation", "Held-out games, the same for all policies.").add_argument
     games = "games of the grid (evenly spread; 60 = all" + (")" if fewest else "; 0: no evaluation)")
-    add("--eval-games", type=number(int, fewest), default=60, help=games)
+    add("--eval-games", type=values.number(int, fewest), default=60, help=games)
 
 
-def add_seating_flags(parser: argparse.ArgumentParser, *words: str) -> None:
-    """What only evaluation can change; a training run is evaluated as it was trained. words: for --seat."""
+def playing_parser(description: str, *words: str) -> argparse.ArgumentParser:
+    """The flags that the scripts which only play games share. Seats are theirs alone, since a training run is
+    evaluated as it was trained. words: for --seat."""
+    parser = argparse.ArgumentParser(description=description)
+    add_flags(parser, Model, Games, Players)
+    add_evaluation_flags(parser)
     add = parser.add_argument
-    add("--agents", type=number(int, 3, MAX_AGENTS), default=4, help="agents of the games")
+    add("--agents", type=values.number(int, 3, MAX_AGENTS), default=4, help="agents of the games")
     kinds = {"random": "one drawn for each game", "all": "self-play", "rotate": "0, 1, ... over the games"}
-    seat = "; ".join(["the policy's seat, from 0 [source: 0]", *(f"{word}: {kinds[word]}" for word in words)])
-    add("--seat", type=seat_choice(*words), metavar="|".join(("SEAT", *words)), default=0, help=seat)
-    add("--eval-seed", type=seed_int, default=0, help="of sampling and of the experts' draws")
-    add(
-        "--eval-temperature",
-        type=non_negative,
-        default=1.0,
-        help="0 is greedy; 1 is the distribution that is trained",
-    )
+    text = "; ".join(["the policy's seat, from 0 [source: 0]", *(f"{word}: {kinds[word]}" for word in words)])
+    seat, metavar = values.number_or_word(*words), "|".join(["SEAT", *words])
+    add("--seat", type=seat, metavar=metavar, default=0, help=text)
+    add("--eval-seed", type=values.seed_int, default=0, help="of sampling and of the experts' draws")
+    temperature = "0 is greedy; 1 is the distribution that is trained"
+    add("--eval-temperature", type=values.non_negative, default=1.0, help=temperature)
+    return parser
 
 
 def resolve_evaluation(args: argparse.Namespace) -> Evaluation:
-    """Of a script with the seating flags, or of a training run, which is evaluated with the fewest agents
-    that it trains with; a run that trains on every seat is evaluated in the first, or in self-play if it was
-    trained so."""
+    """Of a script with the flags of playing_parser, or of a training run, which is evaluated with the fewest
+    agents that it trains with; a run that trains on every seat is evaluated in the first, or in self-play if
+    it was trained so."""
+    if args.partners and (args.partners == ["self"]) != (args.seat == "all"):
+        raise InputError("--partners self goes with --seat all, and other --partners with a seat or random")
     if not hasattr(args, "eval_seed"):
-        seat = 0 if args.seat == "all" and args.partners != ["self"] else args.seat
+        seat = 0 if args.seat == "all" and not args.partners else args.seat
         return Evaluation(max(3, args.agents[0]), args.eval_games, seat)
     if isinstance(args.seat, int) and args.seat >= args.agents:
         raise InputError(f"--seat {args.seat} must be below --agents, which is {args.agents}")
     return Evaluation(args.agents, args.eval_games, args.seat, args.eval_temperature, args.eval_seed)
 
 
-def playing_parser(description: str, *words: str) -> argparse.ArgumentParser:
-    """The flags that the scripts which only play games share. words: for --seat."""
-    parser = argparse.ArgumentParser(description=description)
-    for add_flags in (add_model_flags, add_game_flags, add_player_flags, add_evaluation_flags):
-        add_flags(parser)
-    add_seating_flags(parser, *words)
-    return parser
-
-
-# -------------------- a run
-
-
 @dataclass(frozen=True)
 class Run:
-    """out: the run folder; micro_batch: conversations (rows) per pass; resumed: whether the run goes on."""
+    """Seeds, memory, saving. None of these changes the method."""
 
-    out: str
-    seed: int
-    micro_batch: int
-    resumed: bool
+    title = "run"
+    out: str = flag("--out", "runs/tompo", "the run folder")
+    preset: str = flag(
+        "--preset", "small", "which defaults (docs/settings.md)", choices=lambda: list(PRESETS)
+    )
+    resume: str | None = flag("--resume RUN", None, "continue this run with its own settings")
+    seed: int = flag("--seed", 0, "of data, adapters, order and sampling", values.seed_int)
+    micro_batch: int = flag(
+        "--micro-batch", 2, "rows per forward pass (memory, not maths)", values.positive_int
+    )
+
+    @property
+    def resumed(self) -> bool:
+        return bool(self.resume)
 
 
-# The defaults are for SmolLM2-135M on two CPU cores. The paper's values:
+# The defaults, those of `small`, are for SmolLM2-135M on two CPU cores. The paper's values:
 PAPER = dict(model="Qwen/Qwen2.5-7B-Instruct", rank=64, lora_alpha=32.0, sft_lr=5e-5, sft_batch=16, games=126)
 PAPER |= dict(agents=(4, 8), train_on="effort", label_noise=0.0)
 PAPER |= dict(lr=1e-5)  # [choice]: the paper leaves the learning rate of RFT open
 PAPER |= dict(dtype="bfloat16")  # [choice]: so that the 7B model fits into one GPU of 80 GB
-
-
-def add_run_flags(parser: argparse.ArgumentParser, out: str) -> None:
-    text = "Seeds, memory, saving. None of these changes the method."
-    add = parser.add_argument_group("run", text).add_argument
-    add("--out", default=out, help="the run folder")
-    add("--preset", choices=("small", "paper"), default="small", help="defaults: small, or the paper's")
-    add("--resume", metavar="RUN", help="continue this run with its own settings")
-    add("--seed", type=seed_int, default=0, help="of data, adapters, order and sampling")
-    add("--micro-batch", type=positive_int, default=2, help="rows per forward pass (memory, not maths)")
+# Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
+OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3, fix=["fee=0.05"])
+OTHERS |= dict(expert="random", train_on="format", label_noise=0.0, reward_from="game", dtype="bfloat16")
+PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 
 @dataclass(frozen=True)
@@ -581,53 +445,38 @@ class Settings:
     flags: dict
 
 
-def training_parser(description: str, out: str) -> argparse.ArgumentParser:
-    """The flags that train_sft.py and train_rft.py share. out: the default run folder."""
+def training_parser(description: str, out: str, *more: type) -> argparse.ArgumentParser:
+    """The flags that all training scripts share, and those of more groups. out: the default run folder."""
     parser = argparse.ArgumentParser(description=description)
-    for add_flags in (add_model_flags, add_game_flags, add_player_flags, add_data_flags):
-        add_flags(parser)
-    add_lora_flags(parser)
-    add_sft_flags(parser)
-    add_run_flags(parser, out)
+    add_flags(parser, Model, Games, Players, Data, LoRA, SFT, Run, *more)
+    parser.set_defaults(out=out)
     return parser
 
 
 def parse_training(parser: argparse.ArgumentParser, script: str, argv=None) -> Settings:
-    """The settings of a training script: with --preset paper the paper's values are defaults; with --resume
-    all flags are those of the run, and one that is newer than the run has its default."""
-    known, _ = parser.parse_known_args(argv)
-    folder, names = known.resume, {action.dest for action in parser._actions}
-    if folder:
-        print(f"continuing {folder} with the settings in its config.json (other flags do not count)")
-        flags = resumed_flags(folder, script) | {"out": folder}
-        if gone := sorted(set(flags) - names - {"script"}):
-            advice = "continue it with the version of the code that it was made with"
-            raise InputError(f"{folder} was made with settings that are gone ({', '.join(gone)}); {advice}")
-        argv = argv_of(parser, flags)
-        known, _ = parser.parse_known_args(argv)
-    if known.preset == "paper":
-        parser.set_defaults(**{name: value for name, value in PAPER.items() if name in names})
-    args = parser.parse_args(argv)
-    return resolve(args, script, resumed=bool(folder))
+    """The settings of a training script, whether it starts a run or resumes one."""
+    args, resume = parse_run(parser, script, PRESETS, argv)
+    return resolve(args, script, resume)
 
 
-def resolve(args: argparse.Namespace, script: str = "", resumed: bool = False) -> Settings:
+def resolve(args: argparse.Namespace, script: str = "", resume: str | None = None) -> Settings:
     """The settings of any script, from the groups of flags that it has. Raises InputError for flags that do
     not go together."""
     groups: dict[str, Any] = dict.fromkeys(field.name for field in fields(Settings))
-    players = groups["players"] = resolve_players(args)
-    groups |= {"model": resolve_model(args), "games": resolve_games(args)}
+    players = groups["players"] = from_flags(Players, args)
+    groups |= {"model": from_flags(Model, args), "games": from_flags(Games, args)}
+    (
+        players.expert,
+        players.partners,
+        groups["games"].families,
+    )  # these complain about their flags now, and not in use
     if hasattr(args, "eval_games"):
         groups["evaluation"] = resolve_evaluation(args)
-    if hasattr(args, "noise"):
-        groups["data"] = resolve_data(args)
     if hasattr(args, "train_on"):
-        groups["lora"] = LoRA(args.rank, args.lora_alpha, tuple(args.targets))
-        groups["sft"] = resolve_sft(args)
-        groups["run"] = Run(args.out, args.seed, args.micro_batch, resumed)
+        groups |= {"data": from_flags(Data, args, seed=args.seed), "lora": from_flags(LoRA, args)}
+        groups |= {"sft": from_flags(SFT, args), "run": from_flags(Run, args, resume=resume)}
     if hasattr(args, "algo"):
-        rft = groups["rft"] = resolve_rft(args, players)
-        args.sft_adapter = rft.sft_adapter
+        groups["rft"] = resolve_rft(args, players)
     if players.expert.language:  # the path of its record must hold in another folder, too
         args.ask = with_record(args.ask)
     return Settings(**groups | {"flags": vars(args) | ({"script": script} if script else {})})

@@ -35,7 +35,7 @@ from run.errors import reports_errors
 from run.files import StopSignal, Stopwatch, print_times, run_folder
 from run.seeds import Stream, torch_generator
 from run.stage import Stage
-from settings import RFT, Settings, add_evaluation_flags, add_rft_flags, parse_training, training_parser
+from settings import RFT, Objective, Settings, add_evaluation_flags, parse_training, training_parser
 from teachers.language import print_report
 from tompo import diagnostics
 from tools import diagnose, view
@@ -251,8 +251,8 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
 @reports_errors
 def main(argv=None) -> None:
     ranks.start()
-    parser = training_parser("ToMPO: SFT, reinforcement and evaluation in one run.", "runs/tompo")
-    add_rft_flags(parser)
+    text = "ToMPO: SFT, reinforcement and evaluation in one run."
+    parser = training_parser(text, "runs/tompo", RFT, Objective)
     add_evaluation_flags(parser, fewest=0)
     settings = parse_training(parser, "train_rft.py", argv)
     clock, algo = Stopwatch(), settings.rft.algo

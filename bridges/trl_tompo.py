@@ -27,7 +27,7 @@ from rewards import Memory, Rollout, Target
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import run_folder
-from settings import RFT, Settings, add_rft_flags, parse_training, training_parser
+from settings import RFT, Objective, Settings, parse_training, training_parser
 from train_sft import MAX_GRAD_NORM, learning_rate
 
 try:
@@ -150,8 +150,8 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
 
 def parse(argv=None) -> Settings:
     """Raises InputError for flags that the bridge cannot follow."""
-    parser = training_parser("ToMPO's prompts and rewards in TRL's GRPOTrainer.", "runs/trl")
-    add_rft_flags(parser)
+    text = "ToMPO's prompts and rewards in TRL's GRPOTrainer."
+    parser = training_parser(text, "runs/trl", RFT, Objective)
     parser.add_argument("--trl", nargs="+", metavar="NAME=VALUE", help="fields of TRL's GRPOConfig")
     settings = parse_training(parser, "bridges.trl_tompo", argv)
     if settings.run.resumed:

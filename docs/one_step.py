@@ -182,8 +182,8 @@ The loss is minus the mean of the J_i: {second_loss:.5f}.
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = flags.training_parser("Write one step of RFT as a page of numbers.", "docs/one-step.md")
-    flags.add_rft_flags(parser)
+    text = "Write one step of RFT as a page of numbers."
+    parser = flags.training_parser(text, "docs/one-step.md", flags.RFT, flags.Objective)
     settings = flags.parse_training(parser, "docs.one_step", argv)
     blocks = page(settings).split("\n\n")
     prose = [block if block[:1] in "|# " else textwrap.fill(block, 110) for block in blocks]

@@ -176,6 +176,11 @@ def chain(name: Folder) -> list[str]:
     return [str(name)] if os.path.isdir(name) else str(name).split("+")
 
 
+def whole_paths(name: str) -> str:
+    """A chain with whole paths, so that a run can be resumed from another folder. "" stays "", no chain."""
+    return name and "+".join(map(os.path.abspath, chain(name)))
+
+
 def read_chain(name: Folder) -> tuple[State, LoRAConfig]:
     """The adapters of a chain as one for the plain base. Errors: as in read_adapter and stack_adapters."""
     return reduce(lambda one, other: stack_adapters(*one, *other), map(read_adapter, chain(name)))

@@ -10,6 +10,12 @@ from rewards import TERMS, Rollout
 from run import ranks
 from run.stage import Stage
 
+# Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
+LOGGED = set(
+    "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken advantage"
+    " reward gamma zeta".split()
+)
+
 
 def step_metrics(prompts: list[Prompt], groups: list[list[Rollout]], sums: dict[str, float | None]) -> dict:
     """The values of one step; docs/settings.md explains them. sums: of tompo.diagnostics over the step."""

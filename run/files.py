@@ -1,6 +1,5 @@
 """Files of a run, signals and clocks: what every script shares. Needs no torch (but for `run_folder`)."""
 
-import argparse
 import json
 import os
 import platform
@@ -111,23 +110,6 @@ def resumed_flags(folder: str | os.PathLike, script: str) -> dict:
     if not isinstance(config, dict) or config.get("script") != script:
         raise InputError(f"{folder} is not a run of {script}: its config.json is not of that script")
     return config
-
-
-def argv_of(parser: argparse.ArgumentParser, values: dict) -> list[str]:
-    """The command line that gives these values, so that the values of a file pass the checks of flags."""
-    argv = []
-    for action in parser._actions:
-        value = values.get(action.dest)
-        if action.dest not in values or (value is None and action.default is None):
-            continue
-        if type(value) is bool and action.nargs == 0:
-            argv.append(action.option_strings[not value])  # --belief, --no-belief
-        elif action.nargs in (None, 0):
-            text = "-".join(map(str, value)) if isinstance(value, list) else value  # a range of agents
-            argv.append(f"{action.option_strings[0]}={text}")
-        else:
-            argv += [action.option_strings[0], *map(str, value if isinstance(value, list) else [value])]
-    return argv
 
 
 class JsonLines:

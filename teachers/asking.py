@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from games import State
@@ -31,7 +32,7 @@ LOWEST = {"temperature": 0.0, "max-tokens": 1, "attempts": 1, "concurrency": 1, 
 LOWEST |= {"price-in": 0.0, "price-out": 0.0, "budget": 0.0}
 
 
-def asking(pairs: list[str] | None, style: PromptStyle) -> Asking:
+def asking(pairs: Sequence[str] | None, style: PromptStyle) -> Asking:
     """The NAME=VALUE pairs of --ask; the last one of each name counts. Raises InputError."""
     record, *others = with_record(pairs)
     values = {"record": record.removeprefix("record=")}
@@ -51,7 +52,7 @@ def asking(pairs: list[str] | None, style: PromptStyle) -> Asking:
     return Asking(style, **values)
 
 
-def with_record(pairs: list[str] | None) -> list[str]:
+def with_record(pairs: Sequence[str] | None) -> list[str]:
     """The pairs with the whole path of the record, so that a run can be resumed from another folder."""
     records = [Asking.record] + [p.removeprefix("record=") for p in pairs or () if p.startswith("record=")]
     others = [p for p in pairs or () if not p.startswith("record=")]

@@ -5,11 +5,12 @@ x = 1 / (1 - 0.4) = 5/3 and W* = 3 (5/3) / 2 - 2 * 0.05 * 3 = 2.2; nobody linkin
 """
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 from experts import make_expert
 from play.players import expert_player, play_tables
 from prompts import PromptStyle
-from settings import Evaluation, Games, Players, Settings
+from settings import Evaluation, Players, Settings
 from world.bcz import BCZ
 from world.draws import Family
 
@@ -42,8 +43,5 @@ def by_seat(rows, effort):
 def evaluation_of(expert, games, seat=0, seed=0, families=(Family(),), agents=4):
     """The settings of an evaluation against this expert, without a model."""
     groups = dict.fromkeys(field.name for field in fields(Settings))
-    groups |= {
-        "players": Players(make_expert(expert), None, False, STYLE, make_expert),
-        "games": Games(families),
-    }
+    groups |= {"players": Players(expert), "games": SimpleNamespace(families=families)}
     return Settings(**groups | {"evaluation": Evaluation(agents, games, seat, seed=seed)})

@@ -1,19 +1,21 @@
 """Held-out games: which are played and who sits where."""
 
+from types import SimpleNamespace
+
 import pytest
 from tables import constant, evaluation_of, play
 
 from eval import instances, play_among_experts, seats_in
 from experts import make_expert
 from games import GameError
-from settings import Evaluation, Games
+from settings import Evaluation
 from world.draws import Family, held_out_grid, split_of
 
 GRID = list(held_out_grid(4))
 
 
 def chosen(count, family=Family(), agents=4):
-    return instances(Games((family,)), Evaluation(agents, count, 0))
+    return instances(SimpleNamespace(families=(family,)), Evaluation(agents, count, 0))
 
 
 def test_the_evaluated_instances_are_held_out_and_distinct():

@@ -5,7 +5,7 @@ import argparse
 import dataclasses
 import json
 import math
-from functools import partial
+from functools import cached_property, partial
 
 import pytest
 from whole_runs import parsed
@@ -18,15 +18,26 @@ from experts import Expert
 from prompts import PromptStyle
 from rewards import TERMS, expert_rewards, welfare
 from run.errors import InputError
+from run.values import named_numbers
 from world.draws import TYPE_PATTERNS, Family
+
+# The fields of settings that are only words, of which a property or another field makes what is used.
+WORDS = set("game stages rounds types fix expert_name ask information belief hints max_new_tokens".split())
+WORDS |= set("train_on prompt_counts reward_from weights clip_eps objective preset resume".split())
 
 
 def described(value):
-    """A value of which two can be compared: functions by their names, experts by theirs."""
+    """A value of which two can be compared: functions by their names, experts by theirs and by how they are
+    asked, and settings by what is used of them."""
     if isinstance(value, partial):
         return described([value.func, value.args, value.keywords])
     if isinstance(value, Expert):
-        return value.name
+        return [value.name, described(getattr(value, "asking", None))]
+    if type(value).__module__ == "settings":
+        kind = type(value)
+        made = [n for n in dir(kind) if isinstance(getattr(kind, n), (property, cached_property))]
+        used = [f.name for f in dataclasses.fields(value) if f.name not in WORDS] + made
+        return {name: described(getattr(value, name)) for name in used}
     if callable(value):
         return value.__qualname__ + str([described(cell.cell_contents) for cell in value.__closure__ or ()])
     if dataclasses.is_dataclass(value):
@@ -82,7 +93,7 @@ def test_there_are_few_flags_and_each_says_what_it_does(script):
 def test_the_defaults():
     _, s = parsed([])
     assert s.games.families == (Family(),) and s.players.style == PromptStyle()
-    assert s.data == settings.Data(126, None, (4, 4), 0, 0.15, 0) and s.rft.prompts == {"G": 8, "E": 2}
+    assert s.data == settings.Data(0, 126, (4, 4), 0, 0.15) and s.rft.prompts == {"G": 8, "E": 2}
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip, s.rft.beta) == (0.8, 0.2, (0.8, 1.2), 0.04)
     assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resumed
     assert s.flags["script"] == "train_rft.py" and parsed([], train_sft)[1].rft is None
@@ -118,13 +129,13 @@ def test_a_reward_term_of_ones_own_has_a_weight_unless_the_logs_use_its_name(mon
 def test_named_numbers():
     known = ("delta", "c")
     given = ["delta=0.1", "c=2e-3", "delta=.5"]  # the last one counts
-    assert settings.named_numbers(given, "--fix", known) == {"delta": 0.5, "c": 0.002}
-    assert settings.named_numbers(None, "--fix", known) == {}
+    assert named_numbers(given, "--fix", known) == {"delta": 0.5, "c": 0.002}
+    assert named_numbers(None, "--fix", known) == {}
     for bad in ("delta", "delta=", "c=x", "c=-1", "c=nan", "c=inf", "=1", "c=1=2"):
         with pytest.raises(InputError, match="^--fix .* write NAME=VALUE with a finite number from 0"):
-            settings.named_numbers(["delta=1", bad], "--fix", known)
+            named_numbers(["delta=1", bad], "--fix", known)
     with pytest.raises(InputError, match="^--fix gamma: no such name; there are delta, c$"):
-        settings.named_numbers(["gamma=1"], "--fix", known)
+        named_numbers(["gamma=1"], "--fix", known)
 
 
 def test_families_of_flags():
@@ -156,7 +167,8 @@ def test_a_resumed_run_has_its_own_settings(script, argv, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path / "elsewhere")
     other = ["--seed", "99", "--sft-lr", "0.5", "--preset", "paper", "--no-belief"]
     _, again = parsed([*other, "--resume", str(tmp_path)], script)
-    assert again.run == dataclasses.replace(first.run, resumed=True)
+    assert again.run == dataclasses.replace(first.run, resume=str(tmp_path))
+    assert again.run.resumed and not first.run.resumed
     a, b = (described(dataclasses.replace(s, run=None, flags={})) for s in (first, again))
     assert a == b and json.dumps(first.flags) == json.dumps(again.flags)
     said = f"continuing {tmp_path} with the settings in its config.json (other flags do not count)\n"
@@ -173,7 +185,7 @@ def test_paths_are_whole(tmp_path, monkeypatch):
     for given, whole in (("a+b", f"{tmp_path}/a+{tmp_path}/b"), ("one+two", f"{tmp_path}/one+two")):
         s = parsed(["--sft-adapter", given, "--games", "games.jsonl"])[1]
         assert s.rft.sft_adapter == s.flags["sft_adapter"] == whole
-        assert s.data.file == s.flags["games"] == f"{tmp_path}/games.jsonl"
+        assert s.data.games == s.flags["games"] == f"{tmp_path}/games.jsonl"
 
 
 # -------------------- presets

@@ -101,7 +101,7 @@ WITHOUT_CURVES = [(module, "plot_curves", lambda folder: None) for module in (tr
 
 def on_device(name, change=setattr):
     """From now on all scripts compute on this device. change: monkeypatch.setattr, to undo it later."""
-    change(settings, "resolve_model", lambda args: settings.Model(args.model, args.dtype, args.engine, name))
+    change(settings, "default_device", lambda: name)
 
 
 def run_rft(argv, curves=False):

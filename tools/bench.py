@@ -31,15 +31,16 @@ import torch
 from torch.utils import benchmark
 
 import lora
-import settings
 import tompo
 from models import pretrained
 from models.load import default_device, load_policy
 from policy import Policy
 from run.errors import InputError, reports_errors
 from run.files import Stopwatch, peak_memory_gib, refuse_existing, write_json
+from run.flags import add_flags
 from run.seeds import Stream, torch_generator
-from settings import number, positive_int
+from run.values import non_negative, number, positive_int, seed_int
+from settings import Model
 from train_sft import clip_gradient, make_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -300,24 +301,19 @@ def beside_peers(work: Work, peers: list[str], peer_dtype: str, repeats: int) ->
 def main(argv=None) -> None:
     text = "Time one step of reinforcement fine-tuning, beside its peers."
     parser = argparse.ArgumentParser(description=text)
-    settings.add_model_flags(parser)
+    add_flags(parser, Model)
     add, dtypes = parser.add_argument, ("float32", "bfloat16")
     add("--rank", type=positive_int, default=64, help="LoRA rank")
     add("--prompts", type=positive_int, default=4, help="prompts per step")
     add("--prompt-tokens", type=positive_int, default=400, help="tokens of each prompt")
     add("--m", type=positive_int, default=8, help="replies per prompt")
     add("--reply-tokens", type=number(int, 2), default=48, help="tokens of each reply")
-    add(
-        "--beta",
-        type=settings.non_negative,
-        default=0.04,
-        help="weight of the KL term; 0 skips the reference",
-    )
+    add("--beta", type=non_negative, default=0.04, help="weight of the KL term; 0 skips the reference")
     add("--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update")
     add("--repeats", type=positive_int, default=3, help="runs of each, taking turns")
     add("--peer", action="append", choices=PEERS, default=[], help="also run this")
     add("--peer-dtype", choices=dtypes, help="the peers' dtype (else --dtype)")
-    add("--seed", type=settings.seed_int, default=0, help="of prompts and sampling")
+    add("--seed", type=seed_int, default=0, help="of prompts and sampling")
     add("--json", metavar="FILE", help="write every run to a new file")
     add("--worker", nargs=2, metavar=("NAME", "WORK"), help=argparse.SUPPRESS)  # one run, in its own process
     args = parser.parse_args(argv)

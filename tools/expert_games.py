@@ -5,26 +5,28 @@ python -m tools.expert_games --games 126 --out expert_games.jsonl
 
 import argparse
 
-import settings as flags
 from play.dataset import write_records
 from run.errors import InputError, reports_errors
 from run.files import refuse_existing
+from run.flags import add_flags, from_flags
+from run.values import seed_int
+from settings import Data, Games, Players
 from teachers.language import print_report
 
 
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Write the expert data set: one decision per line, as JSON.")
-    for add_flags in (flags.add_game_flags, flags.add_player_flags, flags.add_data_flags):
-        add_flags(parser)
+    add_flags(parser, Games, Players, Data)
     add = parser.add_argument
     add("--out", default="expert_games.jsonl", help="the file to write")
-    add("--seed", type=flags.seed_int, default=0, help="seed of instances and noise")
+    add("--seed", type=seed_int, default=0, help="seed of instances and noise")
     add("--split", choices=("train", "held-out"), default="train", help="which instances are drawn")
     args = parser.parse_args(argv)
     refuse_existing(args.out)
-    games, players, data = flags.resolve_games(args), flags.resolve_players(args), flags.resolve_data(args)
-    if data.file:
+    games, players = from_flags(Games, args), from_flags(Players, args)
+    data = from_flags(Data, args, seed=args.seed)
+    if isinstance(data.games, str):
         raise InputError("--games must be a number here: the games are played, and not read from a file")
     records = data.simulate(games, players, data.games, args.split)
     write_records(args.out, records)

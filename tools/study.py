@@ -30,6 +30,7 @@ from tqdm import tqdm
 import settings
 from run.errors import InputError, reports_errors
 from run.files import JsonLines, cpu_name, read_json, read_lines
+from run.values import positive_int
 from tools import study_report
 from tools.page.groups import read_prompts
 
@@ -135,8 +136,8 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """What train_sft.py, train_rft.py and eval.py know."""
-    sft, rft = (settings.training_parser("", "") for _ in range(2))
-    settings.add_rft_flags(rft)
+    sft = settings.training_parser("", "")
+    rft = settings.training_parser("", "", settings.RFT, settings.Objective)
     settings.add_evaluation_flags(rft, fewest=0)
     return {"sft": sft, "rft": rft, "eval": settings.playing_parser("", "random", "all")}
 
@@ -286,8 +287,8 @@ def main(argv=None) -> None:
     seeds = "such as 0-7; each arm has its own number of seeds"
     add("--seeds", type=parse_seeds, default=parse_seeds("0-7"), help=seeds)
     add("--all-seeds", action="store_true", help="all of --seeds for every arm")
-    add("--jobs", type=settings.positive_int, default=2, help="runs at once")
-    add("--threads", type=settings.positive_int, default=1, help="threads of each")
+    add("--jobs", type=positive_int, default=2, help="runs at once")
+    add("--threads", type=positive_int, default=1, help="threads of each")
     add("--flags", default="", help="flags of every run, in one string, for a quick look")
     add("--folder", type=Path, default=Path("runs/study"), help="the runs")
     add("--results", type=Path, default=Path("results/study.jsonl"), help="the measured units, a line each")

@@ -20,7 +20,7 @@ from play.players import expert_player, play_tables
 from prompts import PromptStyle
 from run.errors import reports_errors
 from run.files import refuse_existing, write_json
-from settings import number, positive_int, seed_int
+from run.values import number, positive_int, seed_int
 from world.draws import TYPE_PATTERNS, Family, held_out_grid
 
 TYPES = {"homogeneous": TYPE_PATTERNS[:1], "heterogeneous": TYPE_PATTERNS[1:]}

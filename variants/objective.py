@@ -3,10 +3,13 @@
 `--objective advantage=loo loss=cispo` chooses among them. With one inner epoch rho is 1, and then all
 ratios and losses have the gradient of GRPO with the same aggregation."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS, per_group
+from run.errors import InputError
+from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS, TABLES, per_group
 
 
 def centred(rewards_M: Tensor) -> Tensor:
@@ -45,3 +48,16 @@ KL_ESTIMATORS |= {  # Schulman, "Approximating KL divergence" (2020)
     "k1": lambda logp_T, ref_logp_T: logp_T - ref_logp_T,
     "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2,
 }
+
+
+def choose(given: Iterable[str] | None) -> dict[str, Callable]:
+    """["loss=cispo", ...] -> a function of every table of tompo.py, by the table's name: the first one where
+    nothing is given. Raises InputError."""
+    chosen = {name: next(iter(table.values())) for name, table in TABLES.items()}
+    for text in given or ():
+        name, _, choice = text.partition("=")
+        if choice not in TABLES.get(name, ()):
+            known = "; ".join(f"{name}={'|'.join(table)}" for name, table in TABLES.items())
+            raise InputError(f"--objective {text}: write NAME=CHOICE, of {known}")
+        chosen[name] = TABLES[name][choice]
+    return chosen

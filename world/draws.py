@@ -7,8 +7,9 @@ seats. With homogeneous types alone the efficient graph is almost always empty o
 have efficient graphs in between.
 """
 
+import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -71,6 +72,24 @@ def families_of(
             check_stages(string)
             families.append(Family(name, string, rounds, patterns, types, own, fee))
     return tuple(families)
+
+
+def patterns_and_types(words: Sequence[str] | None) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """What --types says: (the patterns of types that are drawn, the types themselves where they are given).
+    Raises GameError."""
+    if not words:
+        return TYPE_PATTERNS, ()
+    if all(word in TYPE_PATTERNS for word in words):
+        return tuple(pattern for pattern in TYPE_PATTERNS if pattern in words), ()
+    try:
+        types = tuple(float(word) for word in words)
+    except ValueError:
+        types = (math.nan,)
+    # With a third decimal, PGG's cap, which is the type, would be below the effort that an expert writes.
+    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) for v in types):
+        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers with at most two decimals"
+        raise GameError(f"--types takes {allowed}, got {' '.join(words)}")
+    return TYPE_PATTERNS, types
 
 
 def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:

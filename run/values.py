@@ -1,0 +1,82 @@
+"""Types of the values of flags, for argparse: each checks the text of one value, and returns what it says."""
+
+import argparse
+import math
+import os
+from collections.abc import Iterable
+
+from run.errors import InputError
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False):
+    """An int or float from low (or, with `above`, larger than low) to high."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
+            least = f"{'above' if above else 'at least'} {low}"
+            bounds = least if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
+            )
+        return value
+
+    return parse
+
+
+positive_int = number(int, 1)
+count = number(int, 0)
+seed_int = number(int, 0, 2**32 - 1)  # one word of a random seed, see run/seeds.py
+non_negative = number(float, 0)
+positive = number(float, 0, above=True)
+share = number(float, 0, 1)
+
+
+def number_or_range(least: int, most: int):
+    """`4` -> (4, 4), `4-8` -> (4, 8): whole numbers from least to most."""
+
+    def parse(text: str) -> tuple[int, int]:
+        low, dash, high = text.partition("-")
+        try:
+            a, b = int(low), int(high) if dash else int(low)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a number such as 4 or a range such as 4-8"
+            ) from None
+        if not least <= a <= b <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} must lie between {least} and {most}, and a range must rise"
+            )
+        return a, b
+
+    return parse
+
+
+def number_or_word(*words: str):
+    """A whole number from 0, or one of the words."""
+    return lambda text: text if text in words else seed_int(text)
+
+
+def number_or_path(text: str) -> int | str:
+    """A whole number from 1, or the whole path of a file, so that a run can be resumed from another
+    folder."""
+    return positive_int(text) if text.lstrip("+-").isdigit() else os.path.abspath(text)
+
+
+def named_numbers(given: Iterable[str] | None, flag: str, known: Iterable[str]) -> dict[str, float]:
+    """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError."""
+    numbers = {}
+    for text in given or ():
+        name, _, value = text.partition("=")
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            numbers[name] = math.nan
+        if not name or not 0 <= numbers[name] < math.inf:
+            raise InputError(f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in delta=0.1")
+        if name not in known:
+            raise InputError(f"{flag} {name}: no such name; there are {', '.join(known)}")
+    return numbers
