@@ -65,8 +65,8 @@ def from_flags(kind: Any, args: argparse.Namespace, **others: Any) -> Any:
 def parse_run(
     parser: argparse.ArgumentParser, script: str, presets: dict[str, dict], argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, str | None]:
-    """-> (the values of the flags, the run that is resumed). The values of the chosen preset are defaults; with
-    --resume all flags are those of the run, and one that is newer than the run has its default."""
+    """-> (the values of the flags, the run that is resumed). The values of the chosen preset are defaults;
+    with --resume all flags are those of the run, and one that is newer than the run has its default."""
     known, _ = parser.parse_known_args(argv)
     folder, names = known.resume, {action.dest for action in parser._actions}
     if folder:
