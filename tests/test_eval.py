@@ -53,8 +53,11 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
             assert all(f"{result[part][m]['mean']:.3f}" in line for m in ("U2", "U3")) and " 1.000 " in line
     first, nash = (written["results"][name]["instances"] for name in rows[:2])
     difference = np.mean([a["U3"] - b["U3"] for a, b in zip(first, nash, strict=True)])
-    (paired,) = [line for line in lines[13:] if line.startswith("expert:nash ")]
-    assert "expert:planner minus" in lines[11] and f"{difference:+.3f} ±" in paired
+    assert lines[11] == "U2 of links by round" and lines[12].split()[1:] == "round 1 round 2".split()
+    for result, line in zip(written["results"].values(), lines[13:17], strict=True):
+        assert all(f"{result[f'round {r}']['U2 graph']['mean']:.3f}" in line for r in (1, 2))
+    (paired,) = [line for line in lines[18:] if line.startswith("expert:nash ")]
+    assert "expert:planner minus" in lines[17] and f"{difference:+.3f} ±" in paired
 
 
 def test_one_game_prints_means_without_intervals(capsys):
