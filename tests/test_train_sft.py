@@ -6,11 +6,13 @@ import shutil
 
 import huggingface_hub
 import pytest
+import torch
 from tiny import make_tiny_model
 from whole_runs import SHARED, Run, flags, rft_flags, sft_flags, without_timings
 
 import train_rft
 import train_sft
+from models.load import load_policy
 from play import probe
 from tools import expert_games
 
@@ -42,6 +44,11 @@ def test_sft_runs_with_simulated_and_with_written_games(model_dir, tmp_path, cap
     assert Run(tmp_path / "fewer").weights() != written.weights()
 
 
+@pytest.fixture(scope="module")
+def policy(model_dir):
+    return load_policy(model_dir, "float32", "cpu", "plain")
+
+
 @pytest.fixture
 def records_of(monkeypatch, model_dir, tmp_path):
     """records_of(**changes) -> the records of the held-out games, and those that SFT trains on."""
@@ -71,6 +78,37 @@ def test_label_noise_is_in_the_labels_of_links_that_sft_trains_on_alone(records_
     assert test == held_out and [r.prompt for r in noisy] == [r.prompt for r in clean]
     changed = {r.kind for r, other in zip(clean, noisy, strict=True) if r.label != other.label}
     assert changed == {"G"}
+
+
+LABELS = ["Belief: [0, 1, 0]\nDecision: [0, 1, 1]", "Decision: 1.50"]
+
+
+@pytest.mark.parametrize("label, left_out", zip(LABELS, (["0", "1", "1"], ["1", "5", "0"]), strict=True))
+def test_the_format_alone_leaves_out_the_digits_of_the_decision(policy, label, left_out):
+    ids = policy.encode_reply(label)
+    weights = train_sft.token_weights(policy, label, ids, format_only=True)
+    texts = [policy.tokenizer.decode([token]).strip() for token in ids]
+    assert [text for text, weight in zip(texts, weights, strict=True) if not weight] == left_out
+    assert set(train_sft.token_weights(policy, label, ids, format_only=False)) == {1.0}
+
+
+def test_the_loss_of_tokens_that_do_not_count_is_left_out(policy):
+    """Of the held-out loss, and of the training loss, whose gradient is that of the other tokens."""
+    ids = [policy.encode_reply(label) for label in LABELS]
+    weights = [train_sft.token_weights(policy, label, i, True) for label, i in zip(LABELS, ids, strict=True)]
+    chat = train_sft.Conversation([[5, 6, 7]] * 2, [[i] for i in ids], weights, ["graph", "effort"])
+    losses = train_sft.reply_loss(policy, [chat])
+    for logps, w, kind in zip(
+        policy.token_logps(chat.prompts, chat.replies), weights, chat.kinds, strict=True
+    ):
+        counted = logps[torch.tensor(w) > 0]
+        assert 0 < len(counted) < len(logps) and losses[kind] == pytest.approx(-counted.mean().item())
+
+
+def test_a_run_on_the_format_alone_ends_elsewhere(model_dir, tmp_path):
+    for name in ("both", "format"):
+        train_sft.main(sft_flags(model_dir, tmp_path / name, train_on=name, sft_steps=2))
+    assert Run(tmp_path / "both").weights() != Run(tmp_path / "format").weights()
 
 
 def test_learning_rate_by_hand():
