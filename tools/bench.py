@@ -16,15 +16,14 @@ The peers are listed in PEERS below; trl needs `pip install -r requirements-benc
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
 import argparse
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stdout
+from multiprocessing import get_context
 from statistics import median
 
 import torch
@@ -34,6 +33,7 @@ import lora
 import tompo
 from models import pretrained
 from models.load import default_device, load_policy
+from play.metrics import align
 from policy import Policy
 from run.errors import InputError, reports_errors
 from run.files import Stopwatch, peak_memory_gib, refuse_existing, write_json
@@ -43,27 +43,8 @@ from run.values import non_negative, number, positive_int, seed_int
 from settings import Model
 from train_sft import clip_gradient, make_optimizer
 
-ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("prompts", "decoding", "reference", "update", "optimizer")
 DEVICE = default_device()
-
-
-@dataclass(frozen=True)
-class Work:
-    """One step: m replies of reply_tokens each to `prompts` prompts of prompt_tokens each. rank: of the LoRA
-    adapter; micro_batch: prompts per pass of the update. The other fields are as in settings.py."""
-
-    model: str
-    engine: str
-    dtype: str
-    rank: int
-    prompts: int
-    prompt_tokens: int
-    m: int
-    reply_tokens: int
-    beta: float
-    micro_batch: int
-    seed: int
 
 
 def random_prompts(tokenizer, count: int, tokens: int, seed: int) -> list[str]:
@@ -81,8 +62,9 @@ def random_prompts(tokenizer, count: int, tokens: int, seed: int) -> list[str]:
 # -------------------- our own step
 
 
-def step(work: Work, policy: Policy, optimizer, prompts: list[list[int]]) -> dict[str, float]:
-    """Seconds by stage of one step. The advantages are random: a step costs the same whatever they are."""
+def step(work: Namespace, policy: Policy, optimizer, prompts: list[list[int]]) -> dict[str, float]:
+    """Seconds by stage of one step of this work, which the flags describe. The advantages are random: a step
+    costs the same whatever they are."""
     shape, clock = (work.prompts, work.m, work.reply_tokens), Stopwatch()
     uniforms_PMS = torch.rand(shape, generator=torch_generator(work.seed, Stream.BENCH + 1))
     A_PM = torch.randn(shape[:2], generator=torch_generator(work.seed, Stream.BENCH + 2)).to(DEVICE)
@@ -118,7 +100,7 @@ def step(work: Work, policy: Policy, optimizer, prompts: list[list[int]]) -> dic
     return clock.seconds | {"decoding": clock.seconds["decoding"] - clock.seconds["prompts"]}
 
 
-def needed(work: Work, policy: Policy) -> dict[str, dict[str, float]]:
+def needed(work: Namespace, policy: Policy) -> dict[str, dict[str, float]]:
     """The operations a stage needs (2 per multiply-add), and for decoding also the bytes of the weights."""
     config, head_weight = policy.model.config, policy.model.get_output_embeddings().weight
     layers, head = lora.lora_layers(policy.model).values(), head_weight.numel()
@@ -157,7 +139,7 @@ def peaks(policy: Policy) -> dict[str, float]:
     return {"flop": max(products), "bytes": copied}
 
 
-def worker_tompo(work: Work) -> dict:
+def run_tompo(work: Namespace) -> dict:
     policy = load_policy(work.model, work.dtype, DEVICE, work.engine)
     config = lora.LoRAConfig(work.rank, 2.0 * work.rank, lora.DEFAULT_TARGETS, policy.name)
     lora.inject(policy.model, config, torch_generator(work.seed, Stream.BENCH + 3), policy.layer)
@@ -174,13 +156,13 @@ def worker_tompo(work: Work) -> dict:
 # -------------------- other software, as its users run it: without the settings of fast/cpu.py
 
 
-def load_plainly(work: Work):
+def load_plainly(work: Namespace):
     """(model, tokenizer, texts)."""
     model, tokenizer = pretrained.load(work.model, dtype=getattr(torch, work.dtype), device=DEVICE)
     return model, tokenizer, random_prompts(tokenizer, work.prompts, work.prompt_tokens, work.seed)
 
 
-def worker_generate(work: Work) -> dict:
+def run_generate(work: Namespace) -> dict:
     model, tokenizer, texts = load_plainly(work)
     ids = torch.tensor([tokenizer.encode(t, add_special_tokens=False) for t in texts], device=DEVICE)
     n = work.reply_tokens
@@ -195,7 +177,7 @@ def worker_generate(work: Work) -> dict:
     return {"seconds": {"rollouts": seconds}}
 
 
-def worker_trl(work: Work) -> dict:
+def run_trl(work: Namespace) -> dict:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -231,26 +213,31 @@ def worker_trl(work: Work) -> dict:
     return {"seconds": {"step": times[-1] - times[-2]}}
 
 
-WORKERS = {"tompo": worker_tompo, "generate": worker_generate, "trl": worker_trl}
-# peer -> (worker, what it does, those of our stages that do the same, changes of the work)
+# peer -> (its run, what it does, those of our stages that do the same, changes of the flags)
 PEERS = {
-    "plain": ("tompo", "whole step", STAGES, {"engine": "plain"}),  # policy.py
-    "generate": ("generate", "rollouts", STAGES[:2], {}),  # transformers, with num_return_sequences = m
-    "trl": ("trl", "whole step", STAGES, {}),  # GRPOTrainer with PEFT, the same beta
+    "plain": (run_tompo, "whole step", STAGES, {"engine": "plain"}),  # policy.py
+    "generate": (run_generate, "rollouts", STAGES[:2], {}),  # transformers, with num_return_sequences = m
+    "trl": (run_trl, "whole step", STAGES, {}),  # GRPOTrainer with PEFT, the same beta
 }
 
 # -------------------- runs and tables
 
 
-def run_worker(work: Work, worker: str) -> dict:
-    """One run in a process of its own: what the worker returns, and its peak memory in GiB."""
-    model = os.path.abspath(work.model) if os.path.isdir(work.model) else work.model
-    argv = ["--worker", worker, json.dumps(asdict(work) | {"model": model})]
-    command = [sys.executable, "-m", "tools.bench", *argv]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    if done.returncode:
-        raise InputError(f"the {worker} run failed; what it said stands above")
-    return json.loads(done.stdout.splitlines()[-1])
+def with_memory(run, work: Namespace) -> dict:
+    """What a run returns, and the peak memory of this process in GiB."""
+    with redirect_stdout(sys.stderr):  # TRL prints a log of its own
+        result = run(work)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else peak_memory_gib()
+    return result | {"peak_memory_gib": memory}
+
+
+def run_alone(run, work: Namespace) -> dict:
+    """The same, in a process of its own. InputError: the process was killed."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        try:
+            return pool.submit(with_memory, run, work).result()
+        except BrokenProcessPool:
+            raise InputError("the process of a run was killed: is there enough memory?") from None
 
 
 def seconds_of(runs: list[dict], stages: tuple[str, ...] | None = None) -> float:
@@ -258,41 +245,39 @@ def seconds_of(runs: list[dict], stages: tuple[str, ...] | None = None) -> float
     return median(sum(r["seconds"][s] for s in stages or r["seconds"]) for r in runs)
 
 
-def stage_table(work: Work, runs: list[dict]) -> str:
+def stage_table(work: Namespace, runs: list[dict]) -> str:
     seconds = {s: seconds_of(runs, (s,)) for s in STAGES}
     reply_tokens = work.prompts * work.m * (work.reply_tokens - 1)
     tokens = {"prompts": work.prompts * work.prompt_tokens, "decoding": reply_tokens}
     tokens["reference"] = tokens["update"] = sum(tokens.values())
-    lines = [f"{'stage':12}{'seconds':>9}{'share':>8}{'tokens/s':>10}{'floor s':>9}{'of floor':>10}"]
+    rows = [["stage", "seconds", "share", "tokens/s", "floor s", "of floor"]]
     for s in STAGES:
+        speed = f"{tokens[s] / seconds[s]:.0f}" if s in tokens and seconds[s] else "-"
+        rows.append([s, f"{seconds[s]:.2f}", f"{seconds[s] / sum(seconds.values()):.0%}", speed, "-", "-"])
         floors = [max(r["needed"][s][k] / r["peaks"][k] for k in r["needed"][s]) for r in runs]
-        floor = f"{'-':>9}{'-':>10}"
         if any(floors):
             reached = median(floor / r["seconds"][s] for floor, r in zip(floors, runs, strict=True))
-            floor = f"{median(floors):>9.2f}{reached:>10.0%}"
-        speed = f"{tokens[s] / seconds[s]:.0f}" if s in tokens and seconds[s] else "-"
-        lines.append(f"{s:12}{seconds[s]:>9.2f}{seconds[s] / sum(seconds.values()):>8.0%}{speed:>10}{floor}")
+            rows[-1][-2:] = f"{median(floors):.2f}", f"{reached:.0%}"
     memory = median(r["peak_memory_gib"] for r in runs)
     flop, copied = (median(r["peaks"][k] for r in runs) / 1e9 for k in ("flop", "bytes"))
-    lines.append(f"{'step':12}{seconds_of(runs):>9.2f}   peak memory {memory:.1f} GiB")
-    lines.append(f"measured peaks: {flop:.0f} GFLOP/s, {copied:.1f} GB/s")
-    return "\n".join(lines)
+    total = f"step: {seconds_of(runs):.2f} s, peak memory {memory:.1f} GiB"
+    return f"{align(rows)}\n{total}\nmeasured peaks: {flop:.0f} GFLOP/s, {copied:.1f} GB/s"
 
 
-def beside_peers(work: Work, peers: list[str], peer_dtype: str, repeats: int) -> dict[str, list[dict]]:
+def beside_peers(args: Namespace) -> dict[str, list[dict]]:
     """Our step and its peers, taking turns. Prints the tables and returns every run."""
+    peers = {name: PEERS[name] for name in args.peer}
+    dtype = args.peer_dtype or args.dtype
     results = {name: [] for name in ("tompo", *peers)}
-    for _ in range(repeats):
-        results["tompo"].append(run_worker(work, "tompo"))
-        for peer in peers:
-            worker, _, _, changes = PEERS[peer]
-            results[peer].append(run_worker(replace(work, dtype=peer_dtype, **changes), worker))
-    print(stage_table(work, results["tompo"]))
-    for peer in peers:
-        _, what, stages, _ = PEERS[peer]
+    for _ in range(args.repeats):
+        results["tompo"].append(run_alone(run_tompo, args))
+        for peer, (work, _, _, changes) in peers.items():
+            results[peer].append(run_alone(work, Namespace(**vars(args) | {"dtype": dtype} | changes)))
+    print(stage_table(args, results["tompo"]))
+    for peer, (_, what, stages, _) in peers.items():
         own, other = seconds_of(results["tompo"], stages), seconds_of(results[peer])
         memory = median(r["peak_memory_gib"] for r in results[peer])
-        print(f"{peer} ({peer_dtype}): {what} {other:.2f} s, ours {own:.2f} s, ", end="")
+        print(f"{peer} ({dtype}): {what} {other:.2f} s, ours {own:.2f} s, ", end="")
         print(f"ratio of medians {other / own:.1f}; its peak memory {memory:.1f} GiB")
     return results
 
@@ -308,26 +293,18 @@ def main(argv=None) -> None:
     add("--prompt-tokens", type=positive_int, default=400, help="tokens of each prompt")
     add("--m", type=positive_int, default=8, help="replies per prompt")
     add("--reply-tokens", type=number(int, 2), default=48, help="tokens of each reply")
-    add("--beta", type=non_negative, default=0.04, help="weight of the KL term; 0 skips the reference")
+    beta = "weight of the KL term; 0 skips the reference"
+    add("--beta", type=non_negative, default=0.04, help=beta)
     add("--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update")
     add("--repeats", type=positive_int, default=3, help="runs of each, taking turns")
     add("--peer", action="append", choices=PEERS, default=[], help="also run this")
     add("--peer-dtype", choices=dtypes, help="the peers' dtype (else --dtype)")
     add("--seed", type=seed_int, default=0, help="of prompts and sampling")
     add("--json", metavar="FILE", help="write every run to a new file")
-    add("--worker", nargs=2, metavar=("NAME", "WORK"), help=argparse.SUPPRESS)  # one run, in its own process
     args = parser.parse_args(argv)
-    if args.worker:
-        worker, work = args.worker
-        result = WORKERS[worker](Work(**json.loads(work)))
-        memory = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else peak_memory_gib()
-        print("\n" + json.dumps(result | {"peak_memory_gib": memory}))
-        return
     if args.json:
         refuse_existing(args.json)
-    work = Work(**{field.name: getattr(args, field.name) for field in fields(Work)})
-    peers = list(dict.fromkeys(args.peer)), args.peer_dtype or args.dtype
-    results = beside_peers(work, *peers, args.repeats)
+    results = beside_peers(args)
     if args.json:
         write_json(args.json, {"arguments": vars(args), "runs": results})
 

@@ -19,30 +19,13 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-import world  # noqa: F401  (it registers the games that eval.json names)
-from decisions import LINKS
-from games import KINDS, game_from_json
-from prompts import last_line, read_reply
+from games import KINDS
+from prompts import last_line
 from run.errors import InputError, one_line, reports_errors
 from run.files import read_json, read_lines
 
 LEVELS = ("ok", "watch", "bad")
-# (watch, bad). A share, unless stated otherwise.
-U1_BELOW = (0.95, 0.80)  # late compliance of the sampled replies
-U2_AT_LEAST = 0.80  # "plays well for itself"; with a lower U2, a low U3 is bad play and no social dilemma
-U3_BELOW = (0.95, 0.85)  # U3 as a share of what the others' expert reaches in the same seat
-CHANGED_ABOVE = (0.30, 0.60)  # of the times an instance is met again, or of repeated link stages
-ENOUGH_TO_JUDGE = 8  # such times; fewer are not judged
-IDLE_GROUPS_ABOVE = (0.50, 0.80)  # late share of groups whose replies all got the same reward
-COLLAPSE_ABOVE = (0.15, 0.30)  # by how much one answer is more common than the expert's most common one
-KL_ABOVE = (0.10, 0.50)  # nats per token, late mean
-KL_SPIKE = 4  # largest step / late mean, where the largest is itself above the watch level
-CLIPPED_ABOVE = (0.10, 0.30)  # late share of tokens where the clip is active
-RATIO_ERROR = (
-    0.05  # |rho - 1| with one inner epoch, where only rounding moves it. In bf16 that reaches 0.4, so
-)
-MISMATCH = 1e-3  # in bf16 the KL per token between the sampled and the scored distribution is judged instead
-
+FEW_COMPLIANT = 0.80  # a U1 below this is bad, and other measures then say little
 
 Judgement = tuple[int, str, str]  # an index of LEVELS, the numbers that show it, advice for levels above 0
 
@@ -73,9 +56,9 @@ def late(rows: list) -> list:
     return rows[-max(1, len(rows) // 4) :]
 
 
-def judge(value: float, limits: tuple[float, float]) -> int:
-    """The level by (watch, bad). If bad is the lower limit, low values are bad, else high ones."""
-    return sum(value < limit if limits[1] < limits[0] else value > limit for limit in limits)
+def judge(value: float, watch: float, bad: float) -> int:
+    """The level by two limits. If bad is the lower one, low values are bad, else high ones."""
+    return sum(value < limit if bad < watch else value > limit for limit in (watch, bad))
 
 
 def answer_of(reply: str) -> str:
@@ -90,68 +73,53 @@ def compliance(run: Run) -> Judgement:
     text = f"U1 {run.trend('U1', 3)}; {rules.total()} of {len(run.samples)} replies broke a rule"
     text += "".join(f", {rule} {count}" for rule, count in rules.most_common(6))
     advice = "Train SFT longer (--sft-steps), or give cut-off replies more room (--max-new-tokens)."
-    return judge(run.late("U1"), U1_BELOW), text, advice
+    return judge(run.late("U1"), 0.95, FEW_COMPLIANT), text, advice
 
 
 def welfare(run: Run) -> Judgement:
-    own, *others = [*run.results, ""]
-    experts = [n for n in others if n.startswith("expert:") and n != "expert:random"]
+    """U3 as a share of what the others' expert reaches in the same seat, if U2 is high."""
+    experts = [n for n in run.results if n.startswith("expert:") and n != "expert:random"]
     if not experts:
         return 0, "not judged: there is no eval.json with a row of an expert to compare with", ""
+    own = next(iter(run.results))
     u1, u2, u3 = (run.results[own]["all rounds"][m]["mean"] for m in ("U1", "U2", "U3"))
-    if u1 < U1_BELOW[1]:  # silence can have a high U2: where nobody links, nothing is at stake
+    if u1 < FEW_COMPLIANT:  # silence can have a high U2: where nobody links, nothing is at stake
         return 0, f"not judged: only {u1:.2f} of the evaluated replies are compliant", ""
     reach = run.results[experts[0]]["all rounds"]["U3"]["mean"]
     text = f"{own}: U2 {u2:.3f}, U3 {u3:.3f}, where the expert in its seat has U3 {reach:.3f}"
     advice = "The group is poor: raise --weights A_G, or imitate a cooperative expert (--expert planner)."
-    return judge(u3 / reach, U3_BELOW) if u2 >= U2_AT_LEAST and reach > 0 else 0, text, advice
+    # With a lower U2, a low U3 is bad play and no social dilemma.
+    return judge(u3 / reach, 0.95, 0.85) if u2 >= 0.80 and reach > 0 else 0, text, advice
 
 
 def changing_links(run: Run) -> Judgement:
-    """Do the most common links change between steps that meet the same instance, or links between the link
-    stages of one round?"""
+    """Do the most common links change between steps that meet the same instance? Fewer than 8 such meetings
+    are not judged."""
     votes: dict[tuple, dict[int, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for s in run.samples:
-        if s["kind"] == LINKS.letter and s["broken"] is None:
+        if s["kind"] == "G" and s["broken"] is None:
             # The expert's reply stands for the state: a noisy history may call for another answer.
             state = s["game"], s["seat"], s["stage"], s["expert"]
             votes[state][s["step"]][answer_of(s["reply"])] += 1
     modes = [[v.most_common(1)[0][0] for _, v in sorted(steps.items())] for steps in votes.values()]
-    pairs = [pair for mode in modes for pair in pairwise(mode)], repeated_link_stages(run.results)
-    (changed, again), (moved, repeated) = counts = [(sum(a != b for a, b in p), len(p)) for p in pairs]
-    text = f"an instance was met again {again} times, the most common links had changed in {changed}; "
-    text += f"repeated link stages of a round: {moved} of {repeated} changed the links"
-    level = max(judge(n / of, CHANGED_ABOVE) if of >= ENOUGH_TO_JUDGE else 0 for n, of in counts)
+    changes = [before != after for mode in modes for before, after in pairwise(mode)]
+    text = (
+        f"an instance was met again {len(changes)} times, the most common links had changed in {sum(changes)}"
+    )
     advice = "Lower --lr or raise --beta, and see in samples.jsonl whether the reward prefers any answer."
-    return level, text, advice
-
-
-def repeated_link_stages(results: dict[str, dict]) -> list[tuple[str, str]]:
-    """The policy's answers in link stages that follow each other in a round, in the games of eval.json;
-    compliant replies alone. An older eval.json that does not say who sat in which seat has none."""
-    answers, own = [], next(iter(results.values()), {})
-    columns = (own.get(key, ()) for key in ("instances", "seats", "replies"))
-    for row, seats, replies in zip(*columns, strict=False):
-        game = game_from_json(row["instance"])
-        letters = game.stages * game.rounds
-        for k, seat in enumerate(seats):
-            for stage, pair in enumerate(pairwise(replies[k :: len(seats)]), 1):  # of this seat, by stage
-                repeats = stage % len(game.stages) and letters[stage - 1] == letters[stage] == LINKS.letter
-                if repeats and all(read_reply(text, LINKS, seat, game.N, 0)[0] for text in pair):
-                    answers.append(tuple(map(answer_of, pair)))
-    return answers
+    return judge(fmean(changes), 0.30, 0.60) if len(changes) >= 8 else 0, text, advice
 
 
 def idle_groups(run: Run) -> Judgement:
     text = f"share of groups whose replies all got the same reward: {run.trend('zero_variance_groups')}"
     advice = "Stop, take more replies (--m), or harder games (--agents, --no-hints)."
-    if run.late("U1") < U1_BELOW[1]:
+    if run.late("U1") < FEW_COMPLIANT:
         advice = "Replies fail alike: train SFT longer first (--sft-steps)."
-    return judge(run.late("zero_variance_groups"), IDLE_GROUPS_ABOVE), text, advice
+    return judge(run.late("zero_variance_groups"), 0.50, 0.80), text, advice
 
 
 def collapse(run: Run) -> Judgement:
-    """How common the most common (compliant) answer is, against the expert's own to the same prompts."""
+    """By how much the most common (compliant) answer is more common than the expert's to the same prompts."""
     steps = late(sorted({s["step"] for s in run.samples}))
     level, text = 0, f"distinct replies of a group / m: {run.trend('distinct_replies')}"
     compliant = [s for s in run.samples if s["step"] in steps and s["broken"] is None]
@@ -162,32 +130,34 @@ def collapse(run: Run) -> Judgement:
             (common, count), (_, usual) = own.most_common(1)[0], expert.most_common(1)[0]
             text += f"; late {kind.name} answers: {len(own)} different (expert: {len(expert)}), the most "
             text += f"common, {common[:40]}, {count / len(part):.2f} of all (expert: {usual / len(part):.2f})"
-            level = max(level, judge((count - usual) / len(part), COLLAPSE_ABOVE))
+            level = max(level, judge((count - usual) / len(part), 0.15, 0.30))
     advice = "Lower --lr, raise --beta, and check whether giving this answer always earns a high reward."
     return level, text, advice
 
 
 def divergence(run: Run) -> Judgement:
+    """In nats per token: the late mean, and a largest step that is far above it."""
     if not run.values("kl"):
         return 0, "not measured: no KL term (--beta 0), or no step that trained on anything", ""
     last, most = run.late("kl"), max(run.values("kl"))
-    spike = most > KL_ABOVE[0] and most > KL_SPIKE * last
     text = f"per token {run.trend('kl', 4)}, largest {most:.4f}"
     advice = "Raise --beta or lower --lr, and read late replies in samples.jsonl: odd text may be rewarded."
-    return max(judge(last, KL_ABOVE), int(spike)), text, advice
+    return max(judge(last, 0.10, 0.50), int(most > max(0.10, 4 * last))), text, advice
 
 
 def clipping(run: Run) -> Judgement:
+    """With one inner epoch only rounding moves the ratio. In bf16 its error reaches 0.4, so there the KL per
+    token between the sampled and the scored distribution is judged instead."""
     if not run.values("max_ratio_error"):
         return 0, "not measured: no step trained on anything, since all groups were idle", ""
     error, apart = (max(run.values(key)) for key in ("max_ratio_error", "approx_kl"))
     if run.config["inner_epochs"] == 1:
-        wrong = apart > MISMATCH if run.config["dtype"] == "bfloat16" else error > RATIO_ERROR
+        wrong = apart > 1e-3 if run.config["dtype"] == "bfloat16" else error > 0.05
         text = f"pi should be pi_old: largest KL of a step {apart:.1e}, largest |rho - 1| {error:.1e}"
         return 2 * wrong, text, "Another distribution is scored than was sampled: see --dtype, --temperature."
     text = f"share of tokens clipped: {run.trend('clip_fraction', 3)}, largest |rho - 1| {error:.2f}"
     advice = "Lower --lr or --inner-epochs: updates go further than the samples can justify."
-    return judge(run.late("clip_fraction"), CLIPPED_ABOVE), text, advice
+    return judge(run.late("clip_fraction"), 0.10, 0.30), text, advice
 
 
 FINDINGS = {

@@ -18,8 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +35,7 @@ from run.files import JsonLines, cpu_name, read_json, read_lines
 from run.values import positive_int
 from tools import study_report
 from tools.page.groups import read_prompts
+from tools.page.text import rounded
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ("U1", "s", "row", "U2", "U3", "belief", "U2 | ok", "U3 | ok")
@@ -43,7 +46,7 @@ PROBED = ("step", "seconds", "U1", "row", "s", "U2", "belief")
 class Arm:
     """flags: of train_rft.py; seeds: how many it is to have; of: the name of the arm whose policy plays (by
     default its own); sft: whether the SFT stage of that arm plays instead; evaluation: flags of eval.py in
-    the place of those of the training; sft_flags: flags that the SFT stage alone has."""
+    the place of those of the training."""
 
     name: str
     family: str
@@ -52,29 +55,20 @@ class Arm:
     of: str | None = None
     sft: bool = False
     evaluation: str | None = None
-    sft_flags: str = ""
 
 
 ALGORITHMS = ("tompo", "grpo", "sft")
 PGG = "--game pgg --expert planner"
-GAMES = {
-    "GEE": "--stages GEE",
-    "6 agents": "--agents 6",
-    "PGG": PGG,
-    "heterogeneous": "--types linear half hub",
-}
-FEW = "--games 16 --steps 64"
-WHERE = {"few games": FEW, "6 agents": "--agents 6", "GGE": "--stages GGE", "PGG": PGG}
+GAMES = {"GEE": "--stages GEE", "6 agents": "--agents 6", "PGG": PGG}
+GAMES |= {"heterogeneous": "--types linear half hub"}
+WHERE = {"few games": "--games 16 --steps 64", "6 agents": "--agents 6", "GGE": "--stages GGE", "PGG": PGG}
 DR_GRPO = "--algo grpo --objective advantage=mean aggregation=constant"
 GRAPH_ALONE = "--weights A_S=0 A_G=1"
 ALL_SEATS = "--seat all --games 63"
 ONE_GRAPH = f"{ALL_SEATS} --reward-from joint --prompts 2 2"
+in_one_graph = partial(Arm, family="where it may act, one graph", evaluation="--seat all")
 TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}") for rate in (0, 0.25, 0.75, 0.9, 1)),
-    *(
-        Arm(f"SFT by {expert}", "teachers", "--label-noise 0", sft_flags=f"--expert {expert}")
-        for expert in ("nash", "myopic", "noisy:second-best:0.3")
-    ),
     Arm("SFT on efforts", "teachers", "--train-on effort"),
     Arm("SFT on links", "teachers", "--train-on graph"),
     *(Arm(f"{n} games", "teachers", f"--games {n}") for n in (13, 38)),
@@ -93,18 +87,9 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     Arm("Dr. GRPO", "objective", DR_GRPO, 2),  # with a KL term, which its paper does without
     Arm("Dr. GRPO, beta 0", "objective", f"{DR_GRPO} --beta 0"),
     Arm("RLOO", "objective", "--algo grpo --objective advantage=loo"),
-    Arm("token aggregation", "objective", "--objective aggregation=token"),
-    Arm("no KL", "objective", "--beta 0"),
-    Arm("m 4", "objective", "--m 4 --prompts 16 4"),
-    Arm("m 16", "objective", "--m 16 --prompts 4 1"),
-    Arm("credit", "objective", "--reward-from credit"),
-    Arm("credit, zeta 0.1", "objective", "--reward-from credit --weights zeta=0.1"),
     Arm("no Belief line", "belief", "--no-belief"),
-    Arm("belief reward", "belief", "--weights belief=0.5"),
-    Arm("label noise 1, no Belief line", "belief", "--label-noise 1 --no-belief"),
     *TEACHERS,
     *(replace(arm, name=f"{arm.name}, SFT alone", family="SFT alone", sft=True) for arm in TEACHERS),
-    Arm("random seat", "seats", "--seat random --games 252", evaluation="--seat random"),
     Arm("all seats", "seats", of="tompo, all seats", evaluation="--seat random"),
     Arm("seat 0", "seats", seeds=8, of="tompo", evaluation="--seat random"),
     *(Arm(f"{a} in all seats", "self-play", "", 8, a, a == "sft", "--seat all") for a in ALGORITHMS),
@@ -118,17 +103,11 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
         for name, flags in WHERE.items()
         for algo in ("tompo", "grpo")
     ),
-    *(
-        Arm(name, "where it may act, one graph", flags, evaluation="--seat all")
-        for name, flags in (
-            ("tompo, all seats", ALL_SEATS),
-            ("grpo, all seats", f"--algo grpo {ALL_SEATS}"),
-            ("graph level alone, all seats", f"{GRAPH_ALONE} {ALL_SEATS}"),
-            ("one graph", ONE_GRAPH),
-            ("graph level alone, one graph", f"{GRAPH_ALONE} {ONE_GRAPH}"),
-        )
-    ),
-    Arm("no worked numbers", "prompts", "--no-hints --sft-steps 240 --steps 48"),
+    in_one_graph("tompo, all seats", flags=ALL_SEATS),
+    in_one_graph("grpo, all seats", flags=f"--algo grpo {ALL_SEATS}"),
+    in_one_graph("graph level alone, all seats", flags=f"{GRAPH_ALONE} {ALL_SEATS}"),
+    in_one_graph("one graph", flags=ONE_GRAPH),
+    in_one_graph("graph level alone, one graph", flags=f"{GRAPH_ALONE} {ONE_GRAPH}"),
 ]
 
 # -------------------- the commands of an arm
@@ -150,115 +129,91 @@ def part(flags: str, script: str) -> list[str]:
     return [word for chunk in chunks if chunk[0] in known for word in chunk]
 
 
-def commands(arm: Arm, seed: int, arms: dict[str, Arm], common: str, folder: Path) -> list[tuple[Path, list]]:
+def commands(arm: Arm, seed: int, common: str, folder: Path) -> list[tuple[Path, list[str]]]:
     """(the file or folder that a command leaves, the command) of the SFT stage, of RFT and of the evaluation.
     common: flags of every run."""
-    trained = arms[arm.of] if arm.of else arm
-    flags = f"{common} {trained.flags}"
-    sft_flags = [*part(flags, "sft"), *shlex.split(trained.sft_flags)]
+    trained = next((other for other in ARMS if other.name == arm.of), arm)
+    flags, seeded = f"{common} {trained.flags}", ["--seed", str(seed)]
+    sft_flags = part(flags, "sft")
     name = "_".join(sft_flags).replace("--", "").replace("/", "-").replace(":", "-") or "default"
     sft, rft = folder / "sft" / name / f"seed{seed}", folder / trained.name.replace(" ", "_") / f"seed{seed}"
-    policy, seeded = sft / "adapter", ["--seed", str(seed)]
+    policy = sft / "adapter"
     steps = [(policy, ["train_sft.py", *seeded, *sft_flags, "--out", str(sft)])]
     if not arm.sft:
         argv = ["train_rft.py", *seeded, *part(flags, "rft"), "--eval-games", "0"]
+        argv += ["--sft-adapter", str(policy), "--out", str(rft)]
         policy = rft / "adapter"
-        steps.append((policy, [*argv, "--sft-adapter", str(sft / "adapter"), "--out", str(rft)]))
+        steps.append((policy, argv))
     result = folder / "eval" / arm.name.replace(" ", "_") / f"seed{seed}.json"
     played = part(flags if arm.evaluation is None else f"{common} {arm.evaluation}", "eval")
     return [*steps, (result, ["eval.py", *played, "--policy", str(policy), "--json", str(result)])]
+
+
+def units(names: list[str] | None, seeds: list[int] | None) -> list[tuple[Arm, int]]:
+    """Of these arms and families (default: all) these seeds, by default those that each arm is to have. They
+    come arm by arm: the seeds of the first arm make the SFT stages, and no two jobs wait for the same one."""
+    arms = [arm for arm in ARMS if not names or {arm.family, arm.name} & set(names)]
+    return [(arm, seed) for arm in arms for seed in seeds or range(arm.seeds)]
 
 
 # -------------------- running
 
 
 class Study:
-    """Runs units, several at once, and writes their lines. folder: of the runs; common: flags of every run;
-    threads: of each run. failed: what went wrong, a line for each unit."""
+    """Makes and measures units, also several at once. folder: of the runs; common: flags of every run;
+    threads: of each. Once `stopped` is set, no command is begun."""
 
-    def __init__(self, arms: list[Arm], folder: Path, results: Path, common: str, threads: int):
-        self.arms = {arm.name: arm for arm in arms}
+    def __init__(self, folder: Path, common: str, threads: int):
         self.folder, self.common, self.threads = folder, common, threads
-        self.lock, self.busy, self.failed = threading.Lock(), {}, []
         self.stopped = threading.Event()
-        results.parent.mkdir(parents=True, exist_ok=True)
-        self.log = JsonLines(results, lambda line: True)  # removes half a line that a kill has left
+        self.locks = defaultdict(threading.Lock)  # by product: two arms may want the same SFT stage at once
 
-    def units(self, wanted: list[str] | None, seeds: list[int], all_seeds: bool) -> list[tuple[Arm, int]]:
-        """What is not done yet of the wanted arms and families, arm by arm: the seeds of the first arm make
-        the SFT stages, and no two jobs wait for the same one. InputError: a name is unknown."""
-        arms = self.arms.values()
-        known = {name for arm in arms for name in (arm.name, arm.family)}
-        if unknown := set(wanted or ()) - known:
-            choices = ", ".join(sorted(known))
-            raise InputError(f"--arms {unknown.pop()}: no such arm or family; choose from {choices}")
-        chosen = [arm for arm in arms if not wanted or {arm.family, arm.name} & set(wanted)]
-        done = {(line["arm"], line["seed"]) for line in self.log.rows}
-        units = [(arm, seed) for arm in chosen for seed in seeds if seed < arm.seeds or all_seeds]
-        return [(arm, seed) for arm, seed in units if (arm.name, seed) not in done]
-
-    def run(self, arm: Arm, seed: int) -> None:
-        """Makes what a unit lacks, measures it and writes its line. An error ends this unit alone."""
+    def run(self, arm: Arm, seed: int) -> dict:
+        """Makes what a unit lacks. Returns its line of the results file. InputError: as in `make`."""
         began = time.perf_counter()
-        try:
-            steps = commands(arm, seed, self.arms, self.common, self.folder)
-            for product, command in steps:
-                with self.lock:
-                    own = self.busy.setdefault(product, threading.Lock())
-                with own:  # two arms may want the same SFT stage at once
-                    if not product.exists() and not self.stopped.is_set():
-                        self.execute(command, product)
-                if self.stopped.is_set():
-                    return
-            line = measured(arm, seed, steps) | {"minutes": round((time.perf_counter() - began) / 60, 1)}
-            with self.lock:
-                self.log.write(line | machine())
-        except (OSError, ValueError, KeyError) as e:
-            what = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
-            with self.lock:
-                self.failed.append(f"{arm.name}, seed {seed}: {what}")
-            tqdm.write(f"failed: {self.failed[-1]}")
+        steps = commands(arm, seed, self.common, self.folder)
+        for product, command in steps:
+            with self.locks[product]:
+                if not product.exists():
+                    self.make(product, command)
+        minutes = round((time.perf_counter() - began) / 60, 1)
+        return measured(arm, seed, steps) | {"minutes": minutes} | machine()
 
-    def execute(self, command: list[str], product: Path) -> None:
-        """Runs one command, or resumes it. InputError: it failed, or has not left its product."""
+    def make(self, product: Path, command: list[str]) -> None:
+        """Runs one command, or resumes it. InputError: it was stopped, or failed, or left no product."""
         run = Path(command[-1])  # its folder, or eval.py's file
         if (run / "config.json").exists():
             command = [command[0], "--resume", str(run)]
         run.parent.mkdir(parents=True, exist_ok=True)
         log = run.with_name(run.stem + ".log")
         environment = os.environ | dict(OMP_NUM_THREADS=str(self.threads), OMP_WAIT_POLICY="PASSIVE")
-        with open(log, "a", encoding="utf-8") as file:
-            argv = [sys.executable, *command]
-            done = subprocess.run(argv, cwd=ROOT, stdout=file, stderr=file, env=environment)
-        if done.returncode in (130, -2):  # Ctrl-C
-            self.stopped.set()
-        elif done.returncode or not product.exists():
+        if not self.stopped.is_set():
+            with open(log, "a", encoding="utf-8") as file:
+                argv = [sys.executable, *command]
+                done = subprocess.run(argv, cwd=ROOT, stdout=file, stderr=file, env=environment)
+        if self.stopped.is_set() or done.returncode in (130, -2):  # Ctrl-C
+            raise InputError("stopped; the same command goes on")
+        if done.returncode or not product.exists():
             last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
             raise InputError(f"{last[-200:]} (see {log})")
 
 
-def rounded(row: dict, keys: tuple[str, ...]) -> dict:
-    return {key: None if row.get(key) is None else round(row[key], 4) for key in keys}
-
-
-def measured(arm: Arm, seed: int, steps: list[tuple[Path, list]]) -> dict:
+def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
     """The unit's line of the results file, without its time and machine."""
-    summary = next(iter(read_json(steps[-1][0])["results"].values()))
-    rows = [rounded(row, STORED) for row in summary["instances"]]
+    rows = next(iter(read_json(steps[-1][0])["results"].values()))["instances"]
     line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": arm.flags}
-    line |= ({"sft_flags": arm.sft_flags} if arm.sft_flags else {}) | ({"sft": True} if arm.sft else {})
-    line["values"] = {metric: [row[metric] for row in rows] for metric in STORED}
+    line |= {"sft": True} if arm.sft else {}
+    line["values"] = {metric: [row.get(metric) for row in rows] for metric in STORED}
     if len(steps) == 3 and arm.of is None:
         run = steps[1][0].parent
-        samples, metrics, probe = (read_lines(run / f"{n}.jsonl") for n in ("samples", "metrics", "probe"))
-        line["probe"] = [rounded(entry, PROBED) for entry in probe if "stage" in entry]
+        samples, probe = (read_lines(run / f"{name}.jsonl") for name in ("samples", "probe"))
+        line["probe"] = [{key: entry.get(key) for key in PROBED} for entry in probe if "stage" in entry]
         line["levels"] = study_report.levels_of(samples)
         line |= study_report.graph_replies(samples)
         targets = {place: target for place, (target, _) in read_prompts(run).items()}
         line["rule"] = study_report.rules_of(samples, targets)
         line |= {"groups": study_report.a_dozen(samples)} if seed == 0 else {}
-        line["idle"] = [round(entry["zero_variance_groups"], 3) for entry in metrics]
-    return line
+    return rounded(line, 4)
 
 
 def machine() -> dict:
@@ -283,10 +238,9 @@ def parse_seeds(text: str) -> list[int]:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Trains and evaluates many arms over several seeds.")
     add = parser.add_argument
-    add("--arms", nargs="+", metavar="NAME", help="arms or families (default: all)")
-    seeds = "such as 0-7; each arm has its own number of seeds"
-    add("--seeds", type=parse_seeds, default=parse_seeds("0-7"), help=seeds)
-    add("--all-seeds", action="store_true", help="all of --seeds for every arm")
+    known = sorted({name for arm in ARMS for name in (arm.name, arm.family)})
+    add("--arms", nargs="+", metavar="NAME", choices=known, help="arms or families (default: all)")
+    add("--seeds", type=parse_seeds, help="such as 0-7 (default: as many as each arm is to have)")
     add("--jobs", type=positive_int, default=2, help="runs at once")
     add("--threads", type=positive_int, default=1, help="threads of each")
     add("--flags", default="", help="flags of every run, in one string, for a quick look")
@@ -296,27 +250,29 @@ def main(argv=None) -> None:
     add("--report", type=Path, metavar="FOLDER", nargs="?", const=Path("results"), help=report)
     args = parser.parse_args(argv)
     if args.report:
-        planned = [(arm.name, arm.seeds) for arm in ARMS]
-        print(study_report.write(args.results, args.report, planned))
+        print(study_report.write(args.results, args.report, {arm.name: arm.seeds for arm in ARMS}))
         return
-    study = Study(ARMS, args.folder, args.results, args.flags, args.threads)
-    units = study.units(args.arms, args.seeds, args.all_seeds)
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(units), unit="run", smoothing=0.1) as bar:
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    log = JsonLines(args.results, lambda line: True)  # removes half a line that a kill has left
+    done = {(line["arm"], line["seed"]) for line in log.rows}
+    todo = [(arm, seed) for arm, seed in units(args.arms, args.seeds) if (arm.name, seed) not in done]
+    study, failed = Study(args.folder, args.flags, args.threads), 0
+    with ThreadPoolExecutor(args.jobs) as pool:
         try:
-            for future in [pool.submit(study.run, *unit) for unit in units]:
-                future.add_done_callback(lambda _: bar.update())
-            pool.shutdown(wait=True)
-        except KeyboardInterrupt:
+            running = {pool.submit(study.run, arm, seed): f"{arm.name}, seed {seed}" for arm, seed in todo}
+            for unit in tqdm(as_completed(running), total=len(todo), unit="run", smoothing=0.1):
+                if error := unit.exception():  # it ends this unit alone
+                    failed += 1
+                    what = error if isinstance(error, InputError) else repr(error)
+                    tqdm.write(f"failed: {running[unit]}: {what}")
+                else:
+                    log.write(unit.result())
+        except KeyboardInterrupt:  # the commands that run have got it too
             study.stopped.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-    for text in study.failed:
-        print(f"failed: {text}")
-    if study.stopped.is_set():
-        print("stopped; the same command goes on")
-        raise SystemExit(130)
-    done = len(units) - len(study.failed)
-    print(f"{done} units done, {len(study.failed)} failed; tables: python -m tools.study --report")
-    if study.failed:
+            pool.shutdown(cancel_futures=True)
+            raise
+    print(f"{len(todo) - failed} units done, {failed} failed; tables: python -m tools.study --report")
+    if failed:
         raise SystemExit(1)
 
 

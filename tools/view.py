@@ -86,7 +86,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "overview": rounded(overview(config, timing, results, folder)),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3),
-            "learned": rounded(learned(samples, targets, results)),
+            "learned": rounded(learned(samples, targets)),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

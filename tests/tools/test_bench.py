@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def model(tmp_path_factory):
 
 def work(model, **changes):
     values = dict(engine="fast", dtype="float32", rank=4, prompts=2, prompt_tokens=12, m=3, reply_tokens=4)
-    return bench.Work(model, **values | dict(beta=0.1, micro_batch=1, seed=0) | changes)
+    return Namespace(model=model, **values | dict(beta=0.1, micro_batch=1, seed=0) | changes)
 
 
 def test_prompts_are_random_words_of_exactly_the_asked_length(model):
@@ -80,7 +81,7 @@ def test_what_is_timed_is_a_whole_step_the_same_in_both_engines(model, monkeypat
             steps.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
 
         monkeypatch.setattr(torch.optim.AdamW, "step", step)
-        seconds = bench.worker_tompo(work(model, engine=engine))["seconds"]
+        seconds = bench.run_tompo(work(model, engine=engine))["seconds"]
         assert list(seconds) == list(bench.STAGES) and seconds["reference"] > 0 and seconds["update"] > 0
     assert [len(steps) for steps in gradients.values()] == [2, 2]
     for fast, plain in zip(*gradients.values(), strict=True):
@@ -89,4 +90,4 @@ def test_what_is_timed_is_a_whole_step_the_same_in_both_engines(model, monkeypat
 
 
 def test_a_run_that_fails_is_one_line(refused, tmp_path):
-    assert "the tompo run failed" in refused(bench.main, ["--model", tmp_path, *SMALL])
+    assert f"could not load {tmp_path}" in refused(bench.main, ["--model", tmp_path, *SMALL])

@@ -188,7 +188,7 @@ def test_links_are_counted_by_the_number_in_the_prompt(made):
             worth = json.loads(text.split("a link earns ")[1].split("]")[0] + "]")
             row = json.loads(s["reply"].split("Decision: ")[1])
             choices += [(worth[j], row[j]) for j in (1, 2, 3)]
-    table = view.run_data(made, view.PAGE)["learned"]["sources"]["groups of training"]
+    table = view.run_data(made, view.PAGE)["learned"]
     bins = table["bins"]["step 0, the SFT policy"]
     edges = [-np.inf, *learned.EDGES, np.inf]
     for (linked, n), low, high in zip(bins, edges[:-1], edges[1:], strict=True):
@@ -218,7 +218,7 @@ def test_older_runs_open_with_what_they_have(made, tmp_path):
     run = view.run_data(old, view.PAGE)
     missing = [text.split(":")[0] for text in run["missing"]]
     assert missing == ["prompts.jsonl", "all agents' choices in eval.json"]
-    assert len(run["groups"]["groups"]) == 16 and run["games"]["count"] == 5 and not run["learned"]["sources"]
+    assert len(run["groups"]["groups"]) == 16 and run["games"]["count"] == 5 and not run["learned"]["bins"]
     (old / "eval.json").unlink()
     (old / "timing.json").unlink()
     assert "eval.json: the run has not" in view.run_data(old, view.PAGE)["missing"][1]
@@ -420,11 +420,8 @@ def test_games_show_regret_and_the_best_row(page, made):
 
 
 def test_what_it_learned_is_a_chart_and_a_table(page):
-    assert page.options("l-source") == ["games of the evaluation", "groups of training"]
-    for name in page.options("l-source"):
-        page.choose("l-source", name)
-        circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
-        assert "best described by" in page.text("#learned-body") and circles
+    circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
+    assert "best described by" in page.text("#learned-body") and circles
 
 
 def test_it_can_be_read_without_eyes_or_mouse(page):

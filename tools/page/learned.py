@@ -5,12 +5,12 @@ worked number). A policy of one threshold links iff that number is at least some
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
 from decisions import LINKS
-from games import State, game_from_json, history_from_text, observe
+from games import State, observe
 from prompts import parse_reply
 from rewards import Target
 
@@ -44,15 +44,6 @@ def training_choices(samples: list[dict], targets: dict[tuple, Target], author: 
     return choices_of((target.state, target.seat, text) for target, text in asked if target)
 
 
-def decisions_in(summary: dict) -> Iterator[tuple[State, int, str]]:
-    """All decisions of one player in the games of the evaluation."""
-    columns = (summary[key] for key in ("instances", "actions", "seats", "replies"))
-    for row, actions, seats, replies in zip(*columns, strict=True):
-        end, left = history_from_text(game_from_json(row["instance"]), actions), iter(replies)
-        for stage in range(len(end.history)):
-            yield from ((end.before(stage), seat, next(left)) for seat in seats)
-
-
 def best_threshold(choices: Choices) -> dict | None:
     """The rule "link iff the worked number is at least t" that agrees with the largest share of the choices.
     t is one of the worked numbers, or a little more than the largest of them: never link."""
@@ -66,32 +57,22 @@ def best_threshold(choices: Choices) -> dict | None:
     return {"t": float(thresholds[best]), "agreed": agreed[best], "n": len(choices)}
 
 
-def table(choices: dict[str, Choices]) -> dict:
-    """{who: [links, choices] of every bin}, and the best threshold of each."""
-    bins = {}
-    for who, part in choices.items():
-        worth, linked = np.array(part).reshape(-1, 2).T
-        place = np.digitize(worth, EDGES)
-        bins[who] = [[int(linked[place == k].sum()), int((place == k).sum())] for k in range(len(EDGES) + 1)]
-    return {"bins": bins, "thresholds": {who: best_threshold(part) for who, part in choices.items()}}
+def links_by_number(choices: Choices) -> list[list[int]]:
+    """[links, choices] of every bin."""
+    worth, linked = np.array(choices).reshape(-1, 2).T
+    place = np.digitize(worth, EDGES)
+    return [[int(linked[place == k].sum()), int((place == k).sum())] for k in range(len(EDGES) + 1)]
 
 
-def learned(samples: list[dict], targets: dict[tuple, Target], results: dict) -> dict:
-    """The tables before and after RFT: in the games of the evaluation, and in the groups of training."""
-    sources, names = {}, list(results)
-    if "sft" in results and all("actions" in summary for summary in results.values()):
-        rows = {"before RFT (sft)": "sft", f"after RFT ({names[0]})": names[0]}
-        rows |= {name: name for name in names if name.startswith("expert:") and name != "expert:random"}
-        played = {label: choices_of(decisions_in(results[name])) for label, name in rows.items()}
-        sources["games of the evaluation"] = table(played)
-    steps = sorted({s["step"] for s in samples})
+def learned(samples: list[dict], targets: dict[tuple, Target]) -> dict:
+    """The bins and the best threshold before and after RFT, in the groups of training. Nothing without the
+    targets, or after a single step."""
+    steps, choices = sorted({s["step"] for s in samples}), {}
     if targets and len(steps) > 1:
         late = steps[-max(1, len(steps) // 4) :]
         first, last = ([s for s in samples if s["step"] in part] for part in (steps[:1], late))
-        trained = {
-            "step 0, the SFT policy": training_choices(first, targets),
-            f"steps {late[0]} to {late[-1]}": training_choices(last, targets),
-            "expert": training_choices(first + last, targets, "expert"),
-        }
-        sources["groups of training"] = table(trained)
-    return {"edges": EDGES, "sources": sources}
+        choices["step 0, the SFT policy"] = training_choices(first, targets)
+        choices[f"steps {late[0]} to {late[-1]}"] = training_choices(last, targets)
+        choices["expert"] = training_choices(first + last, targets, "expert")
+    bins = {who: links_by_number(part) for who, part in choices.items()}
+    return {"edges": EDGES, "bins": bins, "thresholds": {w: best_threshold(c) for w, c in choices.items()}}
