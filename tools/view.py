@@ -85,7 +85,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
             "groups": groups_of(config, samples, asked, budget // 2),
-            "games": games_of(results, budget // 3),
+            "games": games_of(results, budget // 3, config.get("partners")),
             "learned": rounded(learned(samples, targets)),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:

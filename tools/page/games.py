@@ -3,6 +3,7 @@
 import numpy as np
 
 from decisions import EFFORTS, LINKS, payoffs_with_effort, row_payoffs
+from experts import Partners, make_expert
 from games import Game, State, game_from_json, history_from_text, own_rows
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
@@ -55,8 +56,10 @@ def played_of(game: Game, summary: dict, i: int) -> dict:
     return played | {"seats": seats, "stages": stages}
 
 
-def games_of(results: dict, budget: int) -> dict:
-    """The games of the evaluation, by every row of the table that has played them."""
+def games_of(results: dict, budget: int, partners: list[str] | None = None) -> dict:
+    """The games of the evaluation, by every row of the table that has played them. partners: the rules from
+    which that of every other seat was drawn."""
+    drawn = Partners([make_expert(name) for name in partners or () if name != "self"])
     own, games = next(iter(results.values()), {"instances": []}), []
     for i, row in enumerate(own["instances"]):
         game = game_from_json(row["instance"])
@@ -64,6 +67,7 @@ def games_of(results: dict, budget: int) -> dict:
         efforts_N = game.planner_efforts(links_NN)
         best = {"links": links_NN, "efforts": efforts_N, "payoffs": game.payoffs(links_NN, efforts_N), "W": W}
         facts = {"number": i, "instance": tell_game(game), "types": game.types, "type": game.type_name}
+        facts["rules"] = [drawn.rule(game, seat).name for seat in range(game.N) if drawn.rules]
         players = {name: played_of(game, s, i) for name, s in results.items() if i < len(s["instances"])}
         games.append(rounded(facts | {"N": game.N, "best": best, "players": players}))
     sizes = [len(escaped(game)) for game in games]

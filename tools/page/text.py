@@ -40,8 +40,9 @@ def rounded(value, digits: int = 6):
 
 def tell_game(game: Game) -> str:
     parameters = ", ".join(f"{name} {value:g}" for name, value in game.parameters.items())
+    fee = f", fee {game.fee:g}" if game.fee else ""
     rounds = f", {game.rounds} rounds" if game.rounds > 1 else ""
-    return f"{game.label}{rounds}, {game.type_name} {tell_short(game.types)}, {parameters}"
+    return f"{game.label}{rounds}, {game.type_name} {tell_short(game.types)}, {parameters}{fee}"
 
 
 def thinned(n: int, size: Callable[[list[int]], int], budget: int) -> list[int]:
