@@ -5,10 +5,10 @@
 
 The player has one seat of every held-out game, and its own history; partners with drawn rules have the other
 seats, so that from round 2 on it depends on what those did before which links pay. Values are means over
-games with 95 % t intervals. Floor: `constant`, the row with the highest mean U2 of all that are the same
-everywhere, and `second-best`, which looks at types alone. Ceiling: `best-reply` to the last round; `bayes`,
-which knows the list of rules; `oracle`, which knows what the others choose (tools/readers.py). Some questions
-are asked again in a changed form, with the same random numbers. A reply that is not compliant plays no links.
+games with 95 % t intervals. Floor: `constant`, the best row that is the same everywhere, and `second-best`,
+which looks at types alone. Ceiling: `best-reply` to the last round, `bayes`, which knows the list of rules,
+and `oracle`, which knows what the others choose (tools/readers.py). Questions that are asked again in another
+form have the same random numbers. A reply that is not compliant plays no links.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +36,6 @@ from tools.readers import NO_DRAWS, BestReply, Constant, Halves, best_row, exact
 DRAWS = 3  # random first rounds of each game, for questions 3 and 4
 SWITCHES = "switch:always-link:never-link", "switch:never-link:always-link"  # question 5, in 6 rounds
 MAX_AGENTS = 6  # `bayes` enumerates what all others may do together
-DRAWING = {"random", "noisy", "openai", "hf"}  # words in the names of experts that are no exact rules
 TITLES = {
     "1": "U2 of links; placebo: after the history of another game; lost: by it, mean of rounds 2 to T",
     "2": "share of the others with this rule who are treated as the best reply treats them",
@@ -131,26 +130,23 @@ def by_rule(others: Partners, played: list[Played], rule: str) -> dict[str, Cell
 
 
 def beliefs(played: list[Played]) -> dict[str, Cell]:
-    def known(value: Callable[[Turn, np.ndarray], float]):
-        def of(turn: Turn) -> float | None:
-            belief_N = read_belief(turn.reply, LINKS, turn.seat, turn.state.game.N)
-            return None if belief_N is None else value(turn, belief_N)
+    def stated(turn: Turn) -> np.ndarray | None:
+        return read_belief(turn.reply, LINKS, turn.seat, turn.state.game.N)
 
-        return of
+    def brier(turn: Turn) -> float | None:
+        belief_N, true_N = stated(turn), turn.actions[:, turn.seat]
+        return None if belief_N is None else ((belief_N - true_N) ** 2).sum() / (len(true_N) - 1)
 
-    def brier(turn: Turn, belief_N: np.ndarray) -> float:
-        return ((belief_N - turn.actions[:, turn.seat]) ** 2).sum() / (len(belief_N) - 1)
-
-    def best(turn: Turn, belief_N: np.ndarray) -> float:
-        """If the belief were true. What the others choose among themselves is as it really is."""
-        believed_NN = turn.actions.copy()
+    def best(turn: Turn) -> float | None:
+        """U2 of the best reply to the belief, and to what the others really choose among themselves."""
+        belief_N, believed_NN = stated(turn), turn.actions.copy()
+        if belief_N is None:
+            return None
         believed_NN[:, turn.seat] = belief_N
-        row_N = best_row(turn.state, turn.seat, [believed_NN])
-        return worth(turn.state, turn.seat, turn.actions, row_N)
+        return worth(turn.state, turn.seat, turn.actions, best_row(turn.state, turn.seat, [believed_NN]))
 
-    read = known(lambda turn, belief_N: 1.0)
-    unread = cell(np.mean([read(turn) is None for turn in link_turns(p)]) for p in played)
-    return by_round(played, known(brier), "Brier") | by_round(played, known(best), "U2") | {"unread": unread}
+    unread = cell(np.mean([stated(turn) is None for turn in link_turns(p)]) for p in played)
+    return by_round(played, brier, "Brier") | by_round(played, best, "U2") | {"unread": unread}
 
 
 # -------------------- questions 3 and 4: decisions in round 2, of which nothing is the player's own
@@ -264,15 +260,15 @@ def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, asks, pa
 
 def check(args) -> None:
     """Raises InputError for flags with which the questions make no sense."""
-    for name in filter(None, [*(args.partners or [""]), args.unmet]):
-        if DRAWING & set(name.split(":")):
+    for name in filter(None, [*(args.partners or ()), args.unmet]):
+        if {"random", "noisy", "openai", "hf"} & set(name.split(":")):
             raise InputError(f"{name}: the others must follow rules that draw nothing, see experts.py")
     if not args.partners or args.unmet in args.partners:
         raise InputError("give the rules of the others as --partners, and as --unmet none of them")
     if len(args.game) > 1 or len(args.stages) > 1 or args.stages[0].rfind("G"):
         raise InputError("give one --game, and one string of --stages with its only G at the beginning")
-    if args.rounds < 2 or args.eval_games < 2 or args.agents > MAX_AGENTS:
-        raise InputError(f"the questions need --rounds and --eval-games from 2, and --agents to {MAX_AGENTS}")
+    if args.rounds < 2 or args.agents > MAX_AGENTS:
+        raise InputError(f"the questions need --rounds from 2, and --agents to {MAX_AGENTS}")
     if not args.belief or human.NAME in args.policy:
         raise InputError("the questions need Belief lines (no --no-belief) and are too many for a human")
 
@@ -291,6 +287,8 @@ def main(argv=None) -> None:
     check(args)
     settings = flags.resolve(args)
     play, rules = Play(settings, settings.players.partners), settings.players.partners.rules
+    if len(play.games) < 2:
+        raise InputError("the placebo needs another game: these flags leave only one")
     longer = Games(tuple(replace(family, rounds=6) for family in settings.games.families))
     halves = Halves(play.games, *map(make_expert, SWITCHES))
     plays = {"main": play, "switching": Play(replace(settings, games=longer), halves)}
@@ -301,13 +299,12 @@ def main(argv=None) -> None:
     exact = {key: exact_players(row_N, rules, own.others) for key, own in plays.items()}
     for name in (*cast, *exact["main"]):
         makers = {key: cast.get(name) or own.player(exact[key][name]) for key, own in plays.items()}
-        is_model = name in cast and not name.startswith("expert:")
-        for question, columns in answers(plays, makers, name, asks if is_model else (), pairs).items():
+        is_exact = name not in cast or name.startswith("expert:")
+        for question, columns in answers(plays, makers, name, () if is_exact else asks, pairs).items():
             tables.setdefault(question, {})[name] = columns
-    print(
-        f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}; question 3 asks {len(pairs)}"
-    )
-    print(f"pairs, {sum(pair[-1] for pair in pairs)} in a; the others follow {', '.join(args.partners)}")
+    others, a = ", ".join(args.partners), sum(pair[-1] for pair in pairs)
+    print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
+    print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
     for question, rows in tables.items():
         columns = list(max(rows.values(), key=len)) or ["no language model"]
         print(f"\n{question}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
