@@ -101,12 +101,17 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
     )
 
 
+def news(seen: Observation) -> str:
+    """The results since the agent's last decision: what of a user message depends on the history."""
+    text = seen.previous.result(seen) if seen.previous else ""
+    if seen.last_payoff is not None and seen.stage == 0:
+        text += f"Your payoff was {seen.last_payoff:.2f}. "
+    return text
+
+
 def user_message(seen: Observation, style: PromptStyle) -> str:
     """The results since the agent's last decision, and the question of this stage."""
-    news = seen.previous.result(seen) if seen.previous else ""
-    if seen.last_payoff is not None and seen.stage == 0:
-        news += f"Your payoff was {seen.last_payoff:.2f}. "
-    return news + seen.kind.question(seen, style)
+    return news(seen) + seen.kind.question(seen, style)
 
 
 def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle) -> list[dict]:

@@ -32,12 +32,15 @@ from world.draws import Family, draw_game, split_of
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """One decision. game: the number of its game; replies: of this seat in the stages before."""
+    """One decision. game: the number of its game; replies: of this seat in the stages before. Of a language
+    model only: chat: what it reads instead of its own conversation; begin: what its reply begins with."""
 
     game: int
     state: State
     seat: int
     replies: list[str]
+    chat: list[dict] | None = None
+    begin: str = ""
 
 
 Player = Callable[[list[Ask]], list[str]]
@@ -75,8 +78,9 @@ def policy_player(
     batch = max(1, BATCH // (max(map(len, examples.values()), default=0) + 1))
 
     def prompt(ask: Ask) -> list[int]:
-        chat = messages(ask.state, ask.seat, ask.replies, style)
-        return policy.encode_prompt(with_examples(examples.get(ask.state.game.label, []), chat))
+        chat = ask.chat or messages(ask.state, ask.seat, ask.replies, style)
+        ids = policy.encode_prompt(with_examples(examples.get(ask.state.game.label, []), chat))
+        return ids + (policy.tokenizer.encode(ask.begin, add_special_tokens=False) if ask.begin else [])
 
     def answer(asks):
         prompts, texts = [prompt(ask) for ask in asks], []
@@ -88,7 +92,7 @@ def policy_player(
                 uniforms_P1S = torch.rand(len(part), 1, limit, generator=generator)
                 sampler = sessions[start] if start < 2 * batch else policy
                 texts += sample_texts(sampler, part, uniforms_P1S, temperature)
-        return texts
+        return [ask.begin + text for ask, text in zip(asks, texts, strict=True)]
 
     return answer
 

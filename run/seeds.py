@@ -35,6 +35,7 @@ class Stream(IntEnum):
     PROBE_REPLIES = 12
     PARTNERS = 13  # of an instance, whatever the seed of the run
     SELF_PLAY = 14
+    OTHERS = 15  # random first rounds in tools/others.py
     PLAYERS = 100  # player k of a table has PLAYERS + k
     BENCH = 200  # to 204
 

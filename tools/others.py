@@ -1,0 +1,318 @@
+"""Does a player read the others? Seven questions, with exact players as floor and ceiling.
+
+    python -m tools.others --policy base runs/tompo/sft/adapter runs/tompo/adapter --rounds 3 \\
+        --partners second-best always-link never-link selfish --fix fee=0.05 --unmet reciprocal
+
+The player has one seat of every held-out game, and its own history; partners with drawn rules have the other
+seats, so that from round 2 on it depends on what those did before which links pay. Values are means over
+games with 95 % t intervals. Floor: `constant`, the best row that is the same everywhere, and `second-best`,
+which looks at types alone. Ceiling: `best-reply` to the last round, `bayes`, which knows the list of rules,
+and `oracle`, which knows what the others choose (tools/readers.py). Questions that are asked again in another
+form have the same random numbers. A reply that is not compliant plays no links.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+import settings as flags
+from decisions import LINKS
+from eval import instances, make_cast, play_held_out
+from experts import Expert, Partners, make_expert
+from games import State, observe, own_rows
+from play import human
+from play.metrics import Played, Turn, format_table, mean_interval
+from play.players import Ask, Player, expert_player
+from prompts import PromptStyle, format_reply, messages, news, parse_reply, read_belief
+from run import ranks
+from run.errors import InputError, reports_errors
+from run.files import refuse_existing, write_json
+from run.seeds import Stream, numpy_generator
+from settings import Games, Settings
+from tools.readers import NO_DRAWS, BestReply, Constant, Halves, best_row, exact_players, worth
+
+DRAWS = 3  # random first rounds of each game, for questions 3 and 4
+SWITCHES = "switch:always-link:never-link", "switch:never-link:always-link"  # question 5, in 6 rounds
+MAX_AGENTS = 6  # `bayes` enumerates what all others may do together
+TITLES = {
+    "1": "U2 of links; placebo: after the history of another game; lost: by it, mean of rounds 2 to T",
+    "2": "share of the others with this rule who are treated as the best reply treats them",
+    "3": "share of decisions about j in round 2 that change with whether j chose the player in round 1;\n"
+    "   a: the best reply to round 1 changes, too, b: it does not; follows: toward it - away from it",
+    "4": "after a forced Belief line in round 2: entries of the decision that equal it, and U2",
+    "5": "U2 of links where all others switch between always-link and never-link after round 3",
+    "6": "as 2, of a rule that is not one of --partners",
+    "7": "Brier score of the Belief lines, and U2 of the best reply to them; unread: share without a belief",
+}
+Cell = dict  # that of mean_interval, and its values in "games"
+Make = Callable[[], Player]  # a new player
+
+
+class Play:
+    """Held-out games of these settings, with `others`, who draw nothing, in all seats but the player's."""
+
+    def __init__(self, settings: Settings, others: Expert):
+        self.settings, self.others, self.style = settings, others, settings.players.style
+        self.seat, self.seed = settings.evaluation.seat, settings.evaluation.seed
+        self.games = instances(settings.games, settings.evaluation)
+
+    def player(self, expert: Expert) -> Make:
+        return lambda: expert_player(expert, self.style, self.seed)
+
+    def played(self, name: str, make: Make) -> list[Played]:
+        return play_held_out(self.settings, self.seat, {True: make, False: self.player(self.others)}, [name])
+
+    def actions(self, state: State, own) -> np.ndarray:
+        """Those of all agents, where the player does `own`."""
+        seats = range(state.game.N)
+        return np.array([own if j == self.seat else self.others(state, j, NO_DRAWS).action for j in seats])
+
+
+def rows_of(make: Make, asks: list[Ask]) -> list[np.ndarray]:
+    """What a new player chooses in each of these decisions about links, (N,)."""
+    decisions = [parse_reply(text, ask.state, ask.seat) for text, ask in zip(make()(asks), asks, strict=True)]
+    return [(d or LINKS.fallback(ask.state.game.N)).action for d, ask in zip(decisions, asks, strict=True)]
+
+
+def cell(values: Iterable[float | None]) -> Cell:
+    values = [None if v is None else float(v) for v in values]
+    return mean_interval(values) | {"games": values}
+
+
+def link_turns(played: Played) -> list[Turn]:
+    return [turn for turn in played.turns if turn.state.kind is LINKS]
+
+
+def by_round(played: list[Played], value: Callable[[Turn], float | None], name="round") -> dict[str, Cell]:
+    rounds = range(played[0].game.rounds)
+    return {f"{name} {r + 1}": cell(value(link_turns(p)[r]) for p in played) for r in rounds}
+
+
+# -------------------- questions 1, 2, 6 and 7: plays
+
+
+def with_other_history(ask: Ask, other: Ask, style: PromptStyle) -> Ask:
+    """The same question after the history of another game: all messages between the system message and this
+    question, and the news at its head, are of the other game."""
+    system = messages(ask.state, ask.seat, ask.replies, style)[0]
+    between = messages(other.state, other.seat, other.replies, style)[1:-1]
+    seen, there = (observe(a.state, a.seat, style.information) for a in (ask, other))
+    last = {"role": "user", "content": news(there) + seen.kind.question(seen, style)}
+    return replace(ask, state=State(ask.state.game, other.state.history), chat=[system, *between, last])
+
+
+def regret(play: Play, make: Make, played: list[Played]) -> dict[str, Cell]:
+    columns, lost = by_round(played, lambda turn: turn.U2), []
+    for r in range(1, played[0].game.rounds):
+        turns = [link_turns(p)[r] for p in played]
+        before = [played[k].turns[: len(turn.state.history)] for k, turn in enumerate(turns)]
+        asks = [Ask(k, t.state, t.seat, [b.reply for b in before[k]]) for k, t in enumerate(turns)]
+        half = len(asks) // 2  # games of other types
+        rows = rows_of(make, [with_other_history(a, asks[k - half], play.style) for k, a in enumerate(asks)])
+        values = [worth(t.state, t.seat, t.actions, row_N) for t, row_N in zip(turns, rows, strict=True)]
+        columns[f"placebo {r + 1}"] = cell(values)
+        lost.append([turn.U2 - value for turn, value in zip(turns, values, strict=True)])
+    return columns | {"lost": cell(np.mean(lost, 0))}
+
+
+def by_rule(others: Partners, played: list[Played], rule: str) -> dict[str, Cell]:
+    """Share of the others with this rule whom the player treats as the best reply does."""
+
+    def share(turn: Turn) -> float | None:
+        right_N = turn.actions[turn.seat] == best_row(turn.state, turn.seat, [turn.actions])
+        seats = [j for j in range(len(right_N)) if others.rule(turn.state.game, j).name == rule]
+        right = [right_N[j] for j in seats if j != turn.seat]
+        return np.mean(right) if right else None
+
+    return by_round(played, share)
+
+
+def beliefs(played: list[Played]) -> dict[str, Cell]:
+    def stated(turn: Turn) -> np.ndarray | None:
+        return read_belief(turn.reply, LINKS, turn.seat, turn.state.game.N)
+
+    def brier(turn: Turn) -> float | None:
+        belief_N, true_N = stated(turn), turn.actions[:, turn.seat]
+        return None if belief_N is None else ((belief_N - true_N) ** 2).sum() / (len(true_N) - 1)
+
+    def best(turn: Turn) -> float | None:
+        """U2 of the best reply to the belief, and to what the others really choose among themselves."""
+        belief_N, believed_NN = stated(turn), turn.actions.copy()
+        if belief_N is None:
+            return None
+        believed_NN[:, turn.seat] = belief_N
+        return worth(turn.state, turn.seat, turn.actions, best_row(turn.state, turn.seat, [believed_NN]))
+
+    unread = cell(np.mean([stated(turn) is None for turn in link_turns(p)]) for p in played)
+    return by_round(played, brier, "Brier") | by_round(played, best, "U2") | {"unread": unread}
+
+
+# -------------------- questions 3 and 4: decisions in round 2, of which nothing is the player's own
+
+
+def second_rounds(play: Play) -> list[Ask]:
+    """DRAWS decisions about links in round 2 of each game, in which the player's seat was random before."""
+    asks = []
+    for (k, game), draw in product(enumerate(play.games), range(DRAWS)):
+        state, replies = State(game), []
+        while state.round == 1:
+            rng = numpy_generator(play.seed, Stream.OTHERS, k, draw, len(state.history))
+            own = state.kind.random(game, play.seat, rng)
+            replies.append(format_reply(own, play.style))
+            state = state.step(play.actions(state, own.action))
+        asks.append(Ask(k, state, play.seat, replies))
+    return asks
+
+
+def flips(asks: list[Ask], style: PromptStyle) -> list[tuple[int, Ask, Ask, bool]]:
+    """(j, one, two, a) for every decision and every agent j that the player did not choose in round 1. `one`
+    is the decision where j did not choose the player then, `two` that where j did; nothing else differs. a:
+    whether the best reply to round 1 chooses j in only one of the two."""
+    found = []
+    for ask, j in product(asks, range(asks[0].state.game.N)):
+        proposals_NN, *later = ask.state.history
+        if j != ask.seat and not proposals_NN[ask.seat, j]:
+            pair = []
+            for choice in (0, 1):
+                changed_NN = proposals_NN.copy()
+                changed_NN[j, ask.seat] = choice
+                pair.append(replace(ask, state=State(ask.state.game, (changed_NN, *later))))
+            check_one_digit(*pair, style)
+            one, two = (BestReply()(changed.state, ask.seat, NO_DRAWS).action[j] for changed in pair)
+            found.append((j, *pair, bool(one != two)))
+    return found
+
+
+def check_one_digit(one: Ask, two: Ask, style: PromptStyle) -> None:
+    """Fails unless what the player reads differs in one digit, in the list behind `You were chosen by`."""
+    a, b = ("".join(m["content"] for m in messages(x.state, x.seat, x.replies, style)) for x in (one, two))
+    (place,) = (k for k, (c, d) in enumerate(zip(a, b, strict=True)) if c != d)
+    before, _, inside = a[:place].rpartition("[")
+    assert a[place] + b[place] == "01" and before.endswith("You were chosen by ") and "]" not in inside
+
+
+def ratio(values_P: np.ndarray, game_P: np.ndarray, games: int) -> np.ndarray:
+    """(games,) numbers whose mean is the mean of all values, and whose spread is right for an interval over
+    games, of which each has none, one or many of the values (linearised); nan without values."""
+    if not len(values_P):
+        return np.full(games, np.nan)
+    sums, counts = np.bincount(game_P, values_P, games), np.bincount(game_P, minlength=games)
+    return values_P.mean() + (sums - values_P.mean() * counts) / counts.mean()
+
+
+def counterfactual(make: Make, pairs: list[tuple[int, Ask, Ask, bool]], games: int) -> dict[str, Cell]:
+    one, two = (rows_of(make, [pair[k] for pair in pairs]) for k in (1, 2))
+    step_P = np.array([int(y[j]) - int(x[j]) for (j, *_), x, y in zip(pairs, one, two, strict=True)])
+    game_P, a_P = np.array([(ask.game, a) for _, ask, _, a in pairs]).T
+    a, b = (ratio(abs(step_P)[a_P == k], game_P[a_P == k], games) for k in (1, 0))
+    follows = ratio(step_P[a_P == 1], game_P[a_P == 1], games)
+    return {"a": cell(a), "b": cell(b), "a - b": cell(a - b), "a: follows": cell(follows)}
+
+
+def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
+    """Forced are: by whom the player is really chosen, the opposite, and what is true in another game."""
+    others, half, columns = np.arange(play.games[0].N) != play.seat, len(play.games) // 2 * DRAWS, {}
+    really = [play.actions(ask.state, np.zeros(len(others), int)) for ask in asks]
+    true = np.array([actions_NN[:, play.seat] for actions_NN in really])
+    for name, forced in {
+        "true": true,
+        "opposite": others * (1 - true),
+        "other": np.roll(true, half, 0),
+    }.items():
+        begins = [f"Belief: {LINKS.write_belief(belief_N)}\nDecision:" for belief_N in forced]
+        rows = rows_of(make, [replace(ask, begin=begin) for ask, begin in zip(asks, begins, strict=True)])
+        equal = (np.array(rows) == forced)[:, others].mean(1)
+        earned = [worth(a.state, a.seat, *given) for a, *given in zip(asks, really, rows, strict=True)]
+        for label, values in (("equal", equal), ("U2", earned)):
+            columns[f"{name}: {label}"] = cell(np.reshape(values, (-1, DRAWS)).mean(1))
+    return columns
+
+
+# -------------------- the command
+
+
+def best_constant(play: Play) -> np.ndarray:
+    def mean(row_N: np.ndarray) -> float:
+        played = play.played("constant", play.player(Constant(row_N)))
+        return float(np.mean([turn.U2 for p in played for turn in link_turns(p)]))
+
+    return max(own_rows(play.games[0].N, play.seat), key=mean)
+
+
+def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, asks, pairs) -> dict[str, dict]:
+    """{question: {column: cell}} of one player. makers: for each play; asks: of question 4, none for exact
+    players; pairs: of question 3."""
+    play, make = plays["main"], makers["main"]
+    played = {key: own.played(name, makers[key]) for key, own in plays.items()}
+    tables = {"1": regret(play, make, played["main"])}
+    for rule in dict.fromkeys(rule.name for rule in play.others.rules):
+        tables[f"2 {rule}"] = by_rule(play.others, played["main"], rule)
+    tables["3"] = {} if name == "oracle" else counterfactual(make, pairs, len(play.games))
+    tables["4"] = after_beliefs(play, make, asks) if asks else {}
+    tables["5"] = by_round(played["switching"], lambda turn: turn.U2)
+    if "unmet" in plays:
+        others, rule = plays["unmet"].others, plays["unmet"].others.rules[-1].name
+        tables[f"6 {rule}"] = by_rule(others, played["unmet"], rule)
+    return tables | {"7": beliefs(played["main"])}
+
+
+def check(args) -> None:
+    """Raises InputError for flags with which the questions make no sense."""
+    for name in filter(None, [*(args.partners or ()), args.unmet]):
+        if {"random", "noisy", "openai", "hf"} & set(name.split(":")):
+            raise InputError(f"{name}: the others must follow rules that draw nothing, see experts.py")
+    if not args.partners or args.unmet in args.partners:
+        raise InputError("give the rules of the others as --partners, and as --unmet none of them")
+    if len(args.game) > 1 or len(args.stages) > 1 or args.stages[0].rfind("G"):
+        raise InputError("give one --game, and one string of --stages with its only G at the beginning")
+    if args.rounds < 2 or args.agents > MAX_AGENTS:
+        raise InputError(f"the questions need --rounds from 2, and --agents to {MAX_AGENTS}")
+    if not args.belief or human.NAME in args.policy:
+        raise InputError("the questions need Belief lines (no --no-belief) and are too many for a human")
+
+
+@reports_errors
+def main(argv=None) -> None:
+    parser = flags.playing_parser("Does a player read the others?")
+    add = parser.add_argument
+    add("--policy", nargs="+", default=["base"], help="as in eval.py")
+    add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")
+    add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
+    ranks.start()
+    args = parser.parse_args(argv)
+    if args.json:
+        refuse_existing(args.json)
+    check(args)
+    settings = flags.resolve(args)
+    play, rules = Play(settings, settings.players.partners), settings.players.partners.rules
+    if len(play.games) < 2:
+        raise InputError("the placebo needs another game: these flags leave only one")
+    longer = Games(tuple(replace(family, rounds=6) for family in settings.games.families))
+    halves = Halves(play.games, *map(make_expert, SWITCHES))
+    plays = {"main": play, "switching": Play(replace(settings, games=longer), halves)}
+    if args.unmet:
+        plays["unmet"] = Play(settings, Partners([*rules, make_expert(args.unmet)]))
+    asks, cast, row_N, tables = second_rounds(play), make_cast(settings, args.policy), best_constant(play), {}
+    pairs = flips(asks, play.style)
+    exact = {key: exact_players(row_N, rules, own.others) for key, own in plays.items()}
+    for name in (*cast, *exact["main"]):
+        makers = {key: cast.get(name) or own.player(exact[key][name]) for key, own in plays.items()}
+        is_exact = name not in cast or name.startswith("expert:")
+        for question, columns in answers(plays, makers, name, () if is_exact else asks, pairs).items():
+            tables.setdefault(question, {})[name] = columns
+    others, a = ", ".join(args.partners), sum(pair[-1] for pair in pairs)
+    print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
+    print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
+    for question, rows in tables.items():
+        columns = list(max(rows.values(), key=len)) or ["no language model"]
+        print(f"\n{question}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
+    if args.json and ranks.first():
+        games = [game.to_json() for game in play.games]
+        write_json(args.json, {"arguments": settings.flags, "instances": games, "questions": tables})
+        print(f"\nwritten: {args.json}")
+
+
+if __name__ == "__main__":
+    main()
