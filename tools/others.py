@@ -30,7 +30,7 @@ from run import ranks
 from run.errors import InputError, reports_errors
 from run.files import refuse_existing, write_json
 from run.seeds import Stream, numpy_generator
-from settings import Games, Settings
+from settings import Settings
 from tools.readers import NO_DRAWS, BestReply, Constant, Halves, best_row, exact_players, worth
 
 DRAWS = 3  # random first rounds of each game, for questions 3 and 4
@@ -289,9 +289,11 @@ def main(argv=None) -> None:
     play, rules = Play(settings, settings.players.partners), settings.players.partners.rules
     if len(play.games) < 2:
         raise InputError("the placebo needs another game: these flags leave only one")
-    longer = Games(tuple(replace(family, rounds=6) for family in settings.games.families))
     halves = Halves(play.games, *map(make_expert, SWITCHES))
-    plays = {"main": play, "switching": Play(replace(settings, games=longer), halves)}
+    plays = {
+        "main": play,
+        "switching": Play(replace(settings, games=replace(settings.games, rounds=6)), halves),
+    }
     if args.unmet:
         plays["unmet"] = Play(settings, Partners([*rules, make_expert(args.unmet)]))
     asks, cast, row_N, tables = second_rounds(play), make_cast(settings, args.policy), best_constant(play), {}
