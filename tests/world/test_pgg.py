@@ -49,17 +49,6 @@ def test_groups_are_the_maximal_cliques():
     assert groups(TRIANGLE_AND_TAIL) == [[0, 1, 2], [2, 3]] and groups(empty_graph(3)) == []
 
 
-def test_payoffs_by_hand():
-    """r 1.2, b 1: a group pays each member 1.2 times what it gets. Agent 3 gives 4 to each of its groups,
-    4 nothing, 1 and 2 give 5 and 10 to the triangle, which so pays 22.8 to each; the pair pays 4.8."""
-    game = PGG((10.0, 10.0, 10.0, 10.0), 1.2, 1.0, 1.0)
-    pi = game.payoffs(TRIANGLE_AND_TAIL, np.array([5.0, 10.0, 8.0, 0.0]))
-    np.testing.assert_allclose(pi, [5 + 22.8 - 2, 0 + 22.8 - 2, 2 + 22.8 + 4.8 - 3, 10 + 4.8 - 1])
-    # What is given in no group is lost.
-    game, pair = PGG((10.0, 4.0, 4.0), 1.25, 0.5, 0.5), np.array([[0, 0, 0], [0, 0, 1], [0, 1, 0]])
-    assert game.payoffs(pair, np.array([10.0, 0, 0])).tolist() == [0.0, 3.5, 3.5]
-
-
 def test_payoffs_are_those_of_the_equation_and_link_gains_their_change():
     """All other links and all efforts as they are, whether the link is there or not; ends may gain unlike."""
     rng, compared, unlike = np.random.default_rng(8), 0, 0
@@ -140,17 +129,6 @@ def test_partitions_are_enough_from_exponent_one_half(monkeypatch):
     assert len(sizes) >= 4  # several kinds of optima were compared
 
 
-def test_efficient_graphs_by_hand():
-    """Six agents make two groups of three; neighbours in the order of endowments are the two rich, for whom
-    alone a link is worth its cost; with b = 0 size does not matter, so everybody is in the cheapest group."""
-    G, W = PGG((10.0,) * 6, 1.25, 0.5, 3.0).efficient_graph("planner")
-    assert groups(G) == [[0, 1, 2], [3, 4, 5]] and W == pytest.approx(6 * (10 * 1.25 * 3**0.5 - 2 * 3))
-    G, _ = PGG((5.0, 15.0, 5.0, 15.0), 1.3, 0.5, 5.0).efficient_graph("planner")
-    assert groups(G) == [[1, 3]]
-    G, _ = PGG((10.0,) * 6, 1.5, 0.0, 1.0).efficient_graph("planner")
-    assert (G.sum(1) == 1).all()
-
-
 @pytest.mark.parametrize("N, count", list(enumerate([1, 2, 4, 11, 34, 156, 1044, 12346], 1)))
 def test_isomorphism_classes_are_as_many_as_there_are(N, count):
     """OEIS A000088, and every one another: networkx tells them apart."""
@@ -162,39 +140,21 @@ def test_isomorphism_classes_are_as_many_as_there_are(N, count):
 
 
 def test_too_many_agents_for_the_enumeration_is_said():
-    with pytest.raises(GameError, match="at most 8 agents") as error:
+    with pytest.raises(GameError, match="at most 8 agents"):
         PGG((10.0,) * 9, 1.25, 0.2, 1.0).efficient_graph("planner")
-    assert "\n" not in str(error.value)
     assert len(partitions(9)) == 256 and PGG((10.0,) * 9, 1.25, 0.5, 1.0).efficient_graph("planner")[1] > 90
-
-
-def test_nash_graph_by_hand():
-    """Nobody contributes at Nash, so a link is a loss; with r = 1.6 a pair pays 1.13 for a unit: each earns
-    10 * 1.6 * sqrt(2) = 22.6, and nothing if the link goes and efforts stay, so it may cost up to that."""
-    game = PGG((10.0, 10.0), 1.25, 0.5, 1.0)
-    assert not game.nash_graph().any()
-    for c, linked in ((1.0, True), (22.0, True), (23.0, False)):
-        assert replace(game, r=1.6, c=c).nash_graph().any() == linked
 
 
 # --- instances
 
 
-BAD = [
-    {"endowment": (10.0, 0.0)},
-    {"r": 0.0},
-    {"b": -0.1},
-    {"b": 1e3},
-    {"r": 1e300},
-    {"c": -1.0},
-    {"r": np.nan},
-]
+BAD = [("endowment", (10.0, 0.0)), ("r", 0.0), ("r", 1e300), ("r", np.nan), ("b", -0.1), ("b", 1e3)]
 
 
-@pytest.mark.parametrize("change", BAD, ids=str)
-def test_bad_games_are_refused(change):
+@pytest.mark.parametrize("name, value", [*BAD, ("c", -1.0)])
+def test_bad_games_are_refused(name, value):
     with pytest.raises(GameError):
-        PGG(**dict(endowment=(10.0, 5.0), r=1.25, b=0.5, c=1.0) | change)
+        PGG(**dict(endowment=(10.0, 5.0), r=1.25, b=0.5, c=1.0) | {name: value})
 
 
 def test_default_instances_are_dilemmas_in_every_group():
