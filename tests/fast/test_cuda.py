@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, score, uniforms
+from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, ids_of, score, uniforms
 from whole_runs import (
     GENTLE,
     Run,
@@ -18,10 +18,6 @@ from whole_runs import (
 )
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def ids_of(groups):
-    return [[reply.ids for reply in group] for group in groups]
 
 
 @pytest.fixture(scope="module")
