@@ -19,11 +19,9 @@ from world.draws import Family, draw_game
 
 STYLE = PromptStyle()
 
-# --- references, written from the formulas. Caps never bind in the games used here.
-
 
 def ref_efforts(game, G, k):
-    """k = 1: Nash, k = 2: planner."""
+    """k = 1: Nash, k = 2: planner. Caps never bind in the games used here."""
     return np.linalg.solve(np.eye(game.N) - k * game.delta * G, np.array(game.alpha))
 
 
@@ -37,9 +35,6 @@ def rows(name, state, rng=None):
     decisions = make_expert(name).decide_all([(state, i, rng, ()) for i in range(state.game.N)])
     assert all(d.kind is state.kind for d in decisions)
     return np.array([d.action for d in decisions]), np.array([d.belief for d in decisions])
-
-
-# --- decisions about links
 
 
 def test_the_graphs_of_the_exact_solutions():
@@ -72,9 +67,6 @@ def test_selfish_by_brute_force_and_by_hand():
     assert P[0, 1] == P[1, 0] == 1 and P[2, 3] == P[3, 2] == 0
 
 
-# --- decisions about efforts: the answer to the graph that formed, whoever proposed it
-
-
 @pytest.mark.parametrize("name", [n for n in experts.RULES if n != "myopic"])
 def test_efforts_answer_the_graph_that_formed(name):
     rng, k = np.random.default_rng(3), 2 if name == "planner" else 1
@@ -104,9 +96,6 @@ def test_myopic_by_hand():
     state = state.step([2.0, 2.0, 2.0])
     # Everybody earns 0.4 > 0.15 now. Seat 2 chose nobody, and only seat 0 chose seat 2.
     assert rows("myopic", state)[0].tolist() == [[0, 1, 0], [1, 0, 0], [1, 0, 0]]
-
-
-# --- random and noisy
 
 
 def test_random_is_coins_and_uniform_efforts():
@@ -149,9 +138,6 @@ def test_bad_names_are_one_line(name):
         make_expert(name)
     inner = name.removeprefix("noisy:").rpartition(":")[0]  # where only the inner name is wrong, it is named
     assert repr(name) in str(caught.value) or repr(inner) in str(caught.value)
-
-
-# --- whole games
 
 
 @pytest.mark.parametrize("name", [*experts.NAMES, "noisy:myopic:0.5"])

@@ -14,9 +14,6 @@ from games import GameError, State, complete_graph, game_from_json, observe
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 
-# --- validation
-
-
 GOOD = {"alpha": (1.0, 2.0), "delta": 0.1, "c": 0.2, "cap": 5.0, "stages": "GE", "rounds": 1}
 BAD = [  # a field, a value, words of the refusal
     *(("alpha", (1.0,) * N, f"2 to 12 agents, got {N}") for N in (0, 1, 13)),
@@ -58,12 +55,6 @@ def test_json_round_trip(name, stages, rounds):
     d = json.loads(json.dumps(game.to_json()))
     assert set(d) == {"game"} | {f.name for f in fields(game)}
     assert game_from_json(d) == game and hash(game_from_json(d)) == hash(game)
-
-
-# --- graphs
-
-
-# --- play
 
 
 TRIO = BCZ((3.0, 1.0, 2.0), 0.1, 0.25, 9.0, "GE", 2)
@@ -158,9 +149,6 @@ def test_a_history_as_text_is_read_back_exactly():
     for bad in (["011 101"], ["011 111 100"], ["abc"], [texts[0], "1 2"], [*texts, *texts]):
         with pytest.raises(ValueError):
             games.history_from_text(state.game, bad)
-
-
-# --- observations
 
 
 @pytest.mark.parametrize("stages", ["GE", "GEE", "GGE"])

@@ -21,8 +21,6 @@ from run.files import StopSignal
 from run.stage import Stage
 from world.draws import Family
 
-# --- SFT
-
 
 @pytest.mark.parametrize("train_on", ["both", "effort", "graph"])
 def test_sft_gradient_is_that_of_the_mean_over_reply_tokens(monkeypatch, model_dir, tmp_path, train_on):
@@ -56,8 +54,6 @@ def test_sft_gradient_is_that_of_the_mean_over_reply_tokens(monkeypatch, model_d
     for gradient in all_gradients:
         assert_close(gradient, expected)
 
-
-# --- RFT
 
 # A prompt, its replies, and their advantages.
 GROUPS = [

@@ -42,9 +42,6 @@ def rewards_of(decisions, target, best=0.0, **options):
     return [o.rewards for o in group]
 
 
-# --- sample level
-
-
 @pytest.mark.parametrize("seat", range(4))
 def test_f1_is_the_harmonic_mean_of_precision_and_recall_over_the_others(seat):
     others = [j for j in range(4) if j != seat]
@@ -91,9 +88,6 @@ def test_graph_score_by_a_loop():
         score = graph_likeness(Decision(LINKS, mine), target(seat, proposals))
         assert score == pytest.approx(1 - differ / (N * (N - 1)))
         assert 0 <= score <= 1 and (proposals == before).all()
-
-
-# --- groups
 
 
 def test_all_terms_of_a_group():
@@ -184,9 +178,6 @@ def test_memory_is_updated_only_by_update_and_never_falls():
     assert best == {TARGET.game.key: LOW, other.game.key: 0}
     assert step(NONE, effort(1.0), row(0, 1), None)[1] == [0, None, 0.5, 0]
     assert best == {TARGET.game.key: LOW, other.game.key: 1} and memory.get("unknown") == 0
-
-
-# --- the welfare score
 
 
 @pytest.mark.parametrize("c, linked, alone", [(0.1, 1.0, 1 / (1.25**2 - 0.2)), (0.5, 0.5625, 1), (5.0, 0, 1)])

@@ -77,9 +77,6 @@ def test_learning_rate_by_hand():
     assert train_sft.learning_rate(2, 3, 1.0) == train_sft.learning_rate(3, 3, 1.0) == 1.0  # no division by 0
 
 
-# -------------------- what is refused in one line, before anything is made
-
-
 @pytest.fixture
 def nothing(tmp_path):
     yield tmp_path / "run"

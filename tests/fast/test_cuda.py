@@ -5,17 +5,8 @@ import random
 
 import pytest
 import torch
+import whole_runs as runs
 from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, ids_of, score, uniforms
-from whole_runs import (
-    GENTLE,
-    Run,
-    assert_same_up_to_rounding,
-    ended,
-    on_device,
-    rft_flags,
-    run_rft,
-    start,
-)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -75,13 +66,13 @@ def test_bf16_is_off_by_its_rounding_alone(on_cpu, model_dir, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_run_ends_in_the_adapter_of_the_cpu(gentle, model_dir, tmp_path, monkeypatch, name):
-    on_device("cuda", monkeypatch.setattr)
-    run_rft(rft_flags(model_dir, tmp_path / name, lr=GENTLE, engine=name))
-    assert_same_up_to_rounding(Run(tmp_path / name), gentle)
+    runs.on_device("cuda", monkeypatch.setattr)
+    runs.run_rft(runs.rft_flags(model_dir, tmp_path / name, lr=runs.GENTLE, engine=name))
+    runs.assert_same_up_to_rounding(runs.Run(tmp_path / name), gentle)
 
 
 def test_two_processes_share_a_gpu(gentle, model_dir, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "output"
-    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE), output, 2, device="cuda"), 120)
-    assert codes == [0, 0], output.read_text()
-    assert_same_up_to_rounding(Run(folder), gentle)
+    processes = runs.start(runs.rft_flags(model_dir, folder, lr=runs.GENTLE), output, 2, device="cuda")
+    assert runs.ended(processes, 120) == [0, 0], output.read_text()
+    runs.assert_same_up_to_rounding(runs.Run(folder), gentle)

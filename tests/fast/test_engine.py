@@ -22,11 +22,8 @@ from reference import (
 from tiny import make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-import lora
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
-from models import adapters
-from models.load import load_policy, put_adapter
 from policy import Policy
 from run.errors import InputError
 
@@ -268,30 +265,3 @@ def test_in_bf16_the_engines_differ_by_rounding_alone():
 
 
 # --- adapters that are merged
-
-
-@pytest.mark.parametrize("dtype, logps, grads", [("float32", 1e-4, 1e-3), ("bfloat16", 0.1, 0.1)])
-def test_a_chain_that_is_merged_under_a_new_adapter(model_dir, tmp_path, dtype, logps, grads):
-    """Each adapter of the chain is written by another engine, and both read it; merged it is pi_ref."""
-    for k, name in enumerate(ENGINES):
-        writer = load_policy(model_dir, dtype, engine=name)
-        if k:
-            put_adapter(writer, tmp_path / "0")
-            lora.merge(writer.model)
-        adapters.save_adapter(writer.model, tmp_path / str(k), add_adapter(writer, seed=k, r=3 + k))
-    fast, plain = (load_policy(model_dir, dtype, engine=name) for name in ENGINES)
-    base = score(plain)
-    for policy in (fast, plain):
-        put_adapter(policy, f"{tmp_path / '0'}+{tmp_path / '1'}")
-    chain = torch.cat(score(plain)).detach()
-    assert difference(score(fast), chain) < logps < 0.5 < difference(chain, base)
-    for policy in (fast, plain):
-        lora.merge(policy.model)
-        add_adapter(policy, seed=7)
-        assert all(type(layer) is policy.layer for layer in lora.lora_layers(policy.model).values())
-        assert difference(score(policy, reference=True), chain) < logps
-    assert adapters.fingerprint(fast.model) == adapters.fingerprint(plain.model)
-    scores = [score(policy) for policy in (fast, plain)]
-    assert difference(*scores) < logps < 0.5 < difference(scores[1], chain)
-    losses = [(random_weights(x) * torch.cat(x)).sum() for x in scores]
-    assert_close(gradients(fast, losses[0]), gradients(plain, losses[1]), grads)

@@ -23,9 +23,6 @@ def plain(model_dir):
     return engine("plain", model_dir)
 
 
-# --- rows
-
-
 def test_a_group_by_hand():
     """Replies that begin alike share tokens, nobody's last token is read, and the lists are copies."""
     prompt, replies = [5, 6, 7], [[10, 11, END], [12], [10, 13, 14], [10, 11, END]]
@@ -93,9 +90,6 @@ def test_the_beginning_that_rows_have_in_common_is_read_once(fast, plain, groups
     assert difference(score(fast, prompts, replies), score(plain, prompts, replies)) < 1e-4
 
 
-# --- sessions
-
-
 def test_what_was_read_is_not_read_again(fast, monkeypatch):
     """The next prompt goes on from the reply, or differs from what was sampled: at its third token, at its
     last, at its first."""
@@ -118,9 +112,6 @@ def test_what_was_read_is_not_read_again(fast, monkeypatch):
         if changed is not None:
             at = changed % len(conversations[0])
             prompts[0][at] = 201 if prompts[0][at] != 201 else 202
-
-
-# --- what only other devices show
 
 
 def test_attention_by_a_kernel_is_attention_by_products(fast, monkeypatch):

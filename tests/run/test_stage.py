@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from whole_runs import tree
 
 from run import checkpoint, files, ranks, stage
 from run.errors import InputError
@@ -69,7 +70,7 @@ def ctrl_c():
 
 def result(folder):
     """All that a run leaves, by file, but its seconds."""
-    left = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    left = tree(folder)
     for name in left:
         if name.endswith("state.json"):
             state = json.loads(left[name])
