@@ -29,8 +29,6 @@ from rewards import Target, graph_likeness, sample_level
 from tools import merge
 from variants import credit
 
-# -------------------- one whole run
-
 
 def test_a_run_leaves_all_its_files(full, model_dir):
     for name in ("config.json", "metrics.jsonl", "samples.jsonl", "eval.json", "curves.png", "timing.json"):
@@ -150,8 +148,6 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(full):
     assert logged == schedule and len(set(logged)) > 6 and min(logged) > 0
 
 
-# -------------------- adapters, alone and in chains
-
 IDS = torch.tensor([[5, 60, 70, 1, 80, 33, 90, 120]])
 
 
@@ -228,9 +224,6 @@ def test_a_chain_of_adapters_is_evaluated_and_merged(model_dir, chain, sft_adapt
     assert with_chain == merged and with_chain not in replies.values() and len(replies) == 2
 
 
-# -------------------- determinism and engines
-
-
 def test_another_seed_is_another_run(full, model_dir, sft_adapter, tmp_path):
     changes = dict(seed=4, steps=1, eval_games=0)
     _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "other", **changes)
@@ -243,9 +236,6 @@ def test_both_engines_sample_the_same_replies_and_end_in_the_same_adapter(gentle
     plain = runs.Run(tmp_path / "plain")
     runs.assert_same_up_to_rounding(plain, gentle)
     assert plain.weights() != gentle.weights(), "one engine was compared with itself"
-
-
-# -------------------- other algorithms and rewards
 
 
 def test_grpo_differs_in_the_graph_level_alone(full, model_dir, sft_adapter, tmp_path):
@@ -304,20 +294,6 @@ def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_
         assert (expert.name, gamma, seed, target.game.rounds) == ("second-best", 0.5, 3, 2)
 
 
-def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):
-    changes = dict(reward_from="welfare", weights=["belief=0.5", "global=0"], clip_eps=[0.2, 0.3])
-    changes |= dict(objective=["aggregation=token"])
-    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    ok = [s for s in samples if s["compliance"] > 0]
-    assert ok and all(s["r_S"] == pytest.approx(0.5 + s["sample"] + 0.5 * s["belief"]) for s in ok)
-    graph = [s for s in ok if s["kind"] == "G"]
-    assert all(s["global"] == 0 for s in graph) and {s["local"] for s in graph} == {0, 0.5}
-    assert len({round(s["s"], 6) for s in graph}) > 2
-
-
-# -------------------- other games, seats and sizes
-
-
 def test_the_papers_preset_runs(model_dir, tmp_path):
     """With its values (see test_settings.py) where no flag changes them."""
     folder = tmp_path / "run"
@@ -344,25 +320,16 @@ def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("seat", ["random", "all"])
-def test_training_in_other_seats(model_dir, sft_adapter, tmp_path, seat):
-    """Evaluation is in one seat, random too or the first: 2 stages are 2 replies in every game."""
-    changes = dict(seat=seat, games=6, eval_games=4, steps=3)
+def test_training_in_a_random_seat_of_each_game(model_dir, sft_adapter, tmp_path):
+    """The policy is evaluated in one, too: 2 stages are 2 replies in every game."""
+    changes = dict(seat="random", games=6, eval_games=4, steps=3)
     _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    assert len({s["seat"] for s in samples}) > 1
-    one_seat_each = len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})
-    assert one_seat_each or seat == "all"
+    seats = {(s["game"], s["seat"]) for s in samples}
+    assert len({seat for _, seat in seats}) > 1 and len(seats) == len({game for game, _ in seats})
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
     for name, summary in results.items():
         assert [len(replies) for replies in summary["replies"]] == [2, 2, 2, 2]
-        expert_words = ["Decision: " in reply for replies in summary["replies"] for reply in replies]
-        assert all(expert_words) if name.startswith("expert:") else not any(expert_words)
-    replies = results["expert:second-best"]["replies"]
-    in_first = [reply.split("Decision: [")[1][0] == "0" for reply, _ in replies]
-    assert all(in_first) or seat == "random"  # the own position
-
-
-# -------------------- the end of a run
+        assert ("Decision: " in str(summary["replies"])) == name.startswith("expert:")
 
 
 def test_damaged_logs_cost_the_diagnosis_alone(model_dir, sft_adapter, tmp_path, monkeypatch, capsys):
@@ -382,9 +349,6 @@ def test_damaged_logs_cost_the_diagnosis_alone(model_dir, sft_adapter, tmp_path,
     assert f"adapter (SFT and tompo in one): {folder / 'adapter'}" in said
     for file in ("timing.json", "curves.png", "eval.json"):
         assert (folder / file).stat().st_size > 0
-
-
-# -------------------- what is refused before anything is done
 
 
 def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused):

@@ -83,19 +83,13 @@ def nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_model_is_refused(monkeypatch, nothing, refused):
+def test_a_model_that_is_unknown_or_incomplete_is_refused(model_dir, tmp_path, monkeypatch, nothing, refused):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # what HF_HUB_OFFLINE=1 sets
-    for name in ("no-one/no-such-model", "no//such:model"):
-        assert name in refused(train_sft.main, sft_flags(name, nothing))
-
-
-def test_a_model_folder_that_is_missing_or_incomplete_is_refused(model_dir, tmp_path, nothing, refused):
-    incomplete = tmp_path / "no-weights"
-    shutil.copytree(model_dir, incomplete)
+    incomplete = changed_copy(model_dir, tmp_path / "no-weights")
     (incomplete / "model.safetensors").unlink()
-    for main, arguments in ((train_sft.main, sft_flags), (train_rft.main, rft_flags)):
-        for name in (incomplete, tmp_path / "missing"):
-            assert str(name) in refused(main, arguments(name, nothing))
+    for name in (incomplete, tmp_path / "missing", "no-one/no-such-model", "no//such:model"):
+        assert str(name) in refused(train_sft.main, sft_flags(name, nothing))
+        assert str(name) in refused(train_rft.main, rft_flags(name, nothing))
 
 
 def test_sft_adapters_that_do_not_fit_are_refused(model_dir, sft_adapter, tmp_path, nothing, refused):

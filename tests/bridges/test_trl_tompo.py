@@ -167,9 +167,6 @@ def test_the_gradient_of_a_step_is_that_of_our_objective(run):
         assert (g - theirs).abs().max() < 1e-5
 
 
-# -------------------- the reward functions
-
-
 @pytest.fixture
 def judge(merged):
     """(Rewards with two graph prompts of one game, the policy, the prompts' style, an empty log)."""
@@ -214,8 +211,6 @@ def test_a_special_token_within_a_reply_is_seen(judge):
     r_S, R_G = ask(judge, [good, good + "<|im_start|>", "", good])
     assert r_S[0] > 0.5 and r_S[1] == r_S[2] == -0.5 and R_G[1] == R_G[2] == 0
 
-
-# -------------------- several processes, and errors
 
 UNDER_TORCHRUN = f"""
 import json, os, sys

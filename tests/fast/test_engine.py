@@ -2,6 +2,7 @@
 uniform numbers both draw the same tokens, and log-probabilities and gradients differ by rounding alone."""
 
 import copy
+import os
 import random
 from itertools import combinations, product
 
@@ -85,17 +86,24 @@ def test_the_same_uniform_numbers_draw_the_same_replies(model, temperature):
             assert len({len(reply) for group in replies for reply in group}) > 5
 
 
-def test_a_session_says_what_the_plain_engine_reads_again():
+def test_a_session_says_what_the_plain_engine_reads_again(monkeypatch):
     """Four decisions of all conversations, and of some, some of which end before others. The next prompt goes
-    on from the reply, or differs from it, as text that is tokenised again may."""
-    rng, (fast, plain), some = random.Random(0), pair(), [4, 1, 3]
+    on from the reply, or differs from it, as text that is tokenised again may. What was read is not read
+    again; the last token of a reply was not."""
+    rng, (fast, plain), some, read, read_before = random.Random(0), pair(), [4, 1, 3], [], [[]] * len(PROMPTS)
+    hidden = fast._hidden
+    monkeypatch.setattr(fast, "_hidden", lambda ids, *rest: read.append(ids.numel()) or hidden(ids, *rest))
     fast.end_ids = plain.end_ids = (END, *range(0, 300, 4))
     prompts, session, session_of_some = [list(p) for p in PROMPTS], fast.session(), fast.session()
     assert plain.session() is plain and session_of_some.sample([], torch.rand(0, 1, 6)) == []
     for stage, changed in enumerate([None, 2, -1, 0]):
         uniforms_PMS = uniforms(stage, len(prompts), 1, 6)
         expected = plain.sample(prompts, uniforms_PMS)
+        read.clear()
         assert_same_samples(session.sample(prompts, uniforms_PMS), expected)
+        shared = [len(os.path.commonprefix(both)) for both in zip(read_before, prompts, strict=True)]
+        assert read[0] == sum(map(len, prompts)) - sum(shared)
+        read_before = [p + group[0].ids[:-1] for p, group in zip(prompts, expected, strict=True)]
         replies = session_of_some.sample([prompts[i] for i in some], uniforms_PMS[some])
         assert_same_samples(replies, [expected[i] for i in some])
         assert stage in (0, 3) or len({len(group[0].ids) for group in expected}) > 2

@@ -181,14 +181,10 @@ def test_the_script_writes_a_data_set_and_does_not_overwrite_it(tmp_path, capsys
     assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [out.name]
 
 
-BAD_FLAGS = (
-    "expert bogus | expert noisy:nash:2 | out nowhere/games.jsonl | games 0 | games x | agents 1 | "
-    "agents 5-4 | agents 4-99 | agents x | rounds -1 | information none | split test | noise x | noise 1.5 | "
-    "noise -0.1 | noise nan | seed -1 | seed x | bogus 1 | fix r=1 | types ring"
-).split(" | ")
+BAD_FLAGS = "expert bogus|out nowhere/games.jsonl|games x|agents 5-4|rounds -1|split test|fix r=1|bogus 1"
 
 
-@pytest.mark.parametrize("flags", BAD_FLAGS)
+@pytest.mark.parametrize("flags", BAD_FLAGS.split("|"))
 def test_bad_flags_end_in_one_line_and_write_nothing(flags, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     refused(expert_games.main, ["--games", "1", "--out", "o.jsonl", *f"--{flags}".split()])

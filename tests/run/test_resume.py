@@ -10,7 +10,6 @@ import pytest
 import whole_runs as runs
 
 import train_rft
-import train_sft
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +100,3 @@ def test_settings_that_are_gone(copied, refused):
     """Else an old `all_seats: true` would silently become training in seat 0."""
     edit_config(copied, all_seats=True)
     assert "settings that are gone (all_seats)" in refused(train_rft.main, ["--resume", copied.folder])
-
-
-def test_a_folder_that_holds_a_run_and_a_resume_by_the_other_script(full, model_dir, sft_adapter, refused):
-    before = runs.tree(full.folder)
-    argv = runs.rft_flags(model_dir, full.folder, sft_adapter=sft_adapter)
-    assert str(full.folder) in refused(train_rft.main, argv)
-    assert str(full.folder) in refused(train_sft.main, runs.sft_flags(model_dir, full.folder))
-    assert "is not a run of train_sft.py" in refused(train_sft.main, ["--resume", full.folder])
-    assert runs.tree(full.folder) == before and len(before) > 10

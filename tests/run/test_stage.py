@@ -174,9 +174,6 @@ def test_the_probe_is_asked_before_the_first_step_and_after_each(tmp_path, monke
     assert asked == [(2, 2.0), *((step, 2.0) for step in range(3, STEPS + 1))] and run.seconds == 2.0
 
 
-# -------------------- what goes wrong
-
-
 NOT_FINITE = [({"loss": math.nan}, "step 3: the loss is nan")]
 NOT_FINITE += [({"loss": 1.0, "grad_norm": math.inf}, "step 3: the gradient norm is inf")]
 
@@ -245,9 +242,6 @@ def test_damage_lost_lines_and_changed_settings_are_reported(tmp_path, whole, ca
     left = result(tmp_path / "run")
     assert left["sft/samples.jsonl"] == whole["sft/samples.jsonl"] and len(said) == 3
     assert left["sft/metrics.jsonl"] == b"".join(whole["sft/metrics.jsonl"].splitlines(keepends=True)[1:])
-
-
-# -------------------- several processes
 
 
 def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, monkeypatch):
