@@ -85,9 +85,7 @@ def test_efforts_stay_within_a_cap_that_binds():
 
 
 def test_myopic_by_hand():
-    """Myopic answers the last round, at first efforts alpha and everybody's consent.
-
-    alpha 2, 1, 1; delta 0.1; c 0.15: 2-1 links earn 0.2, 1-1 links 0.1."""
+    """It answers the last round, at first efforts alpha and all consent: links 2-1 earn 0.2, 1-1 earn 0.1."""
     state = State(BCZ((2.0, 1.0, 1.0), 0.1, 0.15, 5.0, rounds=2))
     P, beliefs = rows("myopic", state)
     assert P.tolist() == [[0, 1, 1], [1, 0, 0], [1, 0, 0]] and (beliefs == P.T).all()

@@ -79,8 +79,7 @@ def sampled(policy, temperature, spread):
 
 
 def minus_J(policy, groups, cfg):
-    """The loss, token by token; the sum of k3; how many tokens are clipped above and below, and how many
-    there are."""
+    """The loss, token by token; the sum of k3; how many tokens are clipped above and below; of how many."""
     low, high = cfg.clip
     each = [(GROUPS[k][0], *pair) for k in LIVE for pair in zip(groups[k], GROUPS[k][2], strict=True)]
     tokens, total, k3, above, below = sum(len(reply.ids) for _, reply, _ in each), 0.0, 0.0, 0, 0

@@ -1,5 +1,4 @@
-"""What docs/your-own-game.md promises: a game and a reward term that are added from outside are everywhere at
-once."""
+"""What docs/your-own-game.md promises: a game and a reward term from outside are everywhere at once."""
 
 import itertools
 import json
@@ -29,8 +28,7 @@ GAMES.pop(Coordination.name, None)
 
 
 def symmetry(rollout, target):
-    """Share of the others to whom the agent does what the experts do to it; a term as the tutorial writes
-    one."""
+    """Share of the others to whom the agent does what the experts do to it; as the tutorial writes a term."""
     if rollout.decision is None or target.kind.letter != "G":
         return 0.0
     others = np.arange(target.game.N) != target.seat
@@ -118,8 +116,7 @@ def test_draws_data_prompts_and_experts_know_it(added):
 
 def test_what_an_agent_reads(added):
     """alpha 1, 2, 3: if all give half of 2 x 2, the link of 1 and 2 earns 1.5 x 2 on average, that is 6 c,
-    the one of 1 and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, and agent 1 answers alpha x
-    1 link."""
+    the one of 1 and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, agent 1 answers alpha."""
     game = Coordination((1.0, 2.0, 3.0), 0.5, 9.0)
     state = State(game).step([[0, 0, 1], [0, 0, 1], [1, 1, 0]])
     system, asked, _, then = (m["content"] for m in messages(state, 0, ["x"], PromptStyle()))

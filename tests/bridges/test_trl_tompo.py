@@ -118,8 +118,7 @@ def test_a_step_has_the_prompts_of_ours(run, merged):
 
 
 def ours_and_trls(step):
-    """(whether it has a graph level, A by tompo.py, TRL's advantages) of every group of a recorded step, (P,)
-    and (P, m)."""
+    """(whether it has a graph level, A by tompo.py, TRL's advantages) of every group of a recorded step."""
     r_S, R_G, theirs = (torch.tensor(step[name]).view(-1, M) for name in ("r_S", "R_G", "advantages"))
     graph = ~R_G.isnan().all(1)
     A_S, A_G = (torch.stack(list(map(tompo.group_normalise, r))) for r in (r_S, R_G.nan_to_num()))

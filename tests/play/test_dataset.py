@@ -3,7 +3,7 @@ makes of it: prompts and batches."""
 
 import copy
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from games import game_from_json
 from models.load import load_policy
 from play import dataset
 from play.dataset import read_records, targets, write_records
-from play.expert_games import Record, label_decision
+from play.expert_games import label_decision
 from prompts import PromptStyle, parse_reply
 from run.errors import InputError
 from tools import expert_games
@@ -73,9 +73,8 @@ def test_what_is_written_is_read_back(few, tmp_path):
     path = tmp_path / "data.jsonl"
     write_records(path, few)
     back = read_records(path)
-    assert back == few and len(back) == 2 * 4 * 4 == len(path.read_text().splitlines())
-    for a, b in zip(few, back, strict=True):
-        assert all(type(getattr(a, f.name)) is type(getattr(b, f.name)) for f in fields(Record))
+    assert len(back) == 2 * 4 * 4 == len(path.read_text().splitlines())
+    assert back == few and str(back) == str(few)  # of the same types too
 
 
 BAD_LINES = ["game 1", '{"game": 1, "inst', "", "null", "3", "[1, 2]", "{}", "[" * 100_000]
