@@ -19,7 +19,7 @@ BAD = [  # a field, a value, words of the refusal
     *(("alpha", (1.0,) * N, f"2 to 12 agents, got {N}") for N in (0, 1, 13)),
     *(("alpha", (1.0, v), "alpha") for v in (0.0, -2.0)),
     *(("alpha", (1.0, v), "finite") for v in (math.nan, "2\n", None)),
-    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e+06")),
+    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e.06")),
     *(("c", "0.1", "finite"), ("c", -0.1, "c must not be negative")),
     *(("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
     *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5, ["G", "E"])),
@@ -29,24 +29,21 @@ BAD = [  # a field, a value, words of the refusal
 
 
 @pytest.mark.parametrize("name, value, words", BAD)
-def test_bad_games_are_refused_in_one_line(name, value, words):
-    BCZ(**GOOD)
-    bad = GOOD | {name: value}
-    for build in (lambda: BCZ(**bad), lambda: game_from_json({"game": "bcz"} | bad)):
-        with pytest.raises(GameError) as error:
-            build()
-        assert words in str(error.value) and "\n" not in str(error.value)
+def test_bad_games_are_refused(name, value, words):
+    assert BCZ(**GOOD)
+    for build in (BCZ, lambda **bad: game_from_json({"game": "bcz"} | bad)):
+        with pytest.raises(GameError, match=words):
+            build(**GOOD | {name: value})
 
 
-@pytest.mark.parametrize("key", ["game", *GOOD])
-def test_json_that_is_no_game_is_refused_in_one_line(key):
+def test_json_that_is_no_game_is_refused():
     good = {"game": "bcz"} | GOOD
-    with pytest.raises(GameError, match=key):
-        game_from_json({k: v for k, v in good.items() if k != key})
+    for key in good:
+        with pytest.raises(GameError, match=key):
+            game_from_json({k: v for k, v in good.items() if k != key})
     for d in ([], "game", None, {"game": "chess"}, good | {"alpha": 3}, good | {"alpha": None}):
-        with pytest.raises(GameError) as error:
+        with pytest.raises(GameError):
             game_from_json(d)
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, stages, rounds", [("bcz", "GE", 1), ("bcz", "GGE", 3), ("pgg", "GEE", 2)])

@@ -17,7 +17,7 @@ from play.rft_log import add_sums, update_metrics
 from prompts import PromptStyle, Reply
 from run.files import StopSignal
 from run.stage import Stage
-from tompo import clipped, diagnostics, group_normalise
+from tompo import diagnostics, group_normalise
 
 
 def tensor(*values):
@@ -136,30 +136,6 @@ def test_aggregations_are_the_means_they_stand_for():
     for name, aggregation in tompo.AGGREGATIONS.items():
         weights = aggregation(lengths, 13)
         close(sum(w * v.sum() for w, v in zip(weights, values, strict=True)), means[name])
-
-
-QUADRANTS = [  # A, rho, ends of the range, min(rho A, clip(rho) A), its slope in log pi
-    (2.0, 1.5, (0.8, 1.2), 2.4, 0.0),  # A > 0 and already more likely: clipped
-    (2.0, 0.5, (0.8, 1.2), 1.0, 1.0),  # A > 0 but less likely: pulled back in full
-    (-2.0, 1.5, (0.8, 1.2), -3.0, -3.0),  # A < 0 but more likely: pushed down in full
-    (-2.0, 0.5, (0.8, 1.2), -1.6, 0.0),  # A < 0 and already less likely: clipped
-    (2.0, 1.1, (0.8, 1.2), 2.2, 2.2),  # inside the range nothing is clipped
-    (-2.0, 0.9, (0.8, 1.2), -1.8, -1.8),
-    (0.0, 1.5, (0.8, 1.2), 0.0, 0.0),
-    (1.0, 1.5, (0.8, 1.4), 1.4, 0.0),  # the two ends are numbers of their own
-    (1.0, 1.5, (0.8, 1.6), 1.5, 1.5),
-    (-1.0, 0.7, (0.8, 1.3), -0.8, 0.0),
-    (-1.0, 0.7, (0.6, 1.3), -0.7, -0.7),
-]
-
-
-@pytest.mark.parametrize("A, ratio, ends, value, slope", QUADRANTS)
-def test_clip_in_the_four_quadrants(A, ratio, ends, value, slope):
-    logp = leaf(math.log(ratio))
-    objective = clipped(logp.exp(), logp, tensor(A), *ends)
-    objective.sum().backward()
-    close(objective.detach(), tensor(value))
-    close(logp.grad, tensor(slope))
 
 
 def test_diagnostics_by_hand():

@@ -1,7 +1,6 @@
 """train_sft.py: what it trains on, its learning rate, and what it refuses."""
 
 import math
-import shutil
 
 import huggingface_hub
 import pytest
@@ -93,21 +92,9 @@ def test_a_model_that_is_unknown_or_incomplete_is_refused(model_dir, tmp_path, m
 
 
 def test_sft_adapters_that_do_not_fit_are_refused(model_dir, sft_adapter, tmp_path, nothing, refused):
-    def changed(name, edit):
-        shutil.copytree(sft_adapter, tmp_path / name)
-        edit(tmp_path / name)
-        return tmp_path / name
-
-    def cut(folder):
-        weights = folder / "adapter_model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:500])
-
-    bad = [changed("corrupt", cut), tmp_path / "missing"]
-    bad += [changed("no-config", lambda folder: (folder / "adapter_config.json").unlink())]
-    for adapter in bad:
-        for chain in (adapter, f"{sft_adapter}+{adapter}"):
-            argv = rft_flags(model_dir, nothing, sft_adapter=chain)
-            assert str(adapter) in refused(train_rft.main, argv)
+    missing = tmp_path / "missing"
+    for chain in (missing, f"{sft_adapter}+{missing}"):
+        assert str(missing) in refused(train_rft.main, rft_flags(model_dir, nothing, sft_adapter=chain))
     other = make_tiny_model(tmp_path / "other", seed=1)  # the same shapes, other weights
     refused(train_rft.main, rft_flags(other, nothing, sft_adapter=sft_adapter))
 

@@ -89,20 +89,6 @@ def test_replies_that_are_not_compliant_play_nothing_and_count():
     assert row["U2 graph"] == pytest.approx(0, abs=1e-9) and row["U2 effort"] == pytest.approx(0.75)
 
 
-def test_a_repaired_row_keeps_the_strict_compliance():
-    """The three play as planners, but their graph replies end in a full stop: strictly nobody links."""
-    links = {0: "[0, 1, 1].", 1: "[1, 0, 1].", 2: "[1, 1, 0]."}
-    player = by_seat(links, "1.6667")
-    a, b = (play([TRIO], player, 0, PLANNER, 0, repair=repair)[0] for repair in (False, True))
-    strict, repaired = per_instance(a), per_instance(b)
-    assert strict["U1"] == repaired["U1"] == 0.5 and strict["U3 | ok"] is repaired["U3 | ok"] is None
-    assert strict["U3"] < 0.9 and repaired["U3"] == pytest.approx(1, abs=1e-4)
-    assert (strict["s"], strict["row"], repaired["s"], repaired["row"]) == (0, 0, 1, 1)
-    assert (summarise([b])["repaired"], summarise([a])["repaired"]) == (1, 0)
-    silent = [play([TRIO], constant("nothing to read"), 0, PLANNER, 0, repair=r)[0] for r in (False, True)]
-    assert per_instance(silent[0]) == per_instance(silent[1]) and per_instance(silent[1])["s"] == 0
-
-
 def test_self_play_by_hand():
     """Seats 0 and 1 link, seat 2 refuses, x = 1: pi = 1 - 0.5 + 0.1 - 0.05 = 0.55 twice, and 0.5. Best
     replies are 1.1, 1.1 and 1, own payoffs before costs 0.6 of 0.605 (0 effort: 0, 3: -1.2), 0.5 of 0.5. The

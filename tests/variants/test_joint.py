@@ -64,16 +64,6 @@ def test_the_i_th_replies_stand_in_one_graph():
     assert scores(groups[:1])[0] == pytest.approx([1, 2 / 3, 0])
 
 
-def test_always_link_is_no_longer_the_best_of_the_graph_level():
-    """Among experts a proposal that nobody answers is free; where all seats make it, it is answered."""
-    targets = [target(0, seat) for seat in range(3)]
-    groups = [group(own) for own in ([0, 1, 1], [1, 0, 1], [1, 1, 0])]
-    expert_rewards(targets, groups, Memory())
-    assert scores(groups) == [[1]] * 3
-    joint.joint_rewards(targets, groups, Memory(), weights=WEIGHTS)
-    assert scores(groups) == [[pytest.approx(2 / 3)]] * 3
-
-
 def test_a_run_scores_whole_graphs(model_dir, sft_adapter, tmp_path):
     changes = dict(reward_from="joint", prompts=[2, 1], seat="all")
     _, samples = whole_runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)

@@ -6,14 +6,12 @@ from dataclasses import replace
 import networkx
 import numpy as np
 import pytest
-from brute import check_efficient_graph, check_efforts, check_payoffs, random_graph
+from brute import check_efficient_graph, check_efforts, check_payoffs
 
-from games import GameError, State, complete_graph, empty_graph
+from games import GameError, State, complete_graph
 from world import pgg
 from world.draws import Family, draw_game, held_out_grid
 from world.pgg import PGG, groups, isomorphism_classes, partitions
-
-TRIANGLE_AND_TAIL = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # 1-2-3 and 3-4
 
 
 def cliques_of(links_NN):
@@ -36,14 +34,6 @@ def random_pgg(rng, N):
     e = rng.uniform(2, 20, N).round(1) if rng.random() < 0.7 else np.full(N, 10.0)
     b = float(rng.choice([0, 0.2, 0.4, 0.5, 0.7, 1, 1.3]))
     return PGG(tuple(e.tolist()), round(rng.uniform(0.7, 2.5), 2), b, round(rng.uniform(0, 9), 1))
-
-
-def test_groups_are_the_maximal_cliques():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        links_NN = random_graph(rng, int(rng.integers(2, 10)), rng.uniform(0.1, 0.95))
-        assert groups(links_NN) == sorted(sorted(C) for C in cliques_of(links_NN))
-    assert groups(TRIANGLE_AND_TAIL) == [[0, 1, 2], [2, 3]] and groups(empty_graph(3)) == []
 
 
 def test_payoffs_are_those_of_the_equation():
