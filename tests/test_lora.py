@@ -1,7 +1,6 @@
 """LoRA in a model: what an adapter leaves alone, merging it, and refusals. That forward and gradients are
 those of W + scaling B A: tests/test_policy.py."""
 
-import re
 import warnings
 from types import SimpleNamespace
 
@@ -200,20 +199,18 @@ def test_inject_refusals():
         refused(ValueError, "has no adapter", function, tiny())
 
 
-def test_load_adapter_state_refusals_change_nothing():
+def test_a_state_is_loaded_whole_or_not_at_all_and_is_a_copy():
     model, load = adapted(), adapters.load_adapter_state
     before, good = logits(model), adapters.adapter_state(adapted(seed=2))
     key = f"base_model.model.{Q}.lora_B.weight"
-    lacking = {k: v for k, v in good.items() if k != key}
-    refused(ValueError, f"lack {re.escape(key)}", load, model, lacking)
+    refused(ValueError, "lack", load, model, {k: v for k, v in good.items() if k != key})
     refused(ValueError, "unexpected other", load, model, {**good, "other": good[key]})
-    shape = r"q_proj.lora_B.weight has shape \(32, 5\), this model needs \(32, 4\)"
+    shape = r"shape \(32, 5\), this model needs \(32, 4\)"
     refused(ValueError, shape, load, model, {**good, key: torch.ones(32, 5)})
-    refused(ValueError, "has no adapter", load, tiny(), {})
     assert torch.equal(logits(model), before)
     load(model, good)
-    assert torch.equal(logits(model), logits(adapted(seed=2)))
-    saved = adapters.adapter_state(model)
+    saved, loaded = adapters.adapter_state(model), logits(model)
+    assert torch.equal(loaded, logits(adapted(seed=2)))
     for p in lora.lora_parameters(model):
         p.data += 1
-    assert all(torch.equal(saved[key], good[key]) for key in good)  # a state is a copy
+    assert all(torch.equal(saved[key], good[key]) for key in good)

@@ -27,9 +27,6 @@ def simulate_many(count, expert="second-best", seed=0, style=STYLE, **changes):
     return dataset.simulate_many(count, make_expert(expert), seed, style, **changes)
 
 
-# --- what is drawn
-
-
 def test_the_share_of_replaced_decisions():
     records = simulate_many(300, "always-link", 2)
     assert len(records) == 300 * 8
@@ -59,9 +56,6 @@ def test_families_take_turns_in_the_data():
 def test_the_style_reaches_prompts_and_replies(style):
     for r in simulate_many(2, "nash", 6, style):
         assert ("Belief" in r.reply + r.label + json.dumps(r.prompt)) == style.belief
-
-
-# --- the file
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +125,6 @@ def test_files_that_are_no_data_set(tmp_path, content):
         read_records(path)
 
 
-# --- targets
-
-
 def test_targets_are_the_states_that_arose_and_what_all_experts_do_there(few):
     shuffled = [few[i] for i in np.random.default_rng(0).permutation(len(few))]
     pairs = targets(shuffled, few)
@@ -165,9 +156,6 @@ def test_records_of_different_instances_in_one_game_are_refused(few, index):
         targets(bad, bad)
 
 
-# --- tools/expert_games.py
-
-
 def test_the_script_writes_a_data_set_and_does_not_overwrite_it(tmp_path, capsys, refused):
     out = tmp_path / "games.jsonl"
     expert_games.main(["--games", "5", "--rounds", "2", "--seed", "3", "--out", str(out)])
@@ -190,9 +178,6 @@ def test_bad_flags_end_in_one_line_and_write_nothing(flags, tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what is trained
-
-
 def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():
     records = simulate_many(60)
     noisy = dataset.with_label_noise(records, {"G": 0.5, "E": 0.0}, 3, STYLE)
@@ -211,9 +196,6 @@ def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():
     assert few == noisy[:10]  # which labels are replaced does not depend on what else is in the data
     assert dataset.with_label_noise(records, {"G": 0.0, "E": 0.0}, 3, STYLE) == records
     assert dataset.with_label_noise(records, {"G": 0.5}, 4, STYLE) != noisy
-
-
-# --- the prompts and batches of RFT
 
 
 def prompts_of(policy, records, seat="all", graph=8, effort=2):

@@ -36,20 +36,6 @@ def values(parameters, optimizer):
     return {name: t.detach().numpy().tobytes() for name, t in tensors.items()}
 
 
-def test_the_newest_two_stay_and_give_back_all(tmp_path):
-    (tmp_path / "step-000004.tmp" / "half").mkdir(parents=True)  # of a killed save
-    for folder in (tmp_path, tmp_path / "missing"):
-        assert checkpoint.restore(folder, *made()) is None
-    for step in (1, 2, 4, 10):
-        checkpoint.save(tmp_path, step, *made(step), {"memory": {"a": 1 / 3}})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000010"]
-    fresh = made()
-    assert checkpoint.restore(tmp_path, *fresh) == (10, {"memory": {"a": 1 / 3}})
-    assert values(*fresh) == values(*made(10)) != values(*made(4))
-    train(*fresh, 2)
-    assert values(*fresh) == values(*made(12))
-
-
 def test_the_format_is_that_of_older_runs(tmp_path):
     """Their checkpoints can be restored: the file is written here by hand."""
     old, (parameters, optimizer) = made(3), made()

@@ -78,20 +78,6 @@ def test_a_run_folder_is_of_one_process_and_free_when_that_is_dead(tmp_path):
             assert folder == tmp_path / "run"
 
 
-def test_a_log_goes_on_where_the_checkpoint_was(tmp_path):
-    """Without the steps after it, and without what a kill left in the midst of a line."""
-    path = tmp_path / "log.jsonl"
-    path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2}\n{"other": 3}\n{"step": 1, "a"')
-    done = lambda row: row.get("step", 9) < 2
-    log = JsonLines(path, done)
-    log.write({"step": 2, "a": 9})
-    steps = [{"step": 0, "a": 1}, {"step": 1, "a": 2}, {"step": 2, "a": 9}]
-    assert lines_of(path) == steps
-    assert log.count == 3 and log.rows == steps[:2]
-    JsonLines(path, done, writes=False).write({"step": 0})
-    assert len(path.read_text().splitlines()) == 3
-
-
 @pytest.fixture
 def disk(tmp_path):
     """A folder that holds 64 KiB."""

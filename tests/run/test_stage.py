@@ -242,22 +242,3 @@ def test_damage_lost_lines_and_changed_settings_are_reported(tmp_path, whole, ca
     left = result(tmp_path / "run")
     assert left["sft/samples.jsonl"] == whole["sft/samples.jsonl"] and len(said) == 3
     assert left["sft/metrics.jsonl"] == b"".join(whole["sft/metrics.jsonl"].splitlines(keepends=True)[1:])
-
-
-def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, monkeypatch):
-    train(tmp_path, at(3, ctrl_c))
-    before = result(tmp_path)
-    monkeypatch.setattr(ranks, "first", lambda: False)
-    assert train(tmp_path).finished and result(tmp_path) == before
-
-
-def test_all_processes_stop_after_the_step_in_which_one_was_asked_to(tmp_path, monkeypatch):
-    calls = []
-
-    def exchange(value):
-        calls.append(value)
-        return [value, len(calls) == 3]
-
-    monkeypatch.setattr(ranks, "exchange", exchange)
-    assert train(tmp_path).steps_done == 3 and saved(tmp_path)[-1] == "step-000003"
-    assert calls == [False, False, False, None]  # the last one waits until the first process has saved
