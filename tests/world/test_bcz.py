@@ -108,7 +108,7 @@ def test_capped_efforts_where_the_matrix_is_singular_up_to_rounding():
 @pytest.mark.parametrize("solution", ["nash", "planner"])
 def test_the_efficient_graph_is_the_best_of_all(solution):
     shares = check_efficient_graph(random_game, solution, 240)
-    assert sum(0 < share < 1 for share in shares) >= 20  # else only the empty and the complete one
+    assert sum(0 < share < 1 for share in shares) >= 10  # else only the empty and the complete one
 
 
 @pytest.mark.parametrize("efforts", ["nash", "planner"])
