@@ -4,7 +4,23 @@ import sys
 
 import pytest
 
+from run.errors import InputError
+
 pytest.register_assert_rewrite("whole_runs", "reference")
+
+
+@pytest.fixture(autouse=True)
+def every_complaint_is_one_line(monkeypatch):
+    """Of whatever a test does in this process."""
+    longer = []
+
+    def noted(error, *message):
+        longer.extend(text for text in message if "\n" in str(text))
+        ValueError.__init__(error, *message)
+
+    monkeypatch.setattr(InputError, "__init__", noted, raising=False)
+    yield
+    assert not longer
 
 
 @pytest.fixture(scope="session", autouse=True)

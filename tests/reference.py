@@ -58,6 +58,10 @@ def uniforms(number, *shape):
     return torch.rand(shape, generator=torch.Generator().manual_seed(number))
 
 
+def ids_of(groups):
+    return [[reply.ids for reply in group] for group in groups]
+
+
 def difference(a, b):
     """The largest, of log-probabilities of the same replies."""
     a, b = (x if torch.is_tensor(x) else torch.cat(list(x)) for x in (a, b))

@@ -1,4 +1,4 @@
-"""Players with fixed answers, and a game whose numbers are known by hand.
+"""Decisions, players with fixed answers, and a game whose numbers are known by hand.
 
 TRIO: N = 3, alpha = 1, delta = 0.1, c = 0.05, cap 3. Its first best is the complete graph with
 x = 1 / (1 - 0.4) = 5/3 and W* = 3 (5/3) / 2 - 2 * 0.05 * 3 = 2.2; nobody linking gives x = 1 and W = 1.5.
@@ -7,9 +7,14 @@ x = 1 / (1 - 0.4) = 5/3 and W* = 3 (5/3) / 2 - 2 * 0.05 * 3 = 2.2; nobody linkin
 from dataclasses import fields
 from types import SimpleNamespace
 
+import numpy as np
+
+from decisions import EFFORTS, LINKS
 from experts import make_expert
+from games import Decision
 from play.players import expert_player, play_tables
-from prompts import PromptStyle
+from prompts import PromptStyle, Reply
+from rewards import Rollout
 from settings import Evaluation, Players, Settings
 from world.bcz import BCZ
 from world.draws import Family
@@ -17,6 +22,24 @@ from world.draws import Family
 STYLE = PromptStyle()
 TRIO = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0)
 TRIO_2 = BCZ((1.0, 1.0, 1.0), 0.1, 0.05, 3.0, rounds=2)
+
+
+def row(*entries):
+    return Decision(LINKS, np.array(entries))
+
+
+def effort(x):
+    return Decision(EFFORTS, x)
+
+
+def group_of(decisions):
+    """One reply for each of these decisions."""
+    return [Rollout(Reply("", [7], [-1.0], True), decision) for decision in decisions]
+
+
+def normalised(values):
+    """One level of advantages of a group with these rewards."""
+    return (np.array(values) - np.mean(values)) / (np.std(values) + 1e-4)
 
 
 def constant(text):

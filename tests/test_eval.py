@@ -1,29 +1,32 @@
-"""eval.py as a command: what it plays, prints and writes, and what it refuses."""
+"""eval.py: what it plays, prints and writes as a command, what it refuses, and who sits where."""
 
 import json
 import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from tables import constant, play
+from reference import add_adapter
+from tables import constant, evaluation_of, play
 
 import eval as evaluation
-import lora
+from eval import instances, play_among_experts, seats_in
 from experts import make_expert
+from games import GameError
 from models import adapters as adapter_files
 from models.load import load_policy
 from play.metrics import summarise
 from policy import Policy
 from prompts import Reply
-from settings import Model
-from world.draws import held_out_grid
+from settings import Evaluation, Model
+from world.draws import Family, held_out_grid, split_of
 
 SCRIPT = Path(evaluation.__file__).resolve()
-THREE_GAMES = [held_out_grid(4)[i] for i in (0, 30, 59)]  # evenly spread; half of 59 is rounded to even
+GRID = list(held_out_grid(4))
+THREE_GAMES = [GRID[i] for i in (0, 30, 59)]  # evenly spread; half of 59 is rounded to even
 SECOND_BEST = make_expert("second-best")
 
 
@@ -66,9 +69,6 @@ def test_one_game_prints_means_without_intervals(capsys):
     assert row.count("[") == 1 and "±" not in row  # only compliance, which counts decisions
 
 
-# -------------------- seats
-
-
 def test_by_seat_is_every_seat_alone(tmp_path, capsys):
     name = "expert:noisy:planner:0.5"
     results = run(tmp_path, "--policy", name, "--by-seat", games=7)
@@ -96,9 +96,6 @@ def test_a_table_of_experts(tmp_path):
     assert all(s["all rounds"]["U3"]["mean"] == pytest.approx(1, abs=1e-4) for s in alone.values())
 
 
-# -------------------- models
-
-
 @pytest.fixture
 def model_flags(model_dir):
     return ["--model", model_dir, "--max-new-tokens", "4"]
@@ -108,11 +105,7 @@ def model_flags(model_dir):
 def adapter_dir(model_dir, tmp_path_factory):
     """An adapter that changes what the tiny model says."""
     policy, folder = load_policy(model_dir), tmp_path_factory.mktemp("adapter")
-    config = lora.LoRAConfig(4, 8.0, ("q_proj", "v_proj", "down_proj"), policy.name)
-    lora.inject(policy.model, config, torch.Generator().manual_seed(0), policy.layer)
-    with torch.no_grad():
-        for k, p in enumerate(lora.lora_parameters(policy.model)):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    config = add_adapter(policy, size=1.0, targets=("q_proj", "v_proj", "down_proj"))
     adapter_files.save_adapter(policy.model, folder, config)
     return str(folder)
 
@@ -172,9 +165,6 @@ def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp
     assert len(alone["base"]["replies"][0]) == 8  # 4 seats, 2 stages
 
 
-# -------------------- what is refused
-
-
 def test_what_is_in_the_way_or_no_adapter_is_named(model_flags, tmp_path, refused):
     path = tmp_path / "results.json"
     path.write_text("mine")
@@ -198,3 +188,38 @@ def test_bad_flags_are_one_line(flags, refused, monkeypatch):
     monkeypatch.setattr(Model, "load", lambda self: None)
     policy = [] if flags.startswith("table") else ["--policy", "expert:nash"]
     refused(evaluation.main, ["--eval-games", "1", *policy, *f"--{flags}".split()])
+
+
+def chosen(count, family=Family(), agents=4):
+    return instances(SimpleNamespace(families=(family,)), Evaluation(agents, count, 0))
+
+
+def test_the_evaluated_instances_are_held_out_and_distinct():
+    assert chosen(60) == chosen(1000) == GRID
+    for count in range(1, 61):
+        indices = [GRID.index(game) for game in chosen(count)]
+        assert len(set(indices)) == count and indices == sorted(indices)
+    eight = chosen(8, Family(rounds=2), 5)
+    assert all(split_of(g) == "held-out" and g.rounds == 2 and g.N == 5 for g in eight) and len(eight) == 8
+    with pytest.raises(GameError, match="2 types are given for 4 agents"):
+        chosen(1, Family(types=(1.0, 2.0)))
+
+
+def test_random_seats_belong_to_the_game_and_the_seed():
+    asked, seats = [], seats_in(GRID, "random", 0)
+    assert {j for (j,) in seats} == {0, 1, 2, 3} and seats_in(GRID, "random", 1) != seats
+    assert seats_in(GRID[3::7], "random", 0) == seats[3::7]
+    noted = lambda asks: asked.extend((a.game, a.seat) for a in asks) or constant("no")(asks)
+    play(GRID, noted, seats, make_expert("nash"), 0)
+    assert asked == [(i, j) for i, (j,) in enumerate(seats)] * 2
+    assert seats_in(GRID[:6], "rotate", 0) == [(0,), (1,), (2,), (3,), (0,), (1,)]
+
+
+def test_games_with_other_stages_are_played_apart_and_each_kind_is_numbered_from_0():
+    """So the draws of the experts in a game do not depend on which other kinds of games are played."""
+    families = Family("bcz", "GE"), Family("pgg", "GEE", 2)
+    make = lambda: constant("no")
+    together = play_among_experts(evaluation_of("random", 120, families=families), "no", make)
+    alone = [play_among_experts(evaluation_of("random", 60, families=(f,)), "no", make) for f in families]
+    for a, b in zip(together, sum(alone, []), strict=True):
+        assert a.game == b.game and str(a.history) == str(b.history)

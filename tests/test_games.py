@@ -1,6 +1,5 @@
 """What games have in common: consent, stages, rounds, observations, files, validation."""
 
-import itertools
 import json
 import math
 from dataclasses import fields, replace
@@ -15,15 +14,12 @@ from games import GameError, State, complete_graph, game_from_json, observe
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 
-# --- validation
-
-
 GOOD = {"alpha": (1.0, 2.0), "delta": 0.1, "c": 0.2, "cap": 5.0, "stages": "GE", "rounds": 1}
 BAD = [  # a field, a value, words of the refusal
     *(("alpha", (1.0,) * N, f"2 to 12 agents, got {N}") for N in (0, 1, 13)),
     *(("alpha", (1.0, v), "alpha") for v in (0.0, -2.0)),
     *(("alpha", (1.0, v), "finite") for v in (math.nan, "2\n", None)),
-    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e+06")),
+    *(("delta", -0.1, "delta"), ("delta", math.inf, "finite"), ("c", 1e300, "at most 1e.06")),
     *(("c", "0.1", "finite"), ("c", -0.1, "c and fee must not be negative")),
     *(("cap", 0.0, "cap"), ("cap", math.nan, "finite")),
     *(("stages", v, "stages") for v in ("", "E", "G", "G\nE", 5, ["G", "E"])),
@@ -33,24 +29,21 @@ BAD = [  # a field, a value, words of the refusal
 
 
 @pytest.mark.parametrize("name, value, words", BAD)
-def test_bad_games_are_refused_in_one_line(name, value, words):
-    BCZ(**GOOD)
-    bad = GOOD | {name: value}
-    for build in (lambda: BCZ(**bad), lambda: game_from_json({"game": "bcz"} | bad)):
-        with pytest.raises(GameError) as error:
-            build()
-        assert words in str(error.value) and "\n" not in str(error.value)
+def test_bad_games_are_refused(name, value, words):
+    assert BCZ(**GOOD)
+    for build in (BCZ, lambda **bad: game_from_json({"game": "bcz"} | bad)):
+        with pytest.raises(GameError, match=words):
+            build(**GOOD | {name: value})
 
 
-@pytest.mark.parametrize("key", ["game", *GOOD])
-def test_json_that_is_no_game_is_refused_in_one_line(key):
+def test_json_that_is_no_game_is_refused():
     good = {"game": "bcz"} | GOOD
-    with pytest.raises(GameError, match=key):
-        game_from_json({k: v for k, v in good.items() if k != key})
+    for key in good:
+        with pytest.raises(GameError, match=key):
+            game_from_json({k: v for k, v in good.items() if k != key})
     for d in ([], "game", None, {"game": "chess"}, good | {"alpha": 3}, good | {"alpha": None}):
-        with pytest.raises(GameError) as error:
+        with pytest.raises(GameError):
             game_from_json(d)
-        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, stages, rounds", [("bcz", "GE", 1), ("bcz", "GGE", 3), ("pgg", "GEE", 2)])
@@ -64,35 +57,9 @@ def test_json_round_trip(name, stages, rounds):
         assert game_from_json(d) == game and hash(game_from_json(d)) == hash(game)
 
 
-# --- graphs
-
-
-def test_links_need_mutual_consent():
-    rng = np.random.default_rng(0)
-    for N in (2, 4, 7) * 20:
-        P = rng.integers(0, 2, (N, N)) * complete_graph(N)
-        expected = [[int(P[i][j] == 1 and P[j][i] == 1) for j in range(N)] for i in range(N)]
-        assert games.form_links(P).tolist() == expected
-    hand = games.form_links(np.array([[0, 1, 1], [1, 0, 0], [0, 1, 0]]))
-    assert hand.tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
-
-
-@pytest.mark.parametrize("N", [2, 4, 6])
-def test_own_rows(N):
-    for seat in range(N):
-        rows = games.own_rows(N, seat)
-        assert rows.shape == (2 ** (N - 1), N)
-        expected = {row for row in itertools.product((0, 1), repeat=N) if row[seat] == 0}
-        assert set(map(tuple, rows.tolist())) == expected
-
-
-# --- play
-
-
 TRIO = BCZ((3.0, 1.0, 2.0), 0.1, 0.25, 9.0, "GE", 2)
 ALL, HUB = complete_graph(3), np.array([[0, 1, 1], [1, 0, 0], [1, 0, 0]])
 IN_VAIN = np.array([[0, 1, 1], [1, 0, 1], [1, 0, 0]])  # 1 asks 2 in vain: the links are HUB
-TWO_ROUNDS = [ALL, [1, 2, 3], HUB, [4, 5, 6]]
 
 
 def play(game, *actions):
@@ -184,41 +151,6 @@ def test_a_history_as_text_is_read_back_exactly():
             games.history_from_text(state.game, bad)
 
 
-# --- observations
-
-
-def same_observation(a, b):
-    pairs = ((getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    return all(type(u) is type(v) and np.array_equal(u, v) for u, v in pairs)
-
-
-def test_before_is_the_state_of_that_decision_and_is_observed_like_it():
-    end = play(TRIO, *TWO_ROUNDS)
-    for k in range(5):
-        then, now = end.before(k), play(TRIO, *TWO_ROUNDS[:k])
-        assert len(then.history) == k == len(now.history)
-        assert all((a == b).all() for a, b in zip(then.history, now.history, strict=True))
-        for seat in range(3) if k < 4 else ():
-            seen = observe(now, seat)
-            assert same_observation(seen, observe(then, seat))
-            assert (seen.round, seen.kind.letter) == (1 + k // 2, "GE"[k % 2])
-            assert seen.own_type == TRIO.alpha[seat]
-            assert not same_observation(observe(now, (seat + 1) % 3), seen)
-
-
-def test_observation_shows_the_state_and_only_the_state():
-    fresh = observe(State(TRIO), 1)
-    assert (fresh.game, fresh.N, fresh.seat, fresh.own_type, fresh.types) == ("bcz", 3, 1, 1, TRIO.alpha)
-    assert (fresh.parameters, fresh.cap, fresh.stages) == ({"delta": 0.1, "c": 0.25}, 9.0, "GE")
-    assert (fresh.rounds, fresh.round, fresh.stage, fresh.kind) == (2, 1, 0, LINKS)
-    assert not fresh.links.any() and fresh.efforts is fresh.last_payoff is fresh.previous is None
-    # A different past gives a different observation.
-    assert not same_observation(observe(play(TRIO, ALL), 0), observe(play(TRIO, HUB), 0))
-    later = observe(play(TRIO, IN_VAIN), 0)
-    assert later.previous is LINKS and later.last_actions.tolist() == IN_VAIN.tolist()
-    assert later.links.tolist() == HUB.tolist()
-
-
 @pytest.mark.parametrize("stages", ["GE", "GEE", "GGE"])
 def test_last_payoff_is_that_of_the_last_finished_round(stages):
     game, rng = replace(TRIO, stages=stages, rounds=4), np.random.default_rng(80)
@@ -231,14 +163,3 @@ def test_last_payoff_is_that_of_the_last_finished_round(stages):
         if len(state.history) % len(stages) == 0:
             expected = bcz_payoffs(game, state.links, state.efforts)
     assert expected is not None and len(state.round_results()) == 4
-
-
-def test_local_information_hides_the_others_alpha():
-    """Games that differ in the others' alpha only look the same, as long as nobody has been paid for it."""
-    other = replace(TRIO, alpha=(1.5, 1.0, 7.0))
-    for k in range(4):
-        mine, theirs = (play(game, *[ALL, [1, 2, 3], HUB][:k]) for game in (TRIO, other))
-        seen = observe(mine, 1, "local")
-        assert same_observation(seen, observe(theirs, 1, "local"))
-        assert seen.types is None and seen.own_type == 1.0
-        assert not same_observation(observe(mine, 1), observe(theirs, 1))

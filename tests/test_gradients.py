@@ -21,8 +21,6 @@ from run.files import StopSignal
 from run.stage import Stage
 from world.draws import Family
 
-# --- SFT
-
 
 @pytest.mark.parametrize("train_on", ["both", "effort", "graph"])
 def test_sft_gradient_is_that_of_the_mean_over_reply_tokens(monkeypatch, model_dir, tmp_path, train_on):
@@ -57,8 +55,6 @@ def test_sft_gradient_is_that_of_the_mean_over_reply_tokens(monkeypatch, model_d
         assert_close(gradient, expected)
 
 
-# --- RFT
-
 # A prompt, its replies, and their advantages.
 GROUPS = [
     ([5, 60, 70], [[80, 81, 2], [90], [100, 101, 102, 103, 104]], (1.2, -0.4, -0.8)),
@@ -83,8 +79,7 @@ def sampled(policy, temperature, spread):
 
 
 def minus_J(policy, groups, cfg):
-    """The loss, token by token; the sum of k3; how many tokens are clipped above and below, and how many
-    there are."""
+    """The loss, token by token; the sum of k3; how many tokens are clipped above and below; of how many."""
     low, high = cfg.clip
     each = [(GROUPS[k][0], *pair) for k in LIVE for pair in zip(groups[k], GROUPS[k][2], strict=True)]
     tokens, total, k3, above, below = sum(len(reply.ids) for _, reply, _ in each), 0.0, 0.0, 0, 0
@@ -134,27 +129,23 @@ def one_step(monkeypatch, prompts, tmp_path):
         monkeypatch.setattr(train_rft, "sample", lambda *_: [[Rollout(o, None) for o in g] for g in groups])
         monkeypatch.setattr(train_rft, "clip_gradient", spy)
         monkeypatch.setattr(ranks, "share", lambda keys: list(range(len(keys))) if own is None else own)
-        given = dict(
-            next_batch=lambda *_: prompts, reward=no_rewards, advantage=lambda r_S: advantages if r_S else []
-        )
+        given = dict(next_batch=lambda *_: prompts, reward=no_rewards)
+        given |= dict(advantage=lambda r_S: advantages if r_S else [], lr=0.0, steps=1)
         folder, optimizer = tmp_path / str(len(gradients)), train_sft.make_optimizer(policy.model)
         with StopSignal() as stop, Stage(folder, "RFT", 1, {}, optimizer, stop, {"out": ""}) as stage:
             how = dict(reply_limit=LIMIT, seed=0, micro_batch=size)
-            train_rft.rft(policy, replace(cfg, **given, lr=0.0, steps=1), [], optimizer, stage, **how)
+            train_rft.rft(policy, replace(cfg, **given), [], optimizer, stage, **how)
         return gradients[-1], lines_of(folder / "metrics.jsonl")[0]
 
     return run
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "--objective aggregation=sequence --beta 0.1",
-        "--objective aggregation=token --temperature 0.7 --beta 0.1",
-        "--objective aggregation=constant --beta 0",
-        "--clip-eps 0.1 0.4 --beta 0.1",
-    ],
-)
+FLAGS = ["--objective aggregation=sequence --beta 0.1", "--clip-eps 0.1 0.4 --beta 0.1"]
+FLAGS += ["--objective aggregation=token --temperature 0.7 --beta 0.1"]
+FLAGS += ["--objective aggregation=constant --beta 0"]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("name", ENGINES)
 def test_rft_gradient_is_that_of_J(model_dir, one_step, name, flags):
     """For every division of a step into passes, and for groups that are shared among processes."""

@@ -1,7 +1,6 @@
 """docs/one-step.md is recomputed from its own tables: every number must follow from the ones before it."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from games import form_links
 from prompts import tell_links
+from rewards import accuracy, f1
 
 PAGE = (Path(__file__).parent.parent / "docs" / "one-step.md").read_text()
 M, N = 8, 4
@@ -17,22 +17,16 @@ M, N = 8, 4
 
 def tables():
     """The rows of each table, as dicts by column."""
-    found = []
     for block in PAGE.split("\n\n"):
-        lines = [
-            [cell.strip() for cell in line.strip("|").split("|")]
-            for line in block.split("\n")
-            if line[:1] == "|"
-        ]
+        lines = [map(str.strip, line.strip("|").split("|")) for line in block.split("\n") if line[:1] == "|"]
         if lines:
-            found.append([dict(zip(lines[0], row, strict=True)) for row in lines[2:]])
-    return found
+            head, _, *rows = map(list, lines)
+            yield [dict(zip(head, row, strict=True)) for row in rows]
 
 
 REPLIES, REWARDS, ADVANTAGES, MOVED = tables()
-EXPERTS = np.array(
-    [json.loads(row) for row in re.findall(r"agent \d: (\[[\d, ]+\])", PAGE.replace("\n", " "))]
-)
+PROPOSALS = re.findall(r"agent \d: (\[[\d, ]+\])", PAGE.replace("\n", " "))
+EXPERTS = np.array([json.loads(row) for row in PROPOSALS])
 SEAT = int(re.search(r"Agent (\d) of 4 reads", PAGE)[1]) - 1
 
 
@@ -42,24 +36,20 @@ def column(rows, name):
 
 def test_rewards_follow_from_the_decisions():
     assert EXPERTS.shape == (N, N) and len(REPLIES) == len(REWARDS) == M
-    others = [j for j in range(N) if j != SEAT]
     scores = []
-    for reply in REPLIES:
-        graph = EXPERTS.copy()
-        graph[SEAT] = json.loads(reply["Decision"])
-        scores.append(1 - (form_links(graph) != form_links(EXPERTS)).sum() / (N * (N - 1)))
-    for reply, row, s in zip(REPLIES, REWARDS, scores, strict=True):
-        own, expert = np.array(json.loads(reply["Decision"]))[others], EXPERTS[SEAT][others]
-        graph = EXPERTS.copy()
-        graph[SEAT] = json.loads(reply["Decision"])
+    for reply, row in zip(REPLIES, REWARDS, strict=True):
+        own, graph = np.array(json.loads(reply["Decision"])), EXPERTS.copy()
+        graph[SEAT] = own
         assert row["links of G_i"] == tell_links(form_links(graph))
-        total = own.sum() + expert.sum()
-        f1 = 2 * (own & expert).sum() / total if total else 1.0
-        r_S = 0.5 + f1 + (own == expert).mean()
-        expected = {"F1": f1, "accuracy": (own == expert).mean(), "r^S": r_S, "s": s}
-        expected |= {"local": 0.5 * (s == max(scores)), "global": 0.5}
-        expected["R^G"] = s + expected["local"] + 0.5
+        scores.append(1 - (form_links(graph) != form_links(EXPERTS)).sum() / (N * (N - 1)))
+        both = f1(own, EXPERTS[SEAT], SEAT), accuracy(own, EXPERTS[SEAT], SEAT)
+        expected = dict(zip(("F1", "accuracy"), both, strict=True)) | {
+            "r^S": 0.5 + sum(both),
+            "s": scores[-1],
+        }
+        expected |= {"global": 0.5, "R^G": scores[-1] + float(row["local"]) + 0.5}
         assert {name: float(row[name]) for name in expected} == pytest.approx(expected, abs=6e-5)
+    assert column(REWARDS, "local").tolist() == [0.5 * (s == max(scores)) for s in scores]
     assert len(set(scores)) > 1, "a page whose replies all score the same explains nothing"
 
 
@@ -82,11 +72,8 @@ def test_the_objective_follows_from_the_advantages():
     assert column(MOVED, "J_i") == pytest.approx(J, abs=1.1e-5)
     loss = float(re.search(r"minus the mean of the J_i: (-?[\d.]+)\.\n", PAGE)[1])
     assert loss == pytest.approx(-column(MOVED, "J_i").mean(), abs=1.1e-5) and loss < 0
-    for row in MOVED:
-        A, before, after = (float(row[name]) for name in ("A", "log pi before", "after"))
-        if abs(A) > 0.5:
-            assert math.copysign(1, after - before) == math.copysign(1, A), "J pushes a reply where A points"
-        assert float(row["k3"]) >= 0
-        assert float(row["clipped"]) <= A * float(row["rho"]) + 2e-5, (
-            "min(rho A, clip(rho) A) is never above rho A"
-        )
+    A, rho = column(MOVED, "A"), column(MOVED, "rho")
+    pushed = (column(MOVED, "after") - column(MOVED, "log pi before")) * A
+    assert (pushed[abs(A) > 0.5] > 0).all(), "J pushes a reply where A points"
+    assert (column(MOVED, "k3") >= 0).all()
+    assert (column(MOVED, "clipped") <= A * rho + 2e-5).all(), "min(rho A, clip(rho) A) is never above rho A"

@@ -82,31 +82,25 @@ def test_an_agent_reads_its_own_numbers_and_under_full_information_everybodys_al
         messages(State(GAME), 0, [], PromptStyle("none"))
 
 
-@pytest.mark.parametrize("hints", (True, False))
-def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(hints):
+@pytest.mark.parametrize("style", STYLES, ids=str)
+def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(style):
     """The strongest form: no stage of two rounds lets any function of the others' alphas through."""
     state = random_state(GAME, 3, np.random.default_rng(0))
     for seat in range(4):
         alpha = [5.55, 6.66, 7.77, 8.88]
         alpha[seat] = ALPHA[seat]
         other = State(replace(GAME, alpha=tuple(alpha)), state.history)
-        for style in (PromptStyle("local", hints=hints), PromptStyle("full", hints=hints)):
-            a, b = chat_of(state, seat, style), chat_of(other, seat, style)
-            assert len(a) == 1 + 4 + 3 and (a == b) == (style.information == "local")
+        a, b = chat_of(state, seat, style), chat_of(other, seat, style)
+        assert len(a) == 1 + 4 + 3 and (a == b) == (style.information == "local")
 
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():
-    """Seat 1: a link to j earns delta x_1 x_j / c units of c, x the best replies to alphas if all link."""
-    # x = (1.62991, 3.09753, 1.11529, 2.03017), such as 1.37 + 0.047 * (2.91 + 0.83 + 1.79)
-    worth = {1.11, 0.76, 1.39}  # 0.047 * 3.09753 / 0.213 = 0.68349 times 1.62991, 1.11529, 2.03017
-    with_hints, without = PromptStyle(hints=True), PromptStyle(hints=False)
-    hinted, plain = (numbers_in(text_of(chat_of(State(GAME), 1, s))) for s in (with_hints, without))
-    assert worth <= hinted and not worth & plain and plain <= hinted
-
-    links = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])  # seat 1 has 0 and 3
-    state, best = State(GAME).step(links), 3.06  # 2.91 + 0.047 * (1.37 + 1.79) = 3.05852
-    hinted, plain = (numbers_in(question(state, 1, s)) for s in (with_hints, without))
-    assert best in hinted and best not in plain and plain <= hinted
+    """Seat 1: a link to j earns delta x_1 x_j / c units of c, x the best replies to alphas if all link, as
+    1.37 + 0.047 * (2.91 + 0.83 + 1.79) = 1.62991; linked with 0 and 3 it answers 2.91 + 0.047 * 3.16."""
+    links = np.array([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]])
+    for state, worked in ((State(GAME), {1.11, 0.76, 1.39}), (State(GAME).step(links), {3.06})):
+        hinted, plain = (numbers_in(question(state, 1, PromptStyle(hints=h))) for h in (True, False))
+        assert worked <= hinted and not worked & plain and plain <= hinted
     # Under local information there is nothing to hint at; a cost of 0 is no unit.
     state = random_state(GAME, 3, np.random.default_rng(1))
     local = [chat_of(state, 2, PromptStyle("local", hints=h)) for h in (True, False)]
@@ -132,8 +126,8 @@ def test_the_second_round_tells_all_efforts_and_the_own_payoff():
     pay = bcz_payoffs(GAME, form_links(proposals), x)
     assert not (proposals == proposals.T).all()
     for seat in range(4):
-        numbers = numbers_in(question(state, seat, PromptStyle("local")))
-        assert set(x) <= numbers and round(abs(pay[seat]), 2) in numbers
+        text = question(state, seat, PromptStyle("local"))
+        assert set(x) | {round(abs(pay[seat]), 2)} <= numbers_in(text) and "Round 2 links" in text
 
 
 @pytest.mark.parametrize("stages", ("GGE", "GEE"))
@@ -201,16 +195,13 @@ def test_compliant_replies(reply):
 NEVER = ["", "\n\n", "I choose everybody.", "Belief: [0, 1, 0, 1]", "My Decision: 1", "Decision 1"]
 NEVER += ["decision: [0, 1, 0, 1]\ndecision: 1", "Decision:", "Decision: ", "Decision: \x001"]
 NEVER += [f"Decision: {text}" for text in ("9" * 5000, f"[0, {'9' * 5000}, 0, 0]")]
-NEVER += [  # also Arabic-Indic and fullwidth digits, which int() and float() would read, and a superscript
-    f"Decision: {text}"
-    for text in (
-        "none | nan | [nan, 0, 0, 0] | inf | -inf | Infinity | 1e999 | [0, 1e999, 0, 0] | "
-        "[0, 1, 0, 1] + [] | "
-        "__import__('os').system('true') | [0, __import__('os'), 0, 0] | [0] * 4 | 1 + 1 | True | 1_0 | "
-        "[False, True, False, True] | (0, 1, 0, 1) | [[0, 1, 0, 1]] | 1,5 | 1.2.3 | . | e1 | 1e | 0x1 | "
-        "\u0661 | \uff11 | \u00b2 | [0, \u0661, 0, \uff11]"
-    ).split(" | ")
-]
+LINES = (  # also Arabic-Indic and fullwidth digits, which int() and float() would read, and a superscript
+    "none | nan | [nan, 0, 0, 0] | inf | -inf | Infinity | 1e999 | [0, 1e999, 0, 0] | [0, 1, 0, 1] + [] | "
+    "__import__('os').system('true') | [0, __import__('os'), 0, 0] | [0] * 4 | 1 + 1 | True | 1_0 | "
+    "[False, True, False, True] | (0, 1, 0, 1) | [[0, 1, 0, 1]] | 1,5 | 1.2.3 | . | e1 | 1e | 0x1 | "
+    "\u0661 | \uff11 | \u00b2 | [0, \u0661, 0, \uff11]"
+)
+NEVER += [f"Decision: {line}" for line in LINES.split(" | ")]
 
 
 @pytest.mark.parametrize("kind", (LINKS, EFFORTS), ids="GE")
@@ -250,29 +241,15 @@ def test_the_own_position_and_the_cap_are_those_of_the_seat():
         assert parse_reply(f"Decision: {cap + 0.01}", after, seat) is None
 
 
-RULES = [  # kind, what is replied, the first rule that it breaks
-    (LINKS, "", "no Decision line"),
-    (LINKS, "Decision: 1", "not one list of numbers"),
-    (LINKS, "Decision: [0, 2]", "an entry that is not 0 or 1"),
-    (LINKS, "Decision: [1, 0]", "wrong length"),
-    (LINKS, "Decision: [1, 0, 1, 0]", "own position not 0"),
-    (EFFORTS, "Decision:", "no Decision line"),
-    (EFFORTS, "Decision: [0, 1, 0, 1]", "not one number"),
-    (EFFORTS, "Decision: 3.01", "number outside [0, cap]"),
-]
+RULES = [(LINKS, "", "no Decision line"), (LINKS, "1", "not one list of numbers")]
+RULES += [(LINKS, "[0, 2]", "an entry that is not 0 or 1"), (LINKS, "[1, 0]", "wrong length")]
+RULES += [(LINKS, "[1, 0, 1, 0]", "own position not 0"), (EFFORTS, "", "no Decision line")]
+RULES += [(EFFORTS, "[0, 1]", "not one number"), (EFFORTS, "3.01", "number outside [0, cap]")]
 
 
-@pytest.mark.parametrize("kind, reply, rule", RULES)
-def test_the_first_rule_that_a_reply_breaks(kind, reply, rule):
-    assert read_reply(reply, kind, 0, 4, 3.0) == (None, rule)
-
-
-def test_a_reply_is_never_evaluated(tmp_path):
-    target = tmp_path / "touched"
-    code = f"open({str(target)!r}, 'w')"
-    for kind in (LINKS, EFFORTS):
-        assert read(f"Belief: {code}\nDecision: {code}", kind) is None
-    assert not target.exists()
+@pytest.mark.parametrize("kind, text, rule", RULES)
+def test_the_first_rule_that_a_reply_breaks(kind, text, rule):
+    assert read_reply(f"Decision: {text}", kind, 0, 4, 3.0) == (None, rule)
 
 
 M = 10**6
@@ -337,16 +314,6 @@ def test_what_is_written_is_read_back(belief):
             assert np.array_equal(back.belief, b) if belief else back.belief is None
 
 
-@pytest.mark.parametrize("N", (3, 8))
-def test_the_fallback_is_no_links_and_no_effort_and_the_rules_allow_it(N):
-    row, effort = LINKS.fallback(N), EFFORTS.fallback(N)
-    assert row.action.shape == (N,) and not row.action.any() and row.belief is None
-    assert effort.action == 0 and effort.belief is None
-    game = Family().make(np.ones(N), 0.2, 1.0)
-    state = State(game).step(np.array([row.action] * N)).step(np.array([effort.action] * N))
-    assert state.done and game.payoffs(state.links, state.efforts).tolist() == [0] * N
-
-
 # --- other games and stages
 
 
@@ -375,11 +342,11 @@ def test_what_a_player_of_the_public_goods_game_reads():
 def test_what_a_link_earns_in_the_public_goods_game():
     """Agent 1 is the poorest: up to agent 2 (15) all three are in the group; agent 2 is then taken out."""
     game = PGG((5.0, 15.0, 8.0), 1.3, 0.5, 2.0)
-    system, asked = (m["content"] for m in chat_of(State(game)))
+    chats = [[m["content"] for m in chat_of(State(game), seat)] for seat in range(3)]
+    assert all(chat[0].endswith(f"x 0 to {e:g}.") for chat, e in zip(chats, game.endowment, strict=True))
     pair = 13 * (1.3 * 2**0.5 - 1) / 2 / 2
     whole = (28 * (1.3 * 3**0.5 - 1) / 3 - 13 * (1.3 * 2**0.5 - 1) / 2) / 2
-    assert f"its link earns each [0, {whole:.2f}, {pair:.2f}] c." in asked
-    assert system.endswith("effort x 0 to 5.")
+    assert f"its link earns each [0, {whole:.2f}, {pair:.2f}] c." in chats[0][1]
     assert "earns" not in question(State(replace(game, c=0.0)))
 
 

@@ -8,22 +8,12 @@ import itertools
 
 import numpy as np
 import pytest
+from tables import effort, group_of, row
 
 import rewards
 from decisions import EFFORTS, LINKS
 from games import Decision, State, complete_graph, empty_graph
-from prompts import Reply
-from rewards import (
-    Memory,
-    Rollout,
-    Target,
-    accuracy,
-    belief_accuracy,
-    f1,
-    graph_likeness,
-    sample_level,
-    welfare,
-)
+from rewards import Memory, Target, accuracy, belief_accuracy, f1, graph_likeness, sample_level, welfare
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 from world.pgg import PGG
@@ -41,19 +31,7 @@ def target(seat, actions, cap=3.0):
 TARGET = target(0, P)
 
 
-def row(*entries):
-    return Decision(LINKS, np.array(entries))
-
-
-def effort(x):
-    return Decision(EFFORTS, x)
-
-
 SAME, LESS, MORE, NONE = row(0, 1, 1, 0), row(0, 1, 0, 0), row(0, 1, 1, 1), row(0, 0, 0, 0)
-
-
-def group_of(decisions):
-    return [Rollout(Reply("", [7], [-1.0], True), decision) for decision in decisions]
 
 
 def rewards_of(decisions, target, best=0.0, **options):
@@ -62,26 +40,6 @@ def rewards_of(decisions, target, best=0.0, **options):
     rewards.expert_rewards([target], [group], memory, **options)
     assert memory.best == {target.game.key: best}
     return [o.rewards for o in group]
-
-
-# --- sample level
-
-
-BY_HAND = [  # own row, the expert's, F1, accuracy
-    ([0, 1, 1, 0], [0, 1, 1, 0], 1, 1),
-    ([0, 1, 0, 0], [0, 1, 1, 0], 2 / 3, 2 / 3),  # TP 1, FP 0, FN 1
-    ([0, 1, 1, 1], [0, 1, 1, 0], 4 / 5, 2 / 3),  # TP 2, FP 1
-    ([0, 0, 0, 1], [0, 1, 1, 0], 0, 0),
-    ([0, 0, 0, 0], [0, 1, 1, 0], 0, 1 / 3),  # one row empty
-    ([0, 1, 1, 0], [0, 0, 0, 0], 0, 1 / 3),
-    ([0, 0, 0, 0], [0, 0, 0, 0], 1, 1),  # both
-]
-
-
-@pytest.mark.parametrize("mine, expert, expected_f1, expected_accuracy", BY_HAND)
-def test_f1_and_accuracy(mine, expert, expected_f1, expected_accuracy):
-    assert f1(np.array(mine), np.array(expert), 0) == pytest.approx(expected_f1)
-    assert accuracy(np.array(mine), np.array(expert), 0) == pytest.approx(expected_accuracy)
 
 
 @pytest.mark.parametrize("seat", range(4))
@@ -116,32 +74,6 @@ def test_effort_score(expert, cap, scores):
         assert sample_level(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
 
 
-def test_compliance_and_sample_level():
-    assert [rewards.compliance(d) for d in (SAME, NONE, None)] == [0.5, 0.5, -0.5]
-    scores = [sample_level(decision, TARGET) for decision in (SAME, LESS, NONE, None)]
-    assert scores == pytest.approx([2, 4 / 3, 1 / 3, 0])
-
-
-# --- graph level
-
-
-@pytest.mark.parametrize("decision, s", [(SAME, 1), (LESS, 5 / 6), (MORE, 5 / 6), (NONE, 2 / 3), (None, 0)])
-def test_graph_score_by_hand(decision, s):
-    """LESS loses link 0-2: 2 of 12 entries. MORE gains 0-3, which seat 3 had offered. NONE loses two."""
-    assert graph_likeness(decision, TARGET) == pytest.approx(s)
-
-
-def test_an_unrequited_choice_costs_accuracy_but_not_the_graph():
-    proposals = P.copy()
-    proposals[3, 0] = 0
-    t = target(0, proposals)
-    assert graph_likeness(MORE, t) == 1 and sample_level(MORE, t) == pytest.approx(4 / 5 + 2 / 3)
-    # Nobody else chooses anybody: no row can form a link, so all rows have the same graph.
-    empty, full = rewards_of([row(0, 0, 0), row(1, 0, 1)], target(1, empty_graph(3)))
-    assert empty["s"] == full["s"] == 1 and empty["R_G"] == full["R_G"] == 2
-    assert empty["r_S"] == 2.5 and full["r_S"] == 0.5
-
-
 def test_graph_score_by_a_loop():
     rng = np.random.default_rng(0)
     for N in (2, 3, 4, 5, 8) * 20:
@@ -156,9 +88,6 @@ def test_graph_score_by_a_loop():
         score = graph_likeness(Decision(LINKS, mine), target(seat, proposals))
         assert score == pytest.approx(1 - differ / (N * (N - 1)))
         assert 0 <= score <= 1 and (proposals == before).all()
-
-
-# --- groups
 
 
 def test_all_terms_of_a_group():
@@ -183,32 +112,22 @@ def test_all_terms_of_a_group():
     assert efforts == [dict(zip(keys, values, strict=False)) for values in expected]
 
 
+LOW = graph_likeness(LESS, TARGET)
 BONUSES = [  # group, memory, local bonuses, global bonuses
-    (
-        [LESS, MORE, NONE],
-        graph_likeness(LESS, TARGET),
-        [0.5, 0.5, 0],
-        [0.5, 0.5, 0],
-    ),  # ties share, equal is enough
+    ([LESS, MORE, NONE], LOW, [0.5, 0.5, 0], [0.5, 0.5, 0]),  # ties share, equal is enough
     ([LESS, NONE], 1.0, [0.5, 0], [0, 0]),
     ([LESS, NONE], 0.7, [0.5, 0], [0.5, 0]),
     ([LESS, NONE], 0.0, [0.5, 0], [0.5, 0.5]),
 ]
 
 
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.2, 3.0), (0, 0)])
 @pytest.mark.parametrize("group, best, local, globally", BONUSES)
-def test_the_two_bonuses_are_apart(group, best, local, globally):
-    terms = rewards_of(group, TARGET, best)
-    assert [r["local"] for r in terms] == local and [r["global"] for r in terms] == globally
-
-
-def test_the_weights_of_the_bonuses():
-    weights = rewards.WEIGHTS | {"local": 0.2, "global": 3.0}
-    (r,) = rewards_of([SAME], TARGET, 1.0, weights=weights)
-    assert r["local"] == 0.2 and r["global"] == 3 and r["R_G"] == pytest.approx(4.2)
-    (r,) = rewards_of([SAME], TARGET, weights={"local": 0, "global": 0})
-    assert r["R_G"] == r["s"] == 1
-    assert rewards.WEIGHTS == {"local": 0.5, "global": 0.5, "belief": 0.0}
+def test_the_two_bonuses_are_apart_and_have_their_weights(group, best, local, globally, weights):
+    terms = rewards_of(group, TARGET, best, weights=dict(zip(("local", "global"), weights, strict=True)))
+    assert [r["local"] for r in terms] == pytest.approx([2 * weights[0] * v for v in local])
+    assert [r["global"] for r in terms] == pytest.approx([2 * weights[1] * v for v in globally])
+    assert all(r["R_G"] == pytest.approx(r["s"] + r["local"] + r["global"]) for r in terms)
 
 
 def test_a_compliant_reply_with_score_zero_is_still_the_best_of_its_group():
@@ -243,9 +162,6 @@ def test_belief_accuracy_of_efforts_by_hand():
     assert belief_accuracy(effort(1.0), t) == belief_accuracy(None, t) == 0
 
 
-# --- memory
-
-
 def test_memory_is_updated_only_by_update_and_never_falls():
     """And all groups of a step see the same memory. The dictionary that is given is the one that changes."""
     best, other = {}, Target(State(BCZ((2.0, 1.0), 0.1, 0.1, 3.0)), 0, complete_graph(2))
@@ -258,14 +174,10 @@ def test_memory_is_updated_only_by_update_and_never_falls():
         memory.update(targets, groups)
         return before, [o.rewards.get("global") for (o,) in groups]
 
-    low = graph_likeness(LESS, TARGET)
     assert step(NONE, effort(1.0), row(0, 0), LESS) == ({}, [0.5, None, 0.5, 0.5])
-    assert best == {TARGET.game.key: low, other.game.key: 0}
+    assert best == {TARGET.game.key: LOW, other.game.key: 0}
     assert step(NONE, effort(1.0), row(0, 1), None)[1] == [0, None, 0.5, 0]
-    assert best == {TARGET.game.key: low, other.game.key: 1}
-
-
-# --- the welfare score
+    assert best == {TARGET.game.key: LOW, other.game.key: 1}
 
 
 @pytest.mark.parametrize("c, linked, alone", [(0.1, 1.0, 1 / (1.25**2 - 0.2)), (0.5, 0.5625, 1), (5.0, 0, 1)])

@@ -2,52 +2,35 @@
 mode that is not the default: other games, credits, rewards, aggregations, engines, chains of adapters."""
 
 import json
-import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from reference import score
+import whole_runs as runs
+from reference import add_adapter
 from safetensors.torch import load_file
+from tables import normalised
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
-from whole_runs import (
-    GENTLE,
-    RFT_ONLY,
-    ROOT,
-    SHARED,
-    Run,
-    assert_same_run,
-    assert_same_up_to_rounding,
-    fake_parse,
-    latest_checkpoint,
-    lines_of,
-    rft_flags,
-    run_rft,
-    short_run,
-)
 
 import eval as evaluation
 import lora
 import train_rft
 import train_sft
-from decisions import LINKS
 from experts import make_expert
+from games import game_from_json, history_from_text
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
 from prompts import PromptStyle
-from run.seeds import Stream
-from settings import LoRA
+from rewards import Target, graph_likeness, sample_level
 from tools import merge
 from variants import credit
 
-# -------------------- one whole run
 
-
-def test_a_run_leaves_all_its_files(full):
+def test_a_run_leaves_all_its_files(full, model_dir):
     for name in ("config.json", "metrics.jsonl", "samples.jsonl", "eval.json", "curves.png", "timing.json"):
         assert (full.folder / name).stat().st_size > 0, name
     for name in ("adapter", "sft/adapter"):
@@ -57,14 +40,10 @@ def test_a_run_leaves_all_its_files(full):
     timing = json.loads((full.folder / "timing.json").read_text())
     assert all(v > 0 for v in timing["seconds"].values()) and timing["peak_memory_gib"] > 0
     assert {"SFT", "RFT", "evaluation"} <= set(timing["seconds"])
-
-
-def test_config_json_holds_the_flags(full, model_dir):
     config = json.loads((full.folder / "config.json").read_text())
-    asked = SHARED | RFT_ONLY | {"model": model_dir, "out": str(full.folder), "agents": [3, 3]}
-    for name, value in asked.items():
-        assert config[name] == (list(value) if isinstance(value, tuple) else value), name
-    assert config["script"] == "train_rft.py"
+    asked = runs.SHARED | runs.RFT_ONLY | {"model": model_dir, "out": str(full.folder), "agents": [3, 3]}
+    asked |= {"script": "train_rft.py", "targets": list(runs.SHARED["targets"])}
+    assert {name: config[name] for name in asked} == asked
 
 
 def test_eval_json_has_a_row_for_every_policy(full):
@@ -76,22 +55,17 @@ def test_eval_json_has_a_row_for_every_policy(full):
     assert results["tompo"]["replies"] != results["sft"]["replies"] != results["base"]["replies"]
 
 
-def test_metrics_have_each_step_once(full):
-    assert [line["step"] for line in full.lines("metrics.jsonl")] == list(range(6))
-    sft = full.lines("sft/metrics.jsonl")
+def test_the_run_did_something(full):
+    """In every step, once. Everything below compares runs: two runs that do nothing are alike too."""
+    metrics, sft = full.lines("metrics.jsonl"), full.lines("sft/metrics.jsonl")
+    assert [line["step"] for line in metrics] == list(range(6))
     assert [line["step"] for line in sft if "loss" in line] == list(range(6))
     assert [line["step"] for line in sft if "loss" not in line] == [0, 6]  # held-out, before and after
-
-
-def test_the_run_did_something(full):
-    """Everything below compares runs: two runs that do nothing are alike too."""
-    metrics = full.lines("metrics.jsonl")
     assert all(line["grad_norm"] > 1e-3 for line in metrics)
     assert len({line["reward"] for line in metrics}) > 3 and any(0 < line["U1"] < 1 for line in metrics)
     assert {line["kind"] for line in full.lines("samples.jsonl")} == {"G", "E"}
-    sft = full.lines("sft/metrics.jsonl")
-    assert sft[-1]["held_out_loss_graph"] < sft[0]["held_out_loss_graph"]
-    assert sft[-1]["held_out_loss_effort"] < sft[0]["held_out_loss_effort"]
+    for name in ("held_out_loss_graph", "held_out_loss_effort"):
+        assert sft[-1][name] < sft[0][name]
 
 
 def test_first_step_starts_from_pi_ref_with_ratio_one(full):
@@ -107,22 +81,22 @@ def groups_of(lines):
     return [lines[i : i + 4] for i in range(0, len(lines), 4)]
 
 
-def normalised(values):
-    return (np.array(values) - np.mean(values)) / (np.std(values) + 1e-4)
-
-
 def test_sample_lines_hold_all_terms(full):
-    samples = full.lines("samples.jsonl")
-    assert len(samples) == 6 * 4 * 4
-    where = {"step", "game", "stage", "kind", "seat", "reply", "expert", "broken"}
+    """Also what the rewards of this very reply are, where the experts do what prompts.jsonl says."""
+    samples, targets = full.lines("samples.jsonl"), {}
+    for p in full.lines("prompts.jsonl"):
+        game = game_from_json(p["instance"])
+        end = history_from_text(game, [*p["before"], p["experts"]])
+        target = Target(end.before(p["stage"]), p["seat"], end.history[-1])
+        targets[p["game"], p["stage"], p["seat"]] = target
     for line in samples:
-        terms = {"compliance", "sample", "r_S", "A_S", "A_G", "advantage"}
-        terms |= {"s", "local", "global", "R_G"} if line["kind"] == "G" else set()
-        assert where | terms <= set(line)
-        assert all(math.isfinite(line[t]) for t in terms)
-        assert line["r_S"] == line["compliance"] + line["sample"]
-        assert (line["broken"] is None) == (line["compliance"] > 0)
+        assert {"step", "reply", "expert"} <= set(line) and line["r_S"] == line["compliance"] + line["sample"]
+        t = targets[line["game"], line["stage"], line["seat"]]
+        decision = runs.fake_parse(line["reply"], t.state, t.seat)
+        assert line["sample"] == pytest.approx(sample_level(decision, t)) and line["kind"] == t.kind.letter
+        assert (line["broken"] is None) == (line["compliance"] > 0) == (decision is not None)
         if line["kind"] == "G":
+            assert line["s"] == pytest.approx(graph_likeness(decision, t))
             assert line["R_G"] == pytest.approx(line["s"] + line["local"] + line["global"], abs=1e-12)
             assert line["advantage"] == pytest.approx(0.8 * line["A_S"] + 0.2 * line["A_G"], abs=1e-5)
         else:
@@ -132,56 +106,6 @@ def test_sample_lines_hold_all_terms(full):
             if reward in group[0]:
                 expected = normalised([line[reward] for line in group])
                 assert [line[advantage] for line in group] == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_step_by_hand_from_its_own_samples(model_dir, sft_adapter, tmp_path, monkeypatch):
-    """Rewards, advantages and the norm of the gradient, which is that of REINFORCE in the first step. They
-    are computed on the plain engine, from sets of links and of edges."""
-    seen, real = [], train_rft.sample
-
-    def noted(policy, prompts, *more):
-        seen.extend([prompts, real(policy, prompts, *more)])
-        return seen[1]
-
-    monkeypatch.setattr(train_rft, "sample", noted)
-    (line,), samples = short_run(model_dir, sft_adapter, tmp_path / "run", steps=1, m=6, prompts=[3, 3])
-    policy = load_policy(model_dir, engine="plain")
-    put_adapter(policy, sft_adapter)
-    lora.merge(policy.model)
-    config = LoRA(SHARED["rank"], float(SHARED["lora_alpha"]), SHARED["targets"])
-    train_sft.new_adapter(policy, config, SHARED["seed"], Stream.RFT_ADAPTER)
-    means, logged = [], iter(samples)
-    for prompt, rollouts in zip(*seen, strict=True):
-        t, r_S, R_G = prompt.target, [], []
-        others = set(range(3)) - {t.seat}
-        for decision in (fake_parse(o.reply.text, t.state, t.seat) for o in rollouts):
-            if decision is None:
-                r_S, R_G = [*r_S, -0.5], [*R_G, 0.0]
-            elif t.kind is LINKS:
-                rows = [{j for j in range(3) if row[j]} for row in t.actions.tolist()]
-                own, expert = {j for j in others if decision.action[j]}, rows[t.seat]
-                f1 = 2 * len(own & expert) / (len(own) + len(expert)) if own | expert else 1.0
-                edges = [{j for j in row if t.seat in rows[j]} for row in (own, expert)]
-                r_S.append(0.5 + f1 + 1 - len(own ^ expert) / 2)
-                R_G.append(1 - len(edges[0] ^ edges[1]) / 3)
-            else:
-                off = abs(decision.action - t.actions[t.seat]) / max(t.actions[t.seat], 0.05 * t.cap)
-                r_S.append(0.5 + 2 * max(0, 1 - off))
-        A = normalised(r_S)
-        if t.kind is LINKS:  # nothing is in memory yet
-            best = max(R_G)
-            bonus = [(0.5 + 0.5 * (s == best)) * (r > 0) for r, s in zip(r_S, R_G, strict=True)]
-            A = 0.8 * A + 0.2 * normalised(np.add(R_G, bonus))
-        group = [next(logged) for _ in rollouts]
-        assert [o["r_S"] for o in group] == pytest.approx(r_S)
-        assert [o["advantage"] for o in group] == pytest.approx(A, abs=1e-4)
-        if A.any():
-            logps = [score(policy, [prompt.ids], [[o.reply.ids]])[0] for o in rollouts]
-            means += [a * logp.mean() for a, logp in zip(A.tolist(), logps, strict=True)]
-    assert len(means) > 6 * 3 and next(logged, None) is None
-    (-sum(means) / len(means)).backward()
-    norm = torch.cat([p.grad.flatten() for p in lora.lora_parameters(policy.model)]).norm()
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-3) and norm > 1e-3
 
 
 def test_memory_of_an_instance_is_updated_after_the_step(full):
@@ -224,8 +148,6 @@ def test_the_logged_learning_rate_is_the_one_that_was_used(full):
     assert logged == schedule and len(set(logged)) > 6 and min(logged) > 0
 
 
-# -------------------- adapters, alone and in chains
-
 IDS = torch.tensor([[5, 60, 70, 1, 80, 33, 90, 120]])
 
 
@@ -246,9 +168,9 @@ def saved_adapter(folder):
 
 
 def checkpoint_adapter(folder):
-    tensors = load_file(latest_checkpoint(folder) / "tensors.safetensors")
+    tensors = load_file(runs.latest_checkpoint(folder) / "tensors.safetensors")
     adapter = {k.removeprefix("adapter."): v for k, v in tensors.items() if k.startswith("adapter.")}
-    return adapter, SHARED["lora_alpha"] / SHARED["rank"]
+    return adapter, runs.SHARED["lora_alpha"] / runs.SHARED["rank"]
 
 
 def test_the_final_adapter_on_the_plain_base_is_sft_and_rft_together(full, model_dir, sft_adapter):
@@ -269,17 +191,13 @@ def chain(model_dir, sft_adapter, tmp_path_factory):
     policy, second = load_policy(model_dir), tmp_path_factory.mktemp("second")
     put_adapter(policy, sft_adapter)
     lora.merge(policy.model)
-    config = lora.LoRAConfig(2, 6.0, ("q_proj", "down_proj"), policy.name)
-    lora.inject(policy.model, config, torch.Generator().manual_seed(0), policy.layer)
-    with torch.no_grad():
-        for k, p in enumerate(lora.lora_parameters(policy.model)):
-            p.copy_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    config = add_adapter(policy, size=0.3, r=2, targets=("q_proj", "down_proj"))
     adapter_files.save_adapter(policy.model, second, config)
     return f"{sft_adapter}+{second}"
 
 
 def test_rft_on_a_chain_of_adapters_leaves_all_of_them_as_one(model_dir, chain, tmp_path):
-    short_run(model_dir, chain, tmp_path / "run")
+    runs.short_run(model_dir, chain, tmp_path / "run")
     before = [saved_adapter(folder) for folder in chain.split("+")]
     rft = checkpoint_adapter(tmp_path / "run")
     expected = logits_with(model_dir, *before, rft)
@@ -306,35 +224,22 @@ def test_a_chain_of_adapters_is_evaluated_and_merged(model_dir, chain, sft_adapt
     assert with_chain == merged and with_chain not in replies.values() and len(replies) == 2
 
 
-# -------------------- determinism and engines
-
-
-def test_two_whole_seeded_runs_are_the_same(full, model_dir, tmp_path):
-    torch.manual_seed(12345)  # nothing may depend on the global random states
-    np.random.seed(54321)
-    run_rft(rft_flags(model_dir, tmp_path / "again"))
-    assert_same_run(Run(tmp_path / "again"), full)
-
-
 def test_another_seed_is_another_run(full, model_dir, sft_adapter, tmp_path):
     changes = dict(seed=4, steps=1, eval_games=0)
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "other", **changes)
+    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "other", **changes)
     assert [line["reply"] for line in samples] != [line["reply"] for line in full.lines("samples.jsonl")][:16]
     assert not (tmp_path / "other" / "eval.json").exists()
 
 
 def test_both_engines_sample_the_same_replies_and_end_in_the_same_adapter(gentle, model_dir, tmp_path):
-    run_rft(rft_flags(model_dir, tmp_path / "plain", lr=GENTLE, engine="plain"))
-    plain = Run(tmp_path / "plain")
-    assert_same_up_to_rounding(plain, gentle)
+    runs.run_rft(runs.rft_flags(model_dir, tmp_path / "plain", lr=runs.GENTLE, engine="plain"))
+    plain = runs.Run(tmp_path / "plain")
+    runs.assert_same_up_to_rounding(plain, gentle)
     assert plain.weights() != gentle.weights(), "one engine was compared with itself"
 
 
-# -------------------- other algorithms and rewards
-
-
 def test_grpo_differs_in_the_graph_level_alone(full, model_dir, sft_adapter, tmp_path):
-    _, grpo = short_run(model_dir, sft_adapter, tmp_path / "grpo", algo="grpo", steps=1)
+    _, grpo = runs.short_run(model_dir, sft_adapter, tmp_path / "grpo", algo="grpo", steps=1)
     assert "grpo" in json.loads((tmp_path / "grpo" / "eval.json").read_text())["results"]
     assert not (tmp_path / "grpo" / "sft").exists()  # the SFT adapter came from elsewhere
     apart = {"G": 0, "E": 0}
@@ -349,31 +254,28 @@ def test_inner_epochs_take_that_many_steps_on_the_same_samples(model_dir, sft_ad
     hook = register_optimizer_step_pre_hook(lambda o, args, kwargs: rates.append(o.param_groups[0]["lr"]))
     try:
         changes = dict(inner_epochs=3, temperature=0.7, beta=0.0)
-        metrics, samples = short_run(model_dir, sft_adapter, tmp_path / "inner", **changes)
+        metrics, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "inner", **changes)
     finally:
         hook.remove()
     assert rates == [line["lr"] for line in metrics for _ in range(3)]
     assert len(samples) == 2 * 16 and all(line["kl"] is None for line in metrics)  # no reference, no KL
-    assert all(
-        line["max_ratio_error"] > 1e-3 and line["approx_kl"] > 0 for line in metrics
-    )  # pi has left pi_old
+    assert all(line["max_ratio_error"] > 1e-3 for line in metrics)  # pi has left pi_old
+    assert all(line["approx_kl"] > 0 for line in metrics)
 
 
 def test_another_temperature_is_in_the_ratio_too(model_dir, sft_adapter, tmp_path):
-    (line,), _ = short_run(model_dir, sft_adapter, tmp_path / "run", temperature=1.3, steps=1)
+    (line,), _ = runs.short_run(model_dir, sft_adapter, tmp_path / "run", temperature=1.3, steps=1)
     assert line["kl"] == 0 and line["max_ratio_error"] < 1e-4
 
 
-@pytest.mark.parametrize("max_new_tokens, limit", [(14, 14), (None, 20 + 7 * 4)])
-def test_the_reply_limit_is_that_of_the_largest_game(
-    model_dir, sft_adapter, tmp_path, monkeypatch, max_new_tokens, limit
-):
+def test_the_reply_limit_is_that_of_the_largest_game(model_dir, sft_adapter, tmp_path, monkeypatch):
     """Which the constant denominator of Dr. GRPO is made of, too."""
-    limits, changes = [], dict(max_new_tokens=max_new_tokens, agents="3-4", seed=0)
+    limits, changes = [], dict(agents="3-4", seed=0)
     monkeypatch.setattr(train_rft, "rft", lambda *args, **more: limits.append(more["reply_limit"]))
-    with pytest.raises(SystemExit):  # no step was done
-        short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    assert limits == [limit]
+    for given in (14, None):
+        with pytest.raises(SystemExit):  # no step was done
+            runs.short_run(model_dir, sft_adapter, tmp_path / f"{given}", max_new_tokens=given, **changes)
+    assert limits == [14, 20 + 7 * 4]
 
 
 def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_path, monkeypatch):
@@ -385,42 +287,28 @@ def test_credit_takes_the_place_of_the_sample_level(model_dir, sft_adapter, tmp_
 
     monkeypatch.setattr(credit, "return_credits", noted)
     changes = dict(reward_from="credit", weights=["gamma=0.5"], rounds=2)
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
+    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
     credits = [c or 0.0 for _, group in asked for c in group]
     assert credits == pytest.approx([s["sample"] for s in samples]) and len({*credits}) > 3
     for (_, target, expert, gamma, seed), _ in asked:
         assert (expert.name, gamma, seed, target.game.rounds) == ("second-best", 0.5, 3, 2)
 
 
-def test_rewards_of_welfare_belief_and_no_memory(model_dir, sft_adapter, tmp_path):
-    changes = dict(reward_from="welfare", weights=["belief=0.5", "global=0"], clip_eps=[0.2, 0.3])
-    changes |= dict(objective=["aggregation=token"])
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    ok = [s for s in samples if s["compliance"] > 0]
-    assert ok and all(s["r_S"] == pytest.approx(0.5 + s["sample"] + 0.5 * s["belief"]) for s in ok)
-    graph = [s for s in ok if s["kind"] == "G"]
-    assert all(s["global"] == 0 for s in graph) and {s["local"] for s in graph} == {0, 0.5}
-    assert len({round(s["s"], 6) for s in graph}) > 2
-
-
-# -------------------- other games, seats and sizes
-
-
 def test_the_papers_preset_runs(model_dir, tmp_path):
     """With its values (see test_settings.py) where no flag changes them."""
     folder = tmp_path / "run"
     argv = f"--preset paper --model {model_dir} --games 5 --sft-steps 1 --steps 1 --eval-games 2".split()
-    run_rft([*argv, "--max-new-tokens", "8", "--out", str(folder)])
+    runs.run_rft([*argv, "--max-new-tokens", "8", "--out", str(folder)])
     assert adapter_files.read_adapter(folder / "adapter")[1].r == 2 * 64  # SFT and RFT
-    samples = lines_of(folder / "samples.jsonl")
+    samples = runs.lines_of(folder / "samples.jsonl")
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["seat"] for s in samples} == {0}
-    (line,) = lines_of(folder / "metrics.jsonl")
+    (line,) = runs.lines_of(folder / "metrics.jsonl")
     assert 1e-4 < line["max_ratio_error"] < 1  # the rounding of bf16; that of fp32 is 1e-6
 
 
 def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     changes = dict(game=["bcz", "pgg"], stages=["GE", "GEE"], expert="planner", prompts=[4, 4], games=6)
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", eval_games=4, **changes)
+    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", eval_games=4, **changes)
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
     for summary in results.values():
         assert list(summary["games"]) == ["BCZ-GE", "BCZ-GEE", "PGG-GE", "PGG-GEE"]
@@ -432,30 +320,19 @@ def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
 
 
-@pytest.mark.parametrize("seat", ["random", "all"])
-def test_training_in_other_seats(model_dir, sft_adapter, tmp_path, seat):
-    """Evaluation is in one seat, random too or the first: 2 stages are 2 replies in every game."""
-    changes = dict(seat=seat, games=6, eval_games=4, steps=3)
-    _, samples = short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    assert len({s["seat"] for s in samples}) > 1
-    one_seat_each = len({(s["game"], s["seat"]) for s in samples}) == len({s["game"] for s in samples})
-    assert one_seat_each or seat == "all"
+def test_training_in_a_random_seat_of_each_game(model_dir, sft_adapter, tmp_path):
+    """The policy is evaluated in one, too: 2 stages are 2 replies in every game."""
+    changes = dict(seat="random", games=6, eval_games=4, steps=3)
+    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
+    seats = {(s["game"], s["seat"]) for s in samples}
+    assert len({seat for _, seat in seats}) > 1 and len(seats) == len({game for game, _ in seats})
     results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
     for name, summary in results.items():
         assert [len(replies) for replies in summary["replies"]] == [2, 2, 2, 2]
-        expert_words = ["Decision: " in reply for replies in summary["replies"] for reply in replies]
-        assert all(expert_words) if name.startswith("expert:") else not any(expert_words)
-    replies = results["expert:second-best"]["replies"]
-    in_first = [reply.split("Decision: [")[1][0] == "0" for reply, _ in replies]
-    assert all(in_first) or seat == "random"  # the own position
+        assert ("Decision: " in str(summary["replies"])) == name.startswith("expert:")
 
 
-# -------------------- the end of a run
-
-
-def test_damaged_logs_cost_the_diagnosis_and_not_the_run(
-    model_dir, sft_adapter, tmp_path, monkeypatch, capsys
-):
+def test_damaged_logs_cost_the_diagnosis_alone(model_dir, sft_adapter, tmp_path, monkeypatch, capsys):
     folder, real = tmp_path / "run", train_rft.evaluate_run
 
     def damaging(*args):
@@ -465,16 +342,13 @@ def test_damaged_logs_cost_the_diagnosis_and_not_the_run(
         return real(*args)
 
     monkeypatch.setattr(train_rft, "evaluate_run", damaging)
-    argv = rft_flags(model_dir, folder, sft_adapter=sft_adapter, steps=1, eval_games=1)
-    run_rft(argv, curves=True)  # no exit status but 0
+    argv = runs.rft_flags(model_dir, folder, sft_adapter=sft_adapter, steps=1, eval_games=1)
+    runs.run_rft(argv, curves=True)  # no exit status but 0
     said = capsys.readouterr().out
     assert said.count("diagnosis: ") == said.count(f"no diagnosis: {folder}") == 1
     assert f"adapter (SFT and tompo in one): {folder / 'adapter'}" in said
     for file in ("timing.json", "curves.png", "eval.json"):
         assert (folder / file).stat().st_size > 0
-
-
-# -------------------- what is refused before anything is done
 
 
 def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused):
@@ -487,7 +361,7 @@ def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused)
     for number, (some, changes, words) in enumerate(cases):
         data = tmp_path / f"{number}.jsonl"
         dataset.write_records(data, some)
-        said = refused(train_rft.main, rft_flags(model_dir, tmp_path / "run", games=data, **changes))
+        said = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", games=data, **changes))
         assert words in said and not (tmp_path / "run").exists()
 
 
@@ -496,5 +370,5 @@ def test_the_scripts_load_where_there_are_no_posix_modules():
     blocked = "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None"
     code = f"{blocked}; import train_rft, train_sft, eval; from run.files import peak_memory_gib"
     code += "; assert peak_memory_gib() is None"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,4 @@
-"""What docs/your-own-game.md promises: a game and a reward term that are added from outside are everywhere at
-once."""
+"""What docs/your-own-game.md promises: a game and a reward term from outside are everywhere at once."""
 
 import itertools
 import json
@@ -8,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from brute import all_graphs, random_graph, star_graph
+from brute import check_efficient_graph, check_efforts, check_payoffs, random_graph
 from whole_runs import ROOT, fake_parse, flags, lines_of, parsed, run_rft
 
 import experts
@@ -17,21 +16,19 @@ import tompo
 import train_rft
 from docs.coordination import Coordination
 from experts import make_expert
-from games import GAMES, GameError, State, complete_graph, empty_graph, game_from_json
+from games import GAMES, GameError, State, complete_graph, game_from_json
 from play.dataset import simulate_many
 from play.expert_games import label_decision
 from prompts import PromptStyle, messages, parse_reply
 from rewards import Target, welfare
 from world.draws import Family, draw_game, held_out_grid, split_of
 
-GAMES.pop(
-    Coordination.name, None
-)  # importing the file registered it, and other tests expect the project's games
+# Importing the file registered it, and other tests expect the project's games.
+GAMES.pop(Coordination.name, None)
 
 
 def symmetry(rollout, target):
-    """Share of the others to whom the agent does what the experts do to it; a term as the tutorial writes
-    one."""
+    """Share of the others to whom the agent does what the experts do to it; as the tutorial writes a term."""
     if rollout.decision is None or target.kind.letter != "G":
         return 0.0
     others = np.arange(target.game.N) != target.seat
@@ -62,36 +59,13 @@ def halves(game):
     return np.arange(0, game.cap + 0.1, 0.5)
 
 
-# --- the game against brute force
+def test_payoffs_are_those_of_the_equation():
+    check_payoffs(random_game, loop_payoffs)
 
 
-def test_payoffs_are_those_of_the_equation_and_links_gain_what_they_add():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        game, links_NN = random_game(rng, 4), random_graph(rng, 4)
-        x = rng.uniform(0, game.cap, 4)
-        np.testing.assert_allclose(game.payoffs(links_NN, x), loop_payoffs(game, links_NN, x), atol=1e-12)
-        i, j = rng.permutation(4)[:2]
-        with_it, without = links_NN.copy(), links_NN.copy()
-        with_it[[i, j], [j, i]], without[[i, j], [j, i]] = 1, 0
-        change = loop_payoffs(game, with_it, x) - loop_payoffs(game, without, x)
-        assert game.link_gains(links_NN, x)[i, j] == pytest.approx(change[i])
-
-
-def test_best_responses_are_the_best_of_a_grid():
-    rng, kinds = np.random.default_rng(1), set()
-    for _ in range(60):
-        game, links_NN = random_game(rng, 4), random_graph(rng, 4, 0.7)
-        x = rng.choice(halves(game), 4)
-        for i, best in enumerate(game.planner_response(links_NN, x)):
-            options = [np.where(np.arange(4) == i, own, x) for own in (best, *np.linspace(0, game.cap, 401))]
-            first, *others = (game.welfare(links_NN, efforts) for efforts in options)
-            assert max(others) <= first + 1e-9
-        for i, best in enumerate(game.best_response(links_NN, x)):
-            own = [loop_payoffs(game, links_NN, [*x[:i], e, *x[i + 1 :]])[i] for e in (*halves(game), best)]
-            assert own[-1] == pytest.approx(max(own)) and best in halves(game)
-            kinds.add("none" if best == 0 else "another's" if best in x[links_NN[i] == 1] else "alpha k")
-    assert len(kinds) == 3
+def test_efforts_are_the_best():
+    found = check_efforts(random_game)
+    assert {len(set(planner)) for *_, planner in found} >= {1, 2}
 
 
 def is_equilibrium(game, links_NN, x):
@@ -114,46 +88,9 @@ def test_nash_efforts_are_the_greatest_equilibrium(N):
     assert several > 10
 
 
-@pytest.mark.parametrize("N", [3, 4])
-def test_planner_efforts_maximise_welfare(N):
-    """Welfare is concave: nothing on a grid, nor near, is better."""
-    rng, levels = np.random.default_rng(3), set()
-    for k in range(30):
-        game, links_NN = random_game(rng, N), star_graph(N) if k == 0 else random_graph(rng, N, 0.6)
-        x = game.planner_efforts(links_NN)
-        best = loop_payoffs(game, links_NN, x).sum()
-        grid = np.array(list(itertools.product(np.linspace(0, game.cap, 6), repeat=N)))
-        near = np.clip(x + rng.normal(scale=0.05, size=(50, N)), 0, game.cap)
-        assert max(loop_payoffs(game, links_NN, other).sum() for other in (*grid[::3], *near)) <= best + 1e-9
-        levels.add(len(set(x)))
-    assert levels >= {1, 2}
-
-
-def test_efforts_by_hand():
-    """The planner's are those of the densest part, and then of the densest addition to it. Of nobody's links
-    nobody's."""
-    for solution in ("nash", "planner"):
-        assert not Coordination((1.0, 2.0, 3.0), 0.5, 9.0).solve_efforts(solution, empty_graph(3)).any()
-    tail = np.array([[0, 1, 1, 0], [1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 0]])  # a triangle and a link
-    equal = Coordination((1.0,) * 4, 0.1, 9.0)  # 3 links x 2 / 3 = 2; then 2 / 1
-    assert equal.planner_efforts(tail).tolist() == [2, 2, 2, 2]
-    rich = Coordination((2.0, 2.0, 2.0, 1.0), 0.1, 9.0)  # 3 links x 4 / 3 = 4; then 3 / 1
-    assert rich.planner_efforts(tail).tolist() == [4, 4, 4, 3]
-    assert rich.nash_efforts(tail).tolist() == [4, 4, 4, 1]
-
-
 @pytest.mark.parametrize("solution", ["nash", "planner"])
 def test_the_efficient_graph_is_the_best_of_all(solution):
-    rng, links = np.random.default_rng(4), set()
-    for k in range(20):
-        game = random_game(rng, 2 + k % 3)
-        G, W = game.efficient_graph(solution)
-        worth = [
-            loop_payoffs(game, g, game.solve_efforts(solution, g)).sum() for g in (G, *all_graphs(game.N))
-        ]
-        assert worth[0] == pytest.approx(W) == pytest.approx(max(worth))
-        links.add(int(G.sum()))
-    assert len(links) > 2
+    assert len(set(check_efficient_graph(random_game, solution))) > 1
     with pytest.raises(GameError, match="at most 5"):
         Coordination((1.0,) * 6, 0.1, 3.0).efficient_graph()
 
@@ -162,9 +99,6 @@ def test_where_nobody_can_do_better_than_nothing_the_welfare_score_is_a_number()
     target = Target(State(Coordination((1.0, 1.0), 5.0, 3.0)), 0, complete_graph(2))
     rows = [parse_reply(f"Decision: [0, {v}]", target.state, 0) for v in (0, 1)]
     assert [welfare(row, target) for row in rows] == [1, 0]
-
-
-# --- everywhere at once
 
 
 def test_draws_data_prompts_and_experts_know_it(added):
@@ -182,8 +116,7 @@ def test_draws_data_prompts_and_experts_know_it(added):
 
 def test_what_an_agent_reads(added):
     """alpha 1, 2, 3: if all give half of 2 x 2, the link of 1 and 2 earns 1.5 x 2 on average, that is 6 c,
-    the one of 1 and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, and agent 1 answers alpha x
-    1 link."""
+    the one of 1 and 3 earns 4 = 8 c. With links 1-3 and 2-3 agent 3 gives 3 x 2, agent 1 answers alpha."""
     game = Coordination((1.0, 2.0, 3.0), 0.5, 9.0)
     state = State(game).step([[0, 0, 1], [0, 0, 1], [1, 1, 0]])
     system, asked, _, then = (m["content"] for m in messages(state, 0, ["x"], PromptStyle()))

@@ -1,5 +1,7 @@
 """A tiny random Llama with a byte-level tokenizer and SmolLM2's chat template: the tests' model."""
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,13 +40,9 @@ def make_tiny_tokenizer(extra_texts=()):
         vocab_size=399, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator([*MERGE_TEXTS, *extra_texts], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        unk_token=SPECIAL[0],
-        bos_token=SPECIAL[1],
-        eos_token=SPECIAL[2],
-        pad_token=SPECIAL[2],
-    )
+    unknown, begin, end = SPECIAL
+    names = dict(unk_token=unknown, bos_token=begin, eos_token=end, pad_token=end)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -57,23 +55,21 @@ def make_tiny_model(folder, extra_texts=(), seed=0):
     """
     folder = Path(folder)
     tokenizer = make_tiny_tokenizer(extra_texts)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    config = LlamaConfig(**shape, **ids, tie_word_embeddings=True, initializer_range=0.2)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are left as they were
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def changed_copy(source, folder, **config):
+    """A copy of a model's folder with other values in its config."""
+    shutil.copytree(source, folder)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | config))
     return folder

@@ -118,8 +118,7 @@ def test_a_step_has_the_prompts_of_ours(run, merged):
 
 
 def ours_and_trls(step):
-    """(whether it has a graph level, A by tompo.py, TRL's advantages) of every group of a recorded step, (P,)
-    and (P, m)."""
+    """(whether it has a graph level, A by tompo.py, TRL's advantages) of every group of a recorded step."""
     r_S, R_G, theirs = (torch.tensor(step[name]).view(-1, M) for name in ("r_S", "R_G", "advantages"))
     graph = ~R_G.isnan().all(1)
     A_S, A_G = (torch.stack(list(map(tompo.group_normalise, r))) for r in (r_S, R_G.nan_to_num()))
@@ -167,31 +166,6 @@ def test_the_gradient_of_a_step_is_that_of_our_objective(run):
         assert (g - theirs).abs().max() < 1e-5
 
 
-def test_groups_without_variance_make_the_others_louder(run):
-    """A third of the sum's variance is gone with a third of the groups: advantages rise by sqrt(3 / 2)."""
-    trainer, group = run["trainer"], [2.5, 1.0, 0.5, 2.5]
-    row, before = trainer.train_dataset[0], trainer.reward_funcs
-
-    def advantages(r_S):
-        values = sum(r_S, [])
-        trainer.reward_funcs = [lambda **_: values, lambda **_: [None] * len(values)]
-        trainer.model.train()
-        return trainer._generate_and_score_completions([row] * len(values))["advantages"].view(-1, M)
-
-    try:
-        live, idle = advantages([group] * 3)[0], advantages([group, group, [2.5] * M])
-    finally:
-        trainer.reward_funcs = before
-    assert idle[2].abs().max() < 1e-5
-    assert (idle[0] / live).tolist() == pytest.approx([(3 / 2) ** 0.5] * M, rel=1e-3)
-    n = 3 * M
-    expected = tompo.group_normalise(torch.tensor(group)) * ((n - 1) / n) ** 0.5  # c cancels, and so does 0.8
-    assert live.tolist() == pytest.approx(expected.tolist(), rel=1e-3)
-
-
-# -------------------- the reward functions
-
-
 @pytest.fixture
 def judge(merged):
     """(Rewards with two graph prompts of one game, the policy, the prompts' style, an empty log)."""
@@ -236,8 +210,6 @@ def test_a_special_token_within_a_reply_is_seen(judge):
     r_S, R_G = ask(judge, [good, good + "<|im_start|>", "", good])
     assert r_S[0] > 0.5 and r_S[1] == r_S[2] == -0.5 and R_G[1] == R_G[2] == 0
 
-
-# -------------------- several processes, and errors
 
 UNDER_TORCHRUN = f"""
 import json, os, sys

@@ -91,9 +91,6 @@ def not_the_same(run, full, status_and_said):
     return f"differs in {differ}, litter {litter}" if differ or litter else None
 
 
-# -------------------- file operations
-
-
 class Watch:
     """From now on this process counts what it does to the files of a folder: open for writing, mkdir, write,
     half of a write, fsync, rename, unlink, rmdir. At the operation `at` it does `act`: a signal's number (the

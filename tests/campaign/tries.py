@@ -100,9 +100,7 @@ def on_small_disk(size):
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk]
         subprocess.run(mount, check=True, timeout=20)
         try:
-            bad = wrong(
-                *fork(flags(disk / "run"), folder / "said")
-            )  # (a page may not fit, and is said to be lost)
+            bad = wrong(*fork(flags(disk / "run"), folder / "said"))  # a page may be said to be lost
             subprocess.run(["mount", "-o", "remount,size=20m", disk], check=True, timeout=20)
             return bad or not_the_same(disk / "run", FULL, finish(disk / "run"))
         finally:
@@ -164,9 +162,6 @@ def groups(rng):
         for count in range(1, 1 + lines):
             for rank in (0, 1):
                 yield f"rank {rank} after {log} {count}", partial(lost_rank, rank, (log, count))
-
-
-# -------------------- what users give
 
 
 def given(section):
@@ -247,12 +242,8 @@ def inputs(rng):
     for path, edit in edits:
         yield f"{path} {edit[:40]}", partial(resumed_after, path, edit)
     games, sft = GAMES.read_text().splitlines(), FULL / "sft" / "adapter"
-    sets = {
-        "twice": 2 * games,
-        "no first": games[1:],
-        "no last": games[:-1],
-        "no stage": games[:3] + games[6:],
-    }
+    sets = {"twice": 2 * games, "no first": games[1:], "no last": games[:-1]}
+    sets |= {"no stage": games[:3] + games[6:]}
     sets |= {f"only {kind}": [g for g in games if f'"kind": "{kind}"' in g] for kind in "GE"}
     sets = {name: "\n".join(lines).encode() for name, lines in sets.items()} | LINES
     for at, section in ((0, "record"), (3, "efforts")):
@@ -275,14 +266,8 @@ def inputs(rng):
     yield "a slow pattern", partial(refused, "train_rft", argv, [sft], slow, (0, 2))
 
 
-# -------------------- what strangers send
-
-PIECES = (
-    "Decision:|Belief:|[|]|,|0|1|0, 1, 0|1.5|-0|+1|1e999|nan|inf|\n|\r|\t| |\0|\u0661|\ud800|\u2028|x".split(
-        "|"
-    )
-)
-PIECES += "[[|]]|\x1b[2J|01|1.|.5|1_0|None|Decision: [0, 1, 0]|Decision: 1.20".split("|")
+PIECES = "Decision:|Belief:|[|]|,|0|1|0, 1, 0|1.5|-0|+1|1e999|nan|inf|\n|\r|\t| |\0|\u0661".split("|")
+PIECES += "\ud800|\u2028|x|[[|]]|\x1b[2J|01|1.|.5|1_0|None|Decision: [0, 1, 0]|Decision: 1.20".split("|")
 PIECES += ["9" * 5000, "[" * 2000, "1," * 2000, " " * 3000]
 
 
@@ -322,26 +307,17 @@ def replies(rng):
 
 
 ERROR = json.dumps({"error": {"message": f"\x1b[2J\x07 {KEY} bad"}}).encode()
-COUNTED = (
-    b'{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1%b, "completion_tokens": 1}}'
-)
-BODIES = {
-    "nothing": b"",
-    "deep": b"[" * 100_000,
-    "no JSON": b"\xff",
-    "a list": b"[]",
-    "no choice": b'{"choices": []}',
-}
+USAGE = b'"usage": {"prompt_tokens": 1%b, "completion_tokens": 1}'
+COUNTED = b'{"choices": [{"message": {"content": "x"}}], ' + USAGE + b"}"
+BODIES = {"nothing": b"", "deep": b"[" * 100_000, "no JSON": b"\xff", "a list": b"[]"}
+BODIES |= {"no choice": b'{"choices": []}'}
 BODIES |= {"count": COUNTED % (b"0" * 400), "huge": COUNTED.replace(b'"x"', b'"' + b"x" * 10**6 + b'"') % b""}
-FAULTS = {
-    str(code): ("status", code, {}, ERROR) for code in (301, 302, 307, 400, 401, 403, 404, 408, 429, 500, 503)
-}
+CODES = (301, 302, 307, 400, 401, 403, 404, 408, 429, 500, 503)
+FAULTS = {str(code): ("status", code, {}, ERROR) for code in CODES}
 FAULTS |= {name: ("body", body) for name, body in BODIES.items()} | {"half": ("half",), "close": ("close",)}
 FAULTS |= {"a day": ("status", 429, {"Retry-After": "86400"}, ERROR), "slow": ("slow", 4.0)}
-FAULTS |= {
-    "elsewhere": ("status", 307, {"Location": "http://127.0.0.1:9/v1"}, b""),
-    "escapes": ("text", "\x1b[2J"),
-}
+FAULTS |= {"elsewhere": ("status", 307, {"Location": "http://127.0.0.1:9/v1"}, b"")}
+FAULTS |= {"escapes": ("text", "\x1b[2J")}
 
 
 def ask(folder, server):

@@ -1,27 +1,11 @@
-"""A GPU against the CPU, where there is one: policy.py on the CPU in fp32 defines what both engines compute
-there."""
-
-import random
+"""A GPU, where there is one, against policy.py on the CPU in fp32, which defines what engines compute."""
 
 import pytest
 import torch
-from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, score, uniforms
-from whole_runs import (
-    GENTLE,
-    Run,
-    assert_same_up_to_rounding,
-    ended,
-    on_device,
-    rft_flags,
-    run_rft,
-    start,
-)
+import whole_runs as runs
+from reference import ENGINES, PROMPTS, assert_close, difference, engine, gradients, ids_of, score, uniforms
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def ids_of(groups):
-    return [[reply.ids for reply in group] for group in groups]
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +42,6 @@ def test_scores_reference_and_gradients_are_the_same(on_cpu, on_gpu, temperature
     assert difference(torch.cat(logps).cpu(), reference) < 1e-3
 
 
-def test_a_session_says_what_is_read_again(on_gpu):
-    rng, prompts, session = random.Random(0), [list(p) for p in PROMPTS], on_gpu.session()
-    for stage in range(3):
-        uniforms_PMS = uniforms(stage, len(prompts), 1, 6)
-        replies, again = (ids_of(x.sample(prompts, uniforms_PMS)) for x in (session, on_gpu))
-        assert replies == again
-        for prompt, (reply,) in zip(prompts, replies, strict=True):
-            prompt += reply + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))]
-
-
 @pytest.mark.parametrize("name", ENGINES)
 def test_bf16_is_off_by_its_rounding_alone(on_cpu, model_dir, name):
     """On both devices by about the same; a mask or a scaling that is lost would be off by far more."""
@@ -79,13 +53,13 @@ def test_bf16_is_off_by_its_rounding_alone(on_cpu, model_dir, name):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_run_ends_in_the_adapter_of_the_cpu(gentle, model_dir, tmp_path, monkeypatch, name):
-    on_device("cuda", monkeypatch.setattr)
-    run_rft(rft_flags(model_dir, tmp_path / name, lr=GENTLE, engine=name))
-    assert_same_up_to_rounding(Run(tmp_path / name), gentle)
+    runs.on_device("cuda", monkeypatch.setattr)
+    runs.run_rft(runs.rft_flags(model_dir, tmp_path / name, lr=runs.GENTLE, engine=name))
+    runs.assert_same_up_to_rounding(runs.Run(tmp_path / name), gentle)
 
 
 def test_two_processes_share_a_gpu(gentle, model_dir, tmp_path):
     folder, output = tmp_path / "run", tmp_path / "output"
-    codes = ended(start(rft_flags(model_dir, folder, lr=GENTLE), output, 2, device="cuda"), 120)
-    assert codes == [0, 0], output.read_text()
-    assert_same_up_to_rounding(Run(folder), gentle)
+    processes = runs.start(runs.rft_flags(model_dir, folder, lr=runs.GENTLE), output, 2, device="cuda")
+    assert runs.ended(processes, 120) == [0, 0], output.read_text()
+    runs.assert_same_up_to_rounding(runs.Run(folder), gentle)

@@ -2,6 +2,7 @@
 uniform numbers both draw the same tokens, and log-probabilities and gradients differ by rounding alone."""
 
 import copy
+import os
 import random
 from itertools import combinations, product
 
@@ -22,11 +23,8 @@ from reference import (
 from tiny import make_tiny_tokenizer
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-import lora
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
-from models import adapters
-from models.load import load_policy, put_adapter
 from policy import Policy
 from run.errors import InputError
 
@@ -88,17 +86,24 @@ def test_the_same_uniform_numbers_draw_the_same_replies(model, temperature):
             assert len({len(reply) for group in replies for reply in group}) > 5
 
 
-def test_a_session_says_what_the_plain_engine_reads_again():
+def test_a_session_says_what_the_plain_engine_reads_again(monkeypatch):
     """Four decisions of all conversations, and of some, some of which end before others. The next prompt goes
-    on from the reply, or differs from it, as text that is tokenised again may."""
-    rng, (fast, plain), some = random.Random(0), pair(), [4, 1, 3]
+    on from the reply, or differs from it, as text that is tokenised again may. What was read is not read
+    again; the last token of a reply was not."""
+    rng, (fast, plain), some, read, read_before = random.Random(0), pair(), [4, 1, 3], [], [[]] * len(PROMPTS)
+    hidden = fast._hidden
+    monkeypatch.setattr(fast, "_hidden", lambda ids, *rest: read.append(ids.numel()) or hidden(ids, *rest))
     fast.end_ids = plain.end_ids = (END, *range(0, 300, 4))
     prompts, session, session_of_some = [list(p) for p in PROMPTS], fast.session(), fast.session()
     assert plain.session() is plain and session_of_some.sample([], torch.rand(0, 1, 6)) == []
     for stage, changed in enumerate([None, 2, -1, 0]):
         uniforms_PMS = uniforms(stage, len(prompts), 1, 6)
         expected = plain.sample(prompts, uniforms_PMS)
+        read.clear()
         assert_same_samples(session.sample(prompts, uniforms_PMS), expected)
+        shared = [len(os.path.commonprefix(both)) for both in zip(read_before, prompts, strict=True)]
+        assert read[0] == sum(map(len, prompts)) - sum(shared)
+        read_before = [p + group[0].ids[:-1] for p, group in zip(prompts, expected, strict=True)]
         replies = session_of_some.sample([prompts[i] for i in some], uniforms_PMS[some])
         assert_same_samples(replies, [expected[i] for i in some])
         assert stage in (0, 3) or len({len(group[0].ids) for group in expected}) > 2
@@ -268,30 +273,3 @@ def test_in_bf16_the_engines_differ_by_rounding_alone():
 
 
 # --- adapters that are merged
-
-
-@pytest.mark.parametrize("dtype, logps, grads", [("float32", 1e-4, 1e-3), ("bfloat16", 0.1, 0.1)])
-def test_a_chain_that_is_merged_under_a_new_adapter(model_dir, tmp_path, dtype, logps, grads):
-    """Each adapter of the chain is written by another engine, and both read it; merged it is pi_ref."""
-    for k, name in enumerate(ENGINES):
-        writer = load_policy(model_dir, dtype, engine=name)
-        if k:
-            put_adapter(writer, tmp_path / "0")
-            lora.merge(writer.model)
-        adapters.save_adapter(writer.model, tmp_path / str(k), add_adapter(writer, seed=k, r=3 + k))
-    fast, plain = (load_policy(model_dir, dtype, engine=name) for name in ENGINES)
-    base = score(plain)
-    for policy in (fast, plain):
-        put_adapter(policy, f"{tmp_path / '0'}+{tmp_path / '1'}")
-    chain = torch.cat(score(plain)).detach()
-    assert difference(score(fast), chain) < logps < 0.5 < difference(chain, base)
-    for policy in (fast, plain):
-        lora.merge(policy.model)
-        add_adapter(policy, seed=7)
-        assert all(type(layer) is policy.layer for layer in lora.lora_layers(policy.model).values())
-        assert difference(score(policy, reference=True), chain) < logps
-    assert adapters.fingerprint(fast.model) == adapters.fingerprint(plain.model)
-    scores = [score(policy) for policy in (fast, plain)]
-    assert difference(*scores) < logps < 0.5 < difference(scores[1], chain)
-    losses = [(random_weights(x) * torch.cat(x)).sum() for x in scores]
-    assert_close(gradients(fast, losses[0]), gradients(plain, losses[1]), grads)

@@ -1,9 +1,6 @@
 """Trees of tokens by hand: what is read, what is scored, what is stored. That the numbers are right is tested
 in test_engine.py."""
 
-import os
-import random
-
 import pytest
 import torch
 from reference import END, PROMPTS, assert_close, difference, engine, gradients, score, uniforms
@@ -23,9 +20,6 @@ def plain(model_dir):
     return engine("plain", model_dir)
 
 
-# --- rows
-
-
 def test_a_group_by_hand():
     """Replies that begin alike share tokens, nobody's last token is read, and the lists are copies."""
     prompt, replies = [5, 6, 7], [[10, 11, END], [12], [10, 13, 14], [10, 11, END]]
@@ -37,13 +31,6 @@ def test_a_group_by_hand():
     assert row.targets == [10, 11, END, 12, 10, 13, 14, 10, 11, END]
     row.ids[0] = row.ids[3] = row.targets[0] = row.targets[3] = 99
     assert prompt == [5, 6, 7] and replies == [[10, 11, END], [12], [10, 13, 14], [10, 11, END]]
-
-
-def test_a_row_is_a_record_of_positions_not_of_token_values():
-    """A prompt and replies that are nothing but the padding token."""
-    (row,) = pack([[END, END]], [[[END, END], [END]]])
-    assert (row.ids, row.parents) == ([END] * 3, [-1, 0, 1])
-    assert (row.sources, row.targets) == ([1, 2, 1], [END] * 3)
 
 
 NESTED = [  # of the first, the trunk has 80 81 END too
@@ -91,36 +78,6 @@ def test_the_beginning_that_rows_have_in_common_is_read_once(fast, plain, groups
     tokens = Pass(rows, "cpu", torch.float32)
     assert tokens.ids.numel() == sum(len(row.ids) - C for row in rows) + C
     assert difference(score(fast, prompts, replies), score(plain, prompts, replies)) < 1e-4
-
-
-# --- sessions
-
-
-def test_what_was_read_is_not_read_again(fast, monkeypatch):
-    """The next prompt goes on from the reply, or differs from what was sampled: at its third token, at its
-    last, at its first."""
-    rng, session, read = random.Random(0), fast.session(), []
-    monkeypatch.setattr(fast, "end_ids", range(0, 300, 4))
-    hidden = fast._hidden
-    monkeypatch.setattr(fast, "_hidden", lambda ids, *rest: read.append(ids.numel()) or hidden(ids, *rest))
-    prompts, read_before = [list(p) for p in PROMPTS[1:4]], [[]] * 3
-    for stage, changed in enumerate([None, 2, -1, 0, None]):
-        read.clear()
-        groups = session.sample(prompts, uniforms(stage, 3, 1, 6))
-        shared = [len(os.path.commonprefix(both)) for both in zip(read_before, prompts, strict=True)]
-        assert read[0] == sum(map(len, prompts)) - sum(shared)
-        assert stage < 4 or min(shared) == 0 < max(shared)
-        conversations = [p + group[0].ids for p, group in zip(prompts, groups, strict=True)]
-        read_before = [ids[:-1] for ids in conversations]  # the last token of a reply was not read
-        prompts = [
-            ids + [rng.randrange(10, 200) for _ in range(rng.randrange(1, 5))] for ids in conversations
-        ]
-        if changed is not None:
-            at = changed % len(conversations[0])
-            prompts[0][at] = 201 if prompts[0][at] != 201 else 202
-
-
-# --- what only other devices show
 
 
 def test_attention_by_a_kernel_is_attention_by_products(fast, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from brute import bcz_payoffs
 from tables import TRIO, TRIO_2, constant, expert, play
 
 import eval as evaluation
@@ -18,8 +19,6 @@ from play.metrics import METRICS, Played, Turn, mean_interval, paired_difference
 from run.files import write_json
 from world.bcz import BCZ
 from world.draws import draw_game, held_out_grid
-
-# -------------------- statistics
 
 
 def test_quantiles_of_t():
@@ -66,16 +65,8 @@ def test_paired_difference():
     assert paired_difference(a, a, "U3") == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
 
 
-# -------------------- strategic efficiency
-
-
 def U2(state, seat, actions):
     return state.kind.efficiency(state, seat, actions)
-
-
-def payoff_in(game, G, x, i):
-    links = sum(game.delta * x[i] * x[j] - game.c for j in range(game.N) if G[i][j])
-    return game.alpha[i] * x[i] - x[i] ** 2 / 2 + links
 
 
 def random_proposals(rng, N):
@@ -93,7 +84,7 @@ def test_graph_efficiency_over_all_rows():
                 Q = P.copy()
                 Q[seat, np.arange(4) != seat] = bits
                 x = np.linalg.solve(np.eye(4) - game.delta * Q * Q.T, np.array(game.alpha))
-                payoff.append((payoff_in(game, Q * Q.T, x, seat), Q))
+                payoff.append((bcz_payoffs(game, Q * Q.T, x)[seat], Q))
             best, worst = max(u for u, _ in payoff), min(u for u, _ in payoff)
             for u, Q in payoff:
                 expected = 1 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
@@ -111,13 +102,10 @@ def test_effort_efficiency_over_a_fine_grid():
         state, x = State(game).step(P), rng.uniform(0, game.cap, 4)
         for seat in range(4):
             efforts = [np.r_[x[:seat], v, x[seat + 1 :]] for v in np.linspace(0, game.cap, 2001)]
-            u = np.array([payoff_in(game, P * P.T, y, seat) for y in efforts[::20]])
-            expected = 1 - (u.max() - payoff_in(game, P * P.T, x, seat)) / (u.max() - u.min())
+            u = np.array([bcz_payoffs(game, P * P.T, y)[seat] for y in efforts[::20]])
+            expected = 1 - (u.max() - bcz_payoffs(game, P * P.T, x)[seat]) / (u.max() - u.min())
             for y, value in ((x, expected), (efforts[20 * u.argmax()], 1), (efforts[20 * u.argmin()], 0)):
                 assert U2(state, seat, y) == pytest.approx(value, abs=1e-3)
-
-
-# -------------------- metrics of a game
 
 
 # U2 of one link where two are best: both links pay 0.68125, one 0.57995, none 0.5.
@@ -208,9 +196,6 @@ def test_the_mean_over_seats_leaves_out_what_is_not_there():
     mean = metrics.mean_over_seats(played)
     assert mean["U1"]["mean"] == 0.5 and mean["U1"]["n"] == 6
     assert mean["U2 | ok"]["mean"] == pytest.approx(np.mean([per_instance(p)["U2 | ok"] for p in played[0]]))
-
-
-# -------------------- tables
 
 
 def test_lines_fit_into_120_columns_and_long_names_have_their_own():

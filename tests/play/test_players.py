@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from reference import add_adapter
 from tables import STYLE, TRIO, by_seat, constant, expert, play
 
 import lora
@@ -29,9 +30,6 @@ VALUES = {name: METRICS[name] for name in ("s", "row", "U2", "belief")}
 def values_of(turn):
     """s, row, U2 and belief of one decision."""
     return [metric(players.Played(turn.state.game, [turn], [])) for metric in VALUES.values()]
-
-
-# -------------------- one seat
 
 
 def reference_play(instances, player, seat, others, seed):
@@ -81,49 +79,14 @@ def test_a_table_of_one_player_and_experts_is_play_in_one_seat(family, name):
         assert got == rows and all(t.seat == seat for p in played for t in p.turns)
 
 
-@pytest.mark.parametrize("text", ["", "Decision: [1, 1, 1]", "I cannot say.", "Decision: nan"])
-def test_replies_that_are_not_compliant_play_nothing_and_count(text):
+def test_replies_that_are_not_compliant_play_nothing_and_count():
     """Seat 0 plays no links and effort 0. The two planners link: x = 1 / (1 - 0.2), pi = 0.575 each."""
-    (played,) = play([TRIO], constant(text), 0, PLANNER, 0)
+    (played,) = play([TRIO], constant("I cannot say."), 0, PLANNER, 0)
     row = per_instance(played)
-    assert [(t.decision, t.reply) for t in played.turns] == [(None, text)] * 2
+    assert [(t.decision, t.reply) for t in played.turns] == [(None, "I cannot say.")] * 2
     assert row["U1"] == 0 and row["belief"] == 0 and row["U2 | ok"] is None and row["U3 | ok"] is None
     assert row["U3"] == pytest.approx(1.15 / 2.2) and row["U3 gain"] == pytest.approx(-0.35 / 0.7)
     assert row["U2 graph"] == pytest.approx(0, abs=1e-9) and row["U2 effort"] == pytest.approx(0.75)
-
-
-def test_the_graph_score_and_the_row_compare_with_the_expert_in_the_same_seat():
-    """Among three planners the expert graph is complete; one link fewer is 2 of 6 entries, and 1 of 2 of the
-    row. Links that nobody answers show in the row and not in the graph."""
-    cases = {"[0, 1, 1]": (1, 1), "[0, 1, 0]": (2 / 3, 1 / 2), "[0, 0, 0]": (1 / 3, 0), "[1, 0, 0]": (0, 0)}
-    for text, (s, row) in cases.items():
-        (played,) = play([TRIO], constant(f"Decision: {text}"), 0, PLANNER, 0)
-        assert [values_of(t)[:2] for t in played.turns] == [[pytest.approx(s), row], [None, None]]
-    (played,) = play([TRIO], constant("Decision: [0, 1, 1]"), 0, make_expert("never-link"), 0)
-    assert values_of(played.turns[0])[:2] == [1, 0]
-
-
-@pytest.mark.parametrize("name, seed, right", [("second-best", 2, 1), ("random", 2, 1), ("random", 9, 0)])
-def test_the_others_expert_scores_1_also_where_it_errs_at_random(name, seed, right):
-    rows = summarise(play(TWO_ROUNDS[::6], expert(name, seed), 1, make_expert(name), 2))["instances"]
-    assert len(rows) == 10 and all(row["s"] == row["row"] == 1 for row in rows) == bool(right)
-
-
-def test_a_repaired_row_keeps_the_strict_compliance():
-    """The three play as planners, but their graph replies end in a full stop: strictly nobody links."""
-    links = {0: "[0, 1, 1].", 1: "[1, 0, 1].", 2: "[1, 1, 0]."}
-    player = by_seat(links, "1.6667")
-    a, b = (play([TRIO], player, 0, PLANNER, 0, repair=repair)[0] for repair in (False, True))
-    strict, repaired = per_instance(a), per_instance(b)
-    assert strict["U1"] == repaired["U1"] == 0.5 and strict["U3 | ok"] is repaired["U3 | ok"] is None
-    assert strict["U3"] < 0.9 and repaired["U3"] == pytest.approx(1, abs=1e-4)
-    assert (strict["s"], strict["row"], repaired["s"], repaired["row"]) == (0, 0, 1, 1)
-    assert (summarise([b])["repaired"], summarise([a])["repaired"]) == (1, 0)
-    silent = [play([TRIO], constant("nothing to read"), 0, PLANNER, 0, repair=r)[0] for r in (False, True)]
-    assert per_instance(silent[0]) == per_instance(silent[1]) and per_instance(silent[1])["s"] == 0
-
-
-# -------------------- several seats
 
 
 def test_self_play_by_hand():
@@ -159,9 +122,6 @@ def test_all_seats_are_asked_at_once_and_every_player_hears_only_its_own_replies
     first = [(0, [(i, 0, ()) for i in (0, 1)]), (1, [(i, j, ()) for i in (0, 1) for j in (1, 2)])]
     then = [(k, [(i, j, (f"{k} says 0 in {j}",)) for i, j, _ in asked]) for k, asked in first]
     assert heard == first + then
-
-
-# -------------------- models: random numbers, adapters, one model for all
 
 
 @pytest.fixture(scope="module")
@@ -202,9 +162,8 @@ def replies_of(played):
 def test_evaluation_prompts_are_the_training_prompts(policy, style, monkeypatch):
     """The policy that answers as in a recorded expert game is asked, letter for letter, what it says."""
     instances, seat = TWO_ROUNDS[7:60:13], 2
-    records = expert_games.simulate(
-        [(i, g, np.random.default_rng(0)) for i, g in enumerate(instances)], NASH, style
-    )
+    plays = [(i, game, np.random.default_rng(0)) for i, game in enumerate(instances)]
+    records = expert_games.simulate(plays, NASH, style)
     by_game = [[r for r in records if r.game == i and r.seat == seat] for i in range(len(instances))]
     by_stage = [r for stage in zip(*by_game, strict=True) for r in stage]
     recorder = Recorder(policy)
@@ -221,18 +180,8 @@ def test_evaluation_prompts_are_the_training_prompts(policy, style, monkeypatch)
         assert temperature == 0.7 and len(prompts) == (3, 2)[i % 2] and torch.equal(uniforms, expected)
 
 
-def random_adapter(policy):
-    """Put on the policy. Returns its config."""
-    config = lora.LoRAConfig(4, 8.0, ("q_proj", "v_proj", "down_proj"), policy.name)
-    lora.inject(policy.model, config, torch.Generator().manual_seed(0), policy.layer)
-    with torch.no_grad():
-        for k, p in enumerate(lora.lora_parameters(policy.model)):
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
-    return config
-
-
 def test_an_adapter_that_comes_and_goes_says_what_one_that_stays_says(policy, tmp_path):
-    adapter_files.save_adapter(policy.model, tmp_path, random_adapter(policy))
+    adapter_files.save_adapter(policy.model, tmp_path, add_adapter(policy, size=1.0))
     lora.remove(policy.model)
     how = policy, PromptStyle(max_new_tokens=6), 1.0, 0
     base = replies_of(play(GRID[:3], policy_player(*how), 1, NASH, 0))
@@ -271,12 +220,7 @@ def test_replies_do_not_depend_on_what_is_asked_together_or_kept(policy, monkeyp
     assert replies_of(one) == replies_of(together)
 
 
-# -------------------- examples in the prompt
-
-
-@pytest.mark.parametrize(
-    "family, N", [(Family(), 4), (Family("pgg", "GEE"), 5), (Family("bcz", "GE", 2), 3)], ids=str
-)
+@pytest.mark.parametrize("family, N", [(Family("pgg", "GEE"), 5), (Family("bcz", "GE", 2), 3)], ids=str)
 def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     drawn, second_best = [], make_expert("second-best")
     monkeypatch.setattr(players, "draw_game", lambda *a: drawn.append(draw_game(*a)) or drawn[-1])

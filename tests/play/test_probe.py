@@ -100,16 +100,6 @@ def test_training_is_the_same_without_the_probe(full, model_dir, tmp_path, monke
     assert not (tmp_path / "run" / "probe.jsonl").exists()
 
 
-def test_a_run_is_asked(full):
-    first, *lines = full.lines("probe.jsonl")
-    assert list(first["levels"]) == ["expert", "random play", "best constant answer"]
-    asked = [(line["stage"], line["step"]) for line in lines]
-    assert asked == [("SFT", 0), ("SFT", 3), ("SFT", 6), ("TOMPO", 3), ("TOMPO", 6)]
-    for stage in ("SFT", "TOMPO"):
-        seconds = [line["seconds"] for line in lines if line["stage"] == stage]
-        assert seconds == sorted(seconds) and seconds[-1] > 0
-
-
 def test_the_same_policy_gives_the_same_answers(model_dir, tmp_path, monkeypatch):
     """With a learning rate of 0 it stays as it is; the values are those of the real parser."""
     monkeypatch.setattr(train_sft, "PROBE_EVERY", 2)

@@ -7,23 +7,9 @@ import shutil
 import signal
 
 import pytest
-from whole_runs import (
-    Run,
-    assert_same_run,
-    ended,
-    interrupted,
-    latest_checkpoint,
-    lines_of,
-    rft_flags,
-    run_rft,
-    sft_flags,
-    start,
-    tree,
-    wait_for_lines,
-)
+import whole_runs as runs
 
 import train_rft
-import train_sft
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +17,20 @@ def stopped(model_dir, tmp_path_factory):
     """A run that was stopped by Ctrl-C in its third step of RFT, which is not one that saves."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        said = interrupted(patch, rft_flags(model_dir, folder), folder / "metrics.jsonl", 3)
+        said = runs.interrupted(patch, runs.rft_flags(model_dir, folder), folder / "metrics.jsonl", 3)
     assert f"--resume {folder}" in said and not (folder / "adapter").exists()
-    assert latest_checkpoint(folder).name == "step-000003"
-    return Run(folder, said=said)
+    assert runs.latest_checkpoint(folder).name == "step-000003"
+    return runs.Run(folder, said=said)
 
 
 @pytest.fixture
 def copied(stopped, tmp_path):
     shutil.copytree(stopped.folder, tmp_path / "run")
-    return Run(tmp_path / "run")
+    return runs.Run(tmp_path / "run")
 
 
 def resume(run, *argv):
-    run_rft(["--resume", str(run.folder), *argv])
+    runs.run_rft(["--resume", str(run.folder), *argv])
     return run
 
 
@@ -54,55 +40,52 @@ def edit_config(run, **changes):
     (run.folder / "config.json").write_text(json.dumps(kept))
 
 
-def test_every_setting_is_that_of_the_run_whatever_else_is_given(full, copied):
+def test_a_stopped_run_ends_the_same_whatever_flags_are_given(full, stopped, copied, capsys):
+    """What the loss shows is said once."""
     config = (copied.folder / "config.json").read_bytes()
     resume(copied, *"--seed 99 --m 2 --lr 1 --steps 1 --algo grpo --engine plain".split())
-    assert_same_run(copied, full)
+    runs.assert_same_run(copied, full)
     assert (copied.folder / "config.json").read_bytes() == config
     assert (copied.folder / "timing.json").exists()
+    for said, times in ((full.said, 1), (stopped.said, 1), (capsys.readouterr().out, 0)):
+        assert said.count("RFT: ") == said.count("the loss shows beta KL alone") == times
 
 
 def test_a_run_goes_on_without_the_flags_that_are_newer_than_it(full, copied):
     """They have their defaults, whatever is given."""
     edit_config(copied, engine="removed", temperature="removed", reward_from="removed")
     resume(copied, *"--engine plain --temperature 0.3 --reward-from welfare".split())
-    assert_same_run(copied, full)
-
-
-def test_what_the_loss_shows_is_said_once(full, stopped, copied, capsys):
-    resume(copied)
-    for said, times in ((full.said, 1), (stopped.said, 1), (capsys.readouterr().out, 0)):
-        assert said.count("RFT: ") == said.count("the loss shows beta KL alone") == times
+    runs.assert_same_run(copied, full)
 
 
 def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch):
-    run = Run(tmp_path / "run")
+    run = runs.Run(tmp_path / "run")
     log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
-    said = interrupted(monkeypatch, rft_flags(model_dir, run.folder), log, 4)
+    said = runs.interrupted(monkeypatch, runs.rft_flags(model_dir, run.folder), log, 4)
     assert "stopping after this step" not in said and f"--resume {run.folder}" in said
-    assert latest_checkpoint(run.folder / "sft").name == "step-000003"
+    assert runs.latest_checkpoint(run.folder / "sft").name == "step-000003"
     assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "sft" / "adapter").exists()
-    assert_same_run(resume(run), full)
+    runs.assert_same_run(resume(run), full)
 
 
 def test_a_run_that_was_killed_ends_the_same(full, model_dir, tmp_path):
     folder = tmp_path / "run"
-    processes = start(rft_flags(model_dir, folder), tmp_path / "output")
-    wait_for_lines(folder / "metrics.jsonl", 3)
+    processes = runs.start(runs.rft_flags(model_dir, folder), tmp_path / "output")
+    runs.wait_for_lines(folder / "metrics.jsonl", 3)
     os.kill(processes[0].pid, signal.SIGKILL)
-    assert ended(processes) == [-signal.SIGKILL]
-    assert len(lines_of(folder / "metrics.jsonl")) < 6, "the run was over before the signal came"
+    assert runs.ended(processes) == [-signal.SIGKILL]
+    assert len(runs.lines_of(folder / "metrics.jsonl")) < 6, "the run was over before the signal came"
     (folder / "checkpoints" / "step-000000").mkdir()  # a kill within its removal
     with open(folder / "samples.jsonl", "a") as f:
         f.write('{"step": 5, "rew')
-    assert_same_run(resume(Run(folder)), full)
+    runs.assert_same_run(resume(runs.Run(folder)), full)
     left = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert not list(folder.rglob("*.tmp")) and left == ["step-000004", "step-000006"]
 
 
 def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
     shutil.copytree(full.folder, tmp_path / "copy")
-    assert_same_run(resume(Run(tmp_path / "copy")), full)
+    runs.assert_same_run(resume(runs.Run(tmp_path / "copy")), full)
 
 
 def test_a_probe_that_a_lost_process_cut_short_is_asked_again(full, copied):
@@ -110,22 +93,10 @@ def test_a_probe_that_a_lost_process_cut_short_is_asked_again(full, copied):
     *before, last = log.read_text().splitlines(keepends=True)
     assert json.loads(last)["stage"] == "TOMPO" and json.loads(last)["step"] == 3
     log.write_text("".join(before))
-    assert_same_run(resume(copied), full)
-
-
-# -------------------- what is refused
+    runs.assert_same_run(resume(copied), full)
 
 
 def test_settings_that_are_gone(copied, refused):
     """Else an old `all_seats: true` would silently become training in seat 0."""
     edit_config(copied, all_seats=True)
     assert "settings that are gone (all_seats)" in refused(train_rft.main, ["--resume", copied.folder])
-
-
-def test_a_folder_that_holds_a_run_and_a_resume_by_the_other_script(full, model_dir, sft_adapter, refused):
-    before = tree(full.folder)
-    argv = rft_flags(model_dir, full.folder, sft_adapter=sft_adapter)
-    assert str(full.folder) in refused(train_rft.main, argv)
-    assert str(full.folder) in refused(train_sft.main, sft_flags(model_dir, full.folder))
-    assert "is not a run of train_sft.py" in refused(train_sft.main, ["--resume", full.folder])
-    assert tree(full.folder) == before and len(before) > 10

@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from whole_runs import tree
 
 from run import checkpoint, files, ranks, stage
 from run.errors import InputError
@@ -69,7 +70,7 @@ def ctrl_c():
 
 def result(folder):
     """All that a run leaves, by file, but its seconds."""
-    left = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    left = tree(folder)
     for name in left:
         if name.endswith("state.json"):
             state = json.loads(left[name])
@@ -173,9 +174,6 @@ def test_the_probe_is_asked_before_the_first_step_and_after_each(tmp_path, monke
     assert asked == [(2, 2.0), *((step, 2.0) for step in range(3, STEPS + 1))] and run.seconds == 2.0
 
 
-# -------------------- what goes wrong
-
-
 NOT_FINITE = [({"loss": math.nan}, "step 3: the loss is nan")]
 NOT_FINITE += [({"loss": 1.0, "grad_norm": math.inf}, "step 3: the gradient norm is inf")]
 
@@ -244,25 +242,3 @@ def test_damage_lost_lines_and_changed_settings_are_reported(tmp_path, whole, ca
     left = result(tmp_path / "run")
     assert left["sft/samples.jsonl"] == whole["sft/samples.jsonl"] and len(said) == 3
     assert left["sft/metrics.jsonl"] == b"".join(whole["sft/metrics.jsonl"].splitlines(keepends=True)[1:])
-
-
-# -------------------- several processes
-
-
-def test_a_process_that_is_not_the_first_writes_nothing(tmp_path, monkeypatch):
-    train(tmp_path, at(3, ctrl_c))
-    before = result(tmp_path)
-    monkeypatch.setattr(ranks, "first", lambda: False)
-    assert train(tmp_path).finished and result(tmp_path) == before
-
-
-def test_all_processes_stop_after_the_step_in_which_one_was_asked_to(tmp_path, monkeypatch):
-    calls = []
-
-    def exchange(value):
-        calls.append(value)
-        return [value, len(calls) == 3]
-
-    monkeypatch.setattr(ranks, "exchange", exchange)
-    assert train(tmp_path).steps_done == 3 and saved(tmp_path)[-1] == "step-000003"
-    assert calls == [False, False, False, None]  # the last one waits until the first process has saved

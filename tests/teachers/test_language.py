@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from chat_server import KEY, ChatServer, good_reply
+from reference import add_adapter
 from tables import play
+from whole_runs import ROOT, lines_of
 
 import lora
 import train_sft
@@ -37,28 +38,17 @@ from world.bcz import BCZ
 from world.draws import Family, held_out_grid
 
 STYLE, TWO_ROUNDS = PromptStyle(), (Family("bcz", "GE", 2),)
-ROOT = Path(language.__file__).resolve().parents[1]
 
 
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def place(kind, cap=4.0):
+def place(kind):
     """The question to agent 2 of 3."""
     history = () if kind is LINKS else (np.zeros((3, 3), int),)
-    return Question([], "", State(BCZ((1.0, 1.0, 1.0), 0.1, 0.1, cap), history), 1)
+    return Question([], "", State(BCZ((1.0, 1.0, 1.0), 0.1, 0.1, 3.339), history), 1)
 
 
-EFFORTS_READ = {
-    "Decision: 1.239": 1.24,
-    "Decision: 4.001": None,
-    "Decision: 1 + 0.5": None,
-    "Decision: 1\nDecision: x": None,
-    "Decision: x\nDecision: 0.5": 0.5,
-    "1": None,
-    "": None,
-}
+EFFORTS_READ = {"Decision: 1.239": 1.24, "Decision: x\nDecision: 0.5": 0.5, "1": None, "": None}
+EFFORTS_READ |= {"Decision: 3.341": None, "Decision: 1 + 0.5": None, "Decision: 1\nDecision: x": None}
+EFFORTS_READ |= {"Decision: 3.339": 3.33}  # never rounded to above the cap
 
 
 @pytest.mark.parametrize("text, action", EFFORTS_READ.items())
@@ -69,13 +59,6 @@ def test_reading_an_effort(text, action):
     if decision:  # the label says the same
         label = format_reply(decision, PromptStyle(belief=False))
         assert parse_reply(label, question.state, 1).action == action
-
-
-def test_a_label_never_rounds_above_the_cap():
-    question = place(EFFORTS, cap=3.339)
-    decision = read("Decision: 3.339", question)
-    assert decision.action == 3.33
-    assert parse_reply(format_reply(decision, STYLE), question.state, 1) is not None
 
 
 def test_reading_a_row_and_beliefs():
@@ -98,7 +81,7 @@ def test_the_data_set_says_what_the_server_said(ask):
         assert body["model"] == "m" and body["max_tokens"] == 4096 and "temperature" not in body
     assert len(asked) == len(server.questions) == len(records) == expert.counts["decisions"]
     assert all(h["Authorization"] == f"Bearer {KEY}" for h in server.headers)
-    assert [(a["usage"], a["attempt"]) for a in lines("answers.jsonl")] == [([100, 20], 1)] * len(records)
+    assert [(a["usage"], a["attempt"]) for a in lines_of("answers.jsonl")] == [([100, 20], 1)] * len(records)
 
 
 NOISY = ["openai:m", "noisy:openai:m:0.3", "noisy:noisy:openai:m:0.2:0.3"]
@@ -125,7 +108,7 @@ def test_recorded_answers_of_earlier_versions_are_found_again(ask):
     for name, digest in (("openai:m", "d3e031d30e32c58c"), ("noisy:openai:m:0.3", "dc26dd9e5ac0ace0")):
         with ChatServer() as server:
             ask(server, f"{name}.jsonl", 2, name=name)
-        keys = sorted(answer["key"] for answer in lines(f"{name}.jsonl"))
+        keys = sorted(answer["key"] for answer in lines_of(f"{name}.jsonl"))
         assert hashlib.sha256("".join(keys).encode()).hexdigest()[:16] == digest
 
 
@@ -146,7 +129,7 @@ def test_what_is_not_compliant_is_asked_again_and_then_given_up(ask, forget, cap
     assert {r.label for r in records if r.seat == 0} == nothing
     given_up = {"fallbacks": per_seat, "repeated": 4 * per_seat}
     assert expert.counts == given_up | {"decisions": len(records)}
-    attempts = Counter(a["attempt"] for a in lines("answers.jsonl"))
+    attempts = Counter(a["attempt"] for a in lines_of("answers.jsonl"))
     assert attempts == {1: len(records), 2: 2 * per_seat, 3: 2 * per_seat}
     assert len(server.questions) == attempts.total()
     language.print_report()
@@ -223,7 +206,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path, run):
         wait_until(stuck)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert sum(server.answered.values()) == 37 == len(lines(record))
+        assert sum(server.answered.values()) == 37 == len(lines_of(record))
         assert not (tmp_path / "data.jsonl").exists()
         with record.open("ab") as f:  # and as if the kill had come in the middle of a line
             f.write(record.read_bytes().splitlines()[3][:200])
@@ -252,7 +235,7 @@ def test_ctrl_c_waits_for_what_was_paid_for(tmp_path):
         _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert len(server.questions) == 8 == sum(server.answered.values())
-    assert len(lines(tmp_path / "answers.jsonl")) == 8
+    assert len(lines_of(tmp_path / "answers.jsonl")) == 8
 
 
 def test_without_the_package_one_line_says_how_to_get_it(make, monkeypatch):
@@ -291,29 +274,26 @@ NAMES = ["openai:", "hf:", "openai", "hf", "OpenAI:m", "openai:a\nb", "hf:/nowhe
 def test_bad_names(name, make, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError):
         make(name)
-    assert "\n" not in str(caught.value)
 
 
 BAD = ["temperature=-1", "temperature=nan", "temperature", "attempts=0", "attempts=1.5", "concurrency="]
 BAD += ["timeout=inf", "style=1", "max_tokens=9", "=3", ""]
 
 
+def test_a_budget_needs_both_prices():
+    for pairs in (["budget=1"], ["price-in=1"], ["budget=1", "price-out=1"]):
+        with pytest.raises(InputError, match="price-in and price-out"):
+            asking(pairs, STYLE)
+
+
 @pytest.mark.parametrize("pair", BAD)
 def test_bad_settings_are_one_line_with_the_names(pair):
     with pytest.raises(InputError) as caught:
         asking([pair], STYLE)
-    message = str(caught.value)
-    assert repr(pair) in message and "\n" not in message
-    for name in (*LOWEST, "record"):
-        assert name in message
-
-
-@pytest.mark.parametrize("pairs", ["budget=1", "price-in=1", "budget=1 price-out=1"])
-def test_a_budget_needs_both_prices(pairs):
-    with pytest.raises(InputError, match="price-in and price-out"):
-        asking(pairs.split(), STYLE)
+    for words in (repr(pair), *LOWEST, "record"):
+        assert words in str(caught.value)
 
 
 def test_every_setting_reaches_the_asking(tmp_path, monkeypatch):
@@ -374,14 +354,10 @@ def test_a_local_model(tiny_model_dir, make):
 
 def test_an_adapter_and_a_chain_are_local_models(tiny_model_dir, tmp_path, make):
     base = load_policy(str(tiny_model_dir))
-    config = lora.LoRAConfig(4, 8.0, ("q_proj",), str(tiny_model_dir))
     state = State(held_out_grid(3)[0])
     texts = set()
     for k, name in enumerate(("first", "first+second")):
-        lora.inject(base.model, config, torch.Generator().manual_seed(k), base.layer)
-        with torch.no_grad():
-            for p in lora.lora_parameters(base.model):
-                p.normal_(generator=torch.Generator().manual_seed(k))
+        config = add_adapter(base, seed=k, size=3.0)
         adapters.save_adapter(base.model, tmp_path / name.split("+")[-1], config)
         path = "+".join(str(tmp_path / folder) for folder in name.split("+"))
         expert = make(f"hf:{path}", "max-tokens=6 temperature=0")

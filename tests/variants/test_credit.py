@@ -4,13 +4,13 @@ import itertools
 
 import numpy as np
 import pytest
+from tables import effort, group_of, row
 
 import rewards
-from decisions import EFFORTS, LINKS
+from decisions import LINKS
 from experts import make_expert
 from games import Decision, State, complete_graph, form_links
-from prompts import Reply
-from rewards import Memory, Rollout, Target
+from rewards import Memory, Target
 from variants.credit import credit_rewards, discounted_return, return_credits
 from world.bcz import BCZ
 from world.pgg import PGG
@@ -23,11 +23,7 @@ TAKES = 10 - 1 + 12.5 * 2**0.5 / 2  # what one earns who is linked, keeps all an
 
 def generous(state, seat, rng):
     """Links and gives all."""
-    return Decision(LINKS, BOTH[seat]) if state.kind is LINKS else Decision(EFFORTS, 10.0)
-
-
-def effort(x):
-    return Decision(EFFORTS, x)
+    return Decision(LINKS, BOTH[seat]) if state.kind is LINKS else effort(10.0)
 
 
 def test_discounted_return_by_hand():
@@ -58,22 +54,18 @@ def test_a_graph_credit_is_the_value_of_the_state_that_it_leads_to():
         return effort(float(game.nash_efforts(state.links)[seat]))
 
     t, values = Target(State(game), 0, complete_graph(4)), []
-    rows = [Decision(LINKS, np.array([0, *bits])) for bits in itertools.product((0, 1), repeat=3)]
+    rows = [row(0, *bits) for bits in itertools.product((0, 1), repeat=3)]
     credits = return_credits(rows, t, nash, 1.0, 0)
-    for row in rows:
-        links_NN = form_links(np.vstack([row.action, t.actions[1:]]))
+    for own in rows:
+        links_NN = form_links(np.vstack([own.action, t.actions[1:]]))
         values.append(game.payoffs(links_NN, game.nash_efforts(links_NN))[0])
     assert np.argsort(credits).tolist() == np.argsort(values).tolist()
     assert len(set(np.round(credits, 6))) > 3 and credits[-1] == pytest.approx(2)
 
 
-def less(credit, other, zeta):
-    return credit - zeta * abs(credit - other)
-
-
 def step(targets, decisions, zeta):
     """The terms of all replies of a step with these decisions, among planners."""
-    groups = [[Rollout(Reply("", [7], [-1.0], True), d) for d in group] for group in decisions]
+    groups = [group_of(group) for group in decisions]
     weights = rewards.WEIGHTS | {"gamma": 1.0, "zeta": zeta}
     credit_rewards(targets, groups, Memory(), weights=weights, expert=make_expert("planner"), seed=0)
     return [[o.rewards for o in group] for group in groups]
@@ -86,12 +78,13 @@ def test_the_sample_levels_of_a_step(zeta):
     credit pays its distance from the mean of the other kind's."""
     graph, efforts = Target(State(PAIR), 0, BOTH, 5), Target(State(PAIR).step(BOTH), 0, ALL, 5)
     targets = [graph, efforts, Target(efforts.state, 0, ALL, 6), efforts]
-    rows = [Decision(LINKS, BOTH[0]), Decision(LINKS, 0 * BOTH[0]), None]
-    decisions = [rows, [effort(10.0), None], [effort(0.0)], [effort(0.0), effort(10.0)]]
+    decisions = [[row(0, 1), row(0, 0), None], [effort(10.0), None]]
+    decisions += [[effort(0.0)], [effort(0.0), effort(10.0)]]
     alone, takes = 2 * 10 / TOGETHER, 2 * TAKES / TOGETHER
     of_rows, of_efforts = (2 + alone) / 2, (2 + takes + 2) / 3  # the means in game 5
-    expected = [[less(2, of_efforts, zeta), less(alone, of_efforts, zeta), 0], [less(2, of_rows, zeta), 0]]
-    expected += [[takes], [less(takes, of_rows, zeta), less(2, of_rows, zeta)]]
+    expected = [[2 - zeta * (of_efforts - 2), alone - zeta * (of_efforts - alone), 0]]
+    expected += [[2 - zeta * (2 - of_rows), 0], [takes]]
+    expected += [[takes - zeta * (takes - of_rows), 2 - zeta * (2 - of_rows)]]
     groups = step(targets, decisions, zeta)
     for group, values in zip(groups, expected, strict=True):
         assert [terms["sample"] for terms in group] == pytest.approx(values)
@@ -103,7 +96,6 @@ def test_a_credit_of_zero_counts_in_the_mean():
     """The effort that loses as much as the expert's earns has the credit 0, which is one like any other."""
     game, no_links = PGG((10.0, 10.0), 1.25, 0.5, 30.0), 0 * BOTH  # a link costs more than it earns
     targets = [Target(State(game), 0, no_links), Target(State(game).step(no_links), 0, np.zeros(2))]
-    decisions = [[Decision(LINKS, no_links[0])], [effort(0.0), effort(10.0)]]
-    (row,), (keeps, gives) = step(targets, decisions, 0.5)
-    assert row["sample"] == pytest.approx(less(2, 1, 0.5))  # the mean of the efforts' credits, 2 and 0
-    assert (keeps["sample"], gives["sample"]) == pytest.approx((2, less(0, 2, 0.5)))
+    (links,), (keeps, gives) = step(targets, [[row(0, 0)], [effort(0.0), effort(10.0)]], 0.5)
+    assert links["sample"] == pytest.approx(2 - 0.5)  # 1 from the mean of the efforts' credits, 2 and 0
+    assert (keeps["sample"], gives["sample"]) == pytest.approx((2, 0 - 0.5 * 2))

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import whole_runs
+from tables import group_of, row
 
 import train_rft
 from decisions import EFFORTS, LINKS
-from games import Decision, State, form_links
+from games import State, form_links
 from play.dataset import Prompt, next_batch
-from prompts import Reply, read_reply
-from rewards import WEIGHTS, Memory, Rollout, Target, expert_rewards
+from prompts import read_reply
+from rewards import WEIGHTS, Memory, Target, expert_rewards
 from variants import joint
 from world.bcz import BCZ
 
@@ -23,8 +24,7 @@ def target(game, seat, stage=0):
 
 
 def group(*rows):
-    decisions = [None if row is None else Decision(LINKS, np.array(row)) for row in rows]
-    return [Rollout(Reply("", [7], [-1.0], True), d) for d in decisions]
+    return group_of([own and row(*own) for own in rows])
 
 
 def scores(groups):
@@ -62,16 +62,6 @@ def test_the_i_th_replies_stand_in_one_graph():
     # Among experts the same rows have other scores: agent 0 misses agent 1 in the second.
     expert_rewards(targets[:1], groups[:1], Memory())
     assert scores(groups[:1])[0] == pytest.approx([1, 2 / 3, 0])
-
-
-def test_always_link_is_no_longer_the_best_of_the_graph_level():
-    """Among experts a proposal that nobody answers is free; where all seats make it, it is answered."""
-    targets = [target(0, seat) for seat in range(3)]
-    groups = [group(row) for row in ([0, 1, 1], [1, 0, 1], [1, 1, 0])]
-    expert_rewards(targets, groups, Memory())
-    assert scores(groups) == [[1]] * 3
-    joint.joint_rewards(targets, groups, Memory(), weights=WEIGHTS)
-    assert scores(groups) == [[pytest.approx(2 / 3)]] * 3
 
 
 def test_a_run_scores_whole_graphs(model_dir, sft_adapter, tmp_path):

@@ -68,8 +68,3 @@ def test_with_one_inner_epoch_every_ratio_and_loss_has_the_gradient_of_grpo(loss
     rho = tompo.RATIOS[ratio](own - logp, lengths).exp()
     J = (weight * tompo.LOSSES[loss](rho, own, advantage, 0.8, 1.2)).sum()
     close(torch.autograd.grad(J, own)[0], advantage * weight)
-
-
-def test_the_constant_aggregation_knows_no_lengths():
-    close(tompo.AGGREGATIONS["constant"]([1, 7], 20), [1 / 40, 1 / 40])
-    close(tompo.AGGREGATIONS["constant"]([20, 3], 20), [1 / 40, 1 / 40])

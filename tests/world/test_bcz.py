@@ -5,9 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute import all_graphs, bcz_payoffs, random_graph, star_graph
+from brute import (
+    all_graphs,
+    bcz_payoffs,
+    check_efficient_graph,
+    check_efforts,
+    check_payoffs,
+    random_graph,
+    star_graph,
+)
 
-from games import GameError, complete_graph, empty_graph
+from games import GameError, complete_graph
 from world.bcz import BCZ, effort_fixed_point, threshold_graphs
 
 NO_CAP = 1e6  # far above every uncapped solution used here
@@ -27,88 +35,21 @@ def efforts_of(game, graphs, efforts):
     return np.linalg.inv(np.eye(game.N) - factor * game.delta * graphs) @ np.array(game.alpha)
 
 
-def welfare_of_graphs(game, efforts, graphs):
-    x = efforts_of(game, graphs, efforts)
-    assert x.min() > 0 and x.max() < game.cap
-    synergy = game.delta * np.einsum("gi,gij,gj->g", x, graphs, x)
-    return x @ np.array(game.alpha) - (x**2).sum(1) / 2 + synergy - game.c * graphs.sum((1, 2))
-
-
 def random_game(rng, N, p=(0.1, 0.4), g=(0.4, 2.5)):
     alpha = rng.uniform(0.5, 3, N).round(2) if rng.random() < 0.5 else rng.choice([1.0, 1.5, 2.0, 3.0], N)
     delta = rng.uniform(*p) / (N - 1)
     return BCZ(tuple(alpha.tolist()), delta, rng.uniform(*g) * delta * alpha.mean() ** 2, NO_CAP)
 
 
-# --- rules
+def test_payoffs_are_those_of_the_equation():
+    check_payoffs(random_game, bcz_payoffs)
 
 
-def test_payoffs_match_the_formula_and_a_value_by_hand():
-    rng = np.random.default_rng(1)
-    for N in (2, 3, 6) * 10:
-        game, G, x = random_game(rng, N), random_graph(rng, N), rng.uniform(0, 5, N)
-        np.testing.assert_allclose(game.payoffs(G, x), bcz_payoffs(game, G, x), atol=1e-12)
-        assert game.welfare(G, x) == pytest.approx(bcz_payoffs(game, G, x).sum())
-    # Links 0-1 and 0-2. Agent 0: 3*2 - 2 + 0.5*2*(1+3) - 2*0.25 = 7.5.
-    game = BCZ((3.0, 1.0, 2.0), 0.5, 0.25, 10.0)
-    assert game.payoffs(star_graph(3), np.array([2, 1, 3])).tolist() == [7.5, 1.25, 4.25]
-
-
-def test_best_response_is_one_plus_half_of_the_other_clipped_at_the_cap_and_at_zero():
-    game, G = BCZ((1.0, 1.0), 0.5, 0.0, 3.0), complete_graph(2)
-    assert game.best_response(G, np.array([3.0, 5.0])).tolist() == [3.0, 2.5]
-    assert game.best_response(G, np.array([-8.0, 1.0])).tolist() == [1.5, 0.0]
-
-
-# --- efforts for a given graph
-
-
-@pytest.mark.parametrize("N", [2, 3, 5, 8])
-def test_nash_efforts_are_an_equilibrium(N):
-    rng = np.random.default_rng(N)
-    for _ in range(10):
-        game, G = random_game(rng, N, p=(0.1, 0.9)), random_graph(rng, N)
-        x = game.nash_efforts(G)
-        np.testing.assert_allclose(x, np.array(game.alpha) + game.delta * G @ x, rtol=1e-10)
-        before = bcz_payoffs(game, G, x)
-        for i in range(N):
-            for e in np.linspace(0, 2 * x[i], 21):
-                assert bcz_payoffs(game, G, [*x[:i], e, *x[i + 1 :]])[i] <= before[i] + 1e-12
-        # Payoff x_i^2/2 - c deg_i at Nash efforts.
-        np.testing.assert_allclose(before, x**2 / 2 - game.c * G.sum(1), atol=1e-9)
-
-
-def test_closed_form_efforts():
-    for N, alpha, delta in ((3, 1.0, 0.2), (6, 2.0, 0.05), (8, 0.5, 0.06)):
-        game, p = BCZ((alpha,) * N, delta, 0.1, NO_CAP), delta * (N - 1)
-        np.testing.assert_allclose(game.nash_efforts(complete_graph(N)), alpha / (1 - p))
-        np.testing.assert_allclose(game.planner_efforts(complete_graph(N)), alpha / (1 - 2 * p))
-        assert game.nash_efforts(empty_graph(N)).tolist() == [alpha] * N
-    # Star, hub 3, leaves 1, delta 0.1: h = 3 + 0.3 l and l = 1 + 0.1 h, so h = 3.3/0.97 and l = 1.3/0.97.
-    # Planner: h = 3 + 0.6 l and l = 1 + 0.2 h, so h = 3.6/0.88 and l = 1.6/0.88.
-    game = BCZ((3.0, 1.0, 1.0, 1.0), 0.1, 0.1, NO_CAP)
-    np.testing.assert_allclose(game.nash_efforts(star_graph(4)), np.array([3.3, 1.3, 1.3, 1.3]) / 0.97)
-    np.testing.assert_allclose(game.planner_efforts(star_graph(4)), np.array([3.6, 1.6, 1.6, 1.6]) / 0.88)
-
-
-@pytest.mark.parametrize(
-    "N, p, cap", [(2, (0.1, 0.45), NO_CAP), (7, (0.1, 0.45), NO_CAP), (5, (0.4, 3.0), 4.0)]
-)
-def test_planner_efforts_maximise_welfare(N, p, cap):
+@pytest.mark.parametrize("p, cap", [((0.1, 0.45), NO_CAP), ((0.4, 3.0), 4.0)])
+def test_efforts_are_the_best(p, cap):
     """Also where a cap binds, and without it nothing would be finite."""
-    rng, bound = np.random.default_rng(10 + N), 0
-    for _ in range(15):
-        game, G = replace(random_game(rng, N, p), cap=cap), random_graph(rng, N)
-        x = game.planner_efforts(G)
-        best = bcz_payoffs(game, G, x).sum()
-        if cap == NO_CAP:
-            assert best == pytest.approx(np.dot(game.alpha, x) / 2 - game.c * G.sum())  # alpha.x/2 - 2 c L
-        near = [x + size * rng.normal(size=N) for size in (1e-2, 0.3, 3.0) * 30]
-        corners = itertools.product((0.0, 2.0, 4.0), repeat=N) if N < 7 else ()
-        others = (np.clip(other, 0, cap) for other in (*near, *corners))
-        assert max(bcz_payoffs(game, G, other).sum() for other in others) <= best + 1e-9
-        bound += (x == cap).any()
-    assert (bound > 5) == (cap == 4.0)
+    found = check_efforts(lambda rng, N: replace(random_game(rng, N, p), cap=cap))
+    assert (sum((planner == cap).any() for _, _, planner in found) > 5) == (cap == 4.0)
 
 
 # A graph, its spectral radius (closed form), and a coupling above 1 / rho.
@@ -124,9 +65,8 @@ def test_efforts_without_a_solution_are_refused(G, rho, coupling):
     x = np.linalg.inv(np.eye(len(G)) - coupling * G) @ alpha
     assert np.isfinite(x).all() and x.min() < 0
     for bad in (coupling, 1.0 / rho + 1e-9, 1.0 / rho):
-        with pytest.raises(GameError, match="must be below 1") as error:
+        with pytest.raises(GameError, match="must be below 1"):
             effort_fixed_point(alpha, bad, G)
-        assert "\n" not in str(error.value)
     below = (1 - 1e-6) / rho  # the row sum bound, 1 / (N-1), would refuse it in the last two
     x = effort_fixed_point(alpha, below, G)
     assert x.min() > 0 and x.max() > 1e5
@@ -147,19 +87,8 @@ def test_capped_efforts_are_the_only_fixed_point(N):
             np.testing.assert_allclose(x, iterated, atol=1e-9)
         partly += 0 < (x == cap).sum() < N
     assert partly >= (1 if N == 2 else 4)  # some at the cap and some below it
-
-
-def test_capped_efforts_by_hand_and_where_the_cap_does_not_bind():
-    G, pair, alpha = complete_graph(4), complete_graph(2), np.array([1.0, 2.0, 3.0, 4.0])
-    free = effort_fixed_point(alpha, 0.2, G)
-    assert (effort_fixed_point(alpha, 0.2, G, free.max() + 1e-6) == free).all()
-    bound = effort_fixed_point(alpha, 0.2, G, free.max() - 1e-3)
-    assert bound.max() == free.max() - 1e-3 and (bound[:3] < free[:3]).all()
-    # By hand: agent 0 at the cap 2.5, agent 1 answers 1 + 0.5 * 2.5.
-    assert effort_fixed_point([5.0, 1.0], 0.5, pair, 2.5).tolist() == [2.5, 2.25]
-    assert effort_fixed_point([1.0, 1.0], 7.0, pair, 2.5).tolist() == [2.5, 2.5]
-    # A tiny alpha still grows to the cap.
-    assert effort_fixed_point([1e-11] * 3, 1.0, complete_graph(3), 5.0).tolist() == [5.0] * 3
+    if N > 2:  # a tiny alpha still grows to the cap
+        assert effort_fixed_point([1e-11] * N, 1.0, complete_graph(N), 5.0).tolist() == [5.0] * N
 
 
 def test_capped_efforts_where_the_matrix_is_singular_up_to_rounding():
@@ -176,76 +105,10 @@ def test_capped_efforts_where_the_matrix_is_singular_up_to_rounding():
     assert tried > 250
 
 
-# --- the efficient graph
-
-
-FIXTURES = [  # alpha, delta, c, efforts, welfare (6 digits), number of links
-    ((1, 1, 1, 1), 0.1, 0.12, "nash", 2.641633, 6),
-    ((1, 1, 1, 1), 0.1, 0.2, "nash", 2.0, 0),
-    ((3, 3, 3, 1, 1, 1), 0.05, 0.2, "nash", 18.079684, 12),
-    ((3, 3, 3, 1, 1, 1), 0.05, 0.2, "planner", 20.727273, 15),
-    ((3, 1, 1, 1, 1, 1), 0.05, 0.12, "nash", 7.606281, 5),
-]
-
-
-@pytest.mark.parametrize("alpha, delta, c, efforts, welfare, links", FIXTURES)
-def test_efficient_graph_fixtures(alpha, delta, c, efforts, welfare, links):
-    game = BCZ(tuple(map(float, alpha)), delta, c, NO_CAP)
-    G, W = game.efficient_graph(efforts)
-    assert round(W, 6) == welfare and G.sum() == 2 * links
-    assert game.welfare(G, game.solve_efforts(efforts, G)) == pytest.approx(W, abs=1e-12)
-    G[:] = 0  # the cached answer is not the array that was handed out
-    assert game.efficient_graph(efforts)[0].sum() == 2 * links
-
-
-def test_efficient_graph_fixture_details():
-    for hub in range(6):  # found wherever its seat is
-        alpha = tuple(3.0 if i == hub else 1.0 for i in range(6))
-        star, _ = BCZ(alpha, 0.05, 0.12, NO_CAP).efficient_graph()
-        assert star.sum(1).tolist() == [5 if i == hub else 1 for i in range(6)]
-    # half: the three links that are missing are those among the low agents.
-    half, _ = BCZ((1.0, 3.0, 1.0, 3.0, 3.0, 1.0), 0.05, 0.2, NO_CAP).efficient_graph()
-    missing = [(i, j) for i, j in itertools.combinations(range(6), 2) if not half[i, j]]
-    assert missing == [(0, 2), (0, 5), (2, 5)]
-
-
-@pytest.mark.parametrize("efforts", ["nash", "planner"])
-@pytest.mark.parametrize("N, draws", [(3, 150), (4, 150), (5, 60)])
-def test_efficient_graph_is_the_best_of_all_graphs(N, draws, efforts):
-    rng = np.random.default_rng(40 + N)
-    graphs, interior = all_graphs(N), 0
-    for _ in range(draws):
-        game = random_game(rng, N)
-        best = welfare_of_graphs(game, efforts, graphs).max()
-        G, W = game.efficient_graph(efforts)
-        assert W == pytest.approx(best, abs=1e-9)
-        assert welfare_of_graphs(game, efforts, G[None])[0] == pytest.approx(best, abs=1e-9)
-        assert (G == G.T).all() and set(G.ravel().tolist()) <= {0, 1} and not G.diagonal().any()
-        interior += 0 < G.sum() < N * (N - 1)
-        if efforts == "planner":
-            x = efforts_of(game, G, "planner")
-            for i, j in itertools.combinations(range(N), 2):
-                assert G[i, j] == (x[i] * x[j] >= game.c / game.delta)
-    assert interior >= 10  # else the draws would test the empty and the complete graph only
-
-
-# Found by a search: the best graph is missed if the highest alpha gets the first node of a threshold graph in
-# the order in which its nodes are added, in the reversed order, or with the dominating nodes first.
-WRONG_ORDERS = [
-    ((2.0, 1.0, 1.0, 1.0), 0.044, 0.082),
-    ((3.0, 2.92, 2.04, 1.47, 1.46), 0.02717, 0.13071),
-    ((3.0, 3.0, 1.0, 1.0), 0.056, 0.456),
-    ((3.0, 3.0, 3.0, 1.5, 1.0), 0.03122, 0.20768),
-    ((3.0, 1.75, 1.5, 1.0), 0.071, 0.271),
-    ((2.75, 1.5, 1.5, 1.0), 0.074, 0.259),
-]
-
-
-@pytest.mark.parametrize("alpha, delta, c", WRONG_ORDERS)
-def test_efficient_graph_where_a_wrong_order_of_the_nodes_misses_it(alpha, delta, c):
-    game = BCZ(alpha, delta, c, NO_CAP)
-    best = welfare_of_graphs(game, "nash", all_graphs(game.N)).max()
-    assert game.efficient_graph()[1] == pytest.approx(best, abs=1e-9)
+@pytest.mark.parametrize("solution", ["nash", "planner"])
+def test_the_efficient_graph_is_the_best_of_all(solution):
+    shares = check_efficient_graph(random_game, solution, 240)
+    assert sum(0 < share < 1 for share in shares) >= 10  # else only the empty and the complete one
 
 
 @pytest.mark.parametrize("efforts", ["nash", "planner"])
@@ -259,14 +122,12 @@ def test_critical_cost_parts_complete_from_empty(N, efforts):
             assert game.efficient_graph(efforts)[0].sum() == links
 
 
-def test_twelve_agents_are_feasible_and_thirteen_are_not():
+def test_twelve_agents_are_feasible():
     G, W = BCZ((3.0,) + (1.0,) * 11, 0.02, 0.05, NO_CAP).efficient_graph()
     # Star by hand: h = 3 + 11 delta l, l = 1 + delta h; Nash welfare x^2/2 - 2 c L.
     h = (3 + 11 * 0.02) / (1 - 11 * 0.02**2)
     assert (G == star_graph(12)).all()
     assert W == pytest.approx(h**2 / 2 + 11 * (1 + 0.02 * h) ** 2 / 2 - 2 * 0.05 * 11)
-    with pytest.raises(GameError, match="12"):
-        BCZ((1.0,) * 13, 0.01, 0.1, 5.0)
 
 
 def test_threshold_graphs_are_complete():
@@ -279,9 +140,6 @@ def test_threshold_graphs_are_complete():
     graphs = threshold_graphs(5)
     assert len(graphs) == 16 and (np.diff(graphs.sum(2), axis=1) <= 0).all()
     assert degrees == {tuple(G.sum(1).tolist()) for G in graphs}  # no two are isomorphic
-
-
-# --- the Nash graph
 
 
 def test_nash_graph_is_the_greatest_equilibrium():
@@ -297,13 +155,3 @@ def test_nash_graph_is_the_greatest_equilibrium():
         several += len(stable) > 1
         interior += 0 < greatest.sum() < 12
     assert several > 10 and interior > 15
-
-
-def test_nash_graph_by_hand():
-    # Complete graph, 3 agents, delta 0.2: x = 1/0.6, delta x^2 = 0.5556. Empty graph: delta = 0.2.
-    assert BCZ((1.0,) * 3, 0.2, 0.55, NO_CAP).nash_graph().sum() == 6
-    assert BCZ((1.0,) * 3, 0.2, 0.56, NO_CAP).nash_graph().sum() == 0
-    # Falls in two steps: at complete efforts only the weak pair drops its link, then the star cannot be held.
-    # Complete: S = 5/0.6, x = (alpha + 0.2 S)/1.2 = (3.889, 2.222, 2.222); star: hub 3.4/0.92, leaf 1.6/0.92.
-    assert BCZ((3.0, 1.0, 1.0), 0.2, 1.2, NO_CAP).nash_graph().tolist() == star_graph(3).tolist()
-    assert BCZ((3.0, 1.0, 1.0), 0.2, 1.5, NO_CAP).nash_graph().sum() == 0
