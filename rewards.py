@@ -149,7 +149,7 @@ def welfare(decision: Decision | None, target: Target) -> float | None:
     game, proposals_NN = target.game, target.with_own(decision)
     links_NN = form_links(proposals_NN)
     W = game.welfare(links_NN, game.solve_efforts(game.scored_at, links_NN))
-    W -= game.unanswered_costs(proposals_NN).sum()
+    W -= float(game.unanswered_costs(proposals_NN).sum())
     _, best = game.efficient_graph(game.scored_at)
     if best <= 0:  # in a public goods game in which no link pays, a graph without loss scores 1
         return float(W >= best)
