@@ -162,7 +162,8 @@ def make_cast(
 
 def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
     """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
-    model, the other seats' expert and random play, on the same games. Removes the policy's adapter."""
+    model, the other seats' expert and random play (among partners both constant answers), on the same games.
+    Removes the policy's adapter."""
     players, evaluation, results = settings.players, settings.evaluation, {}
     style, seed, temperature = players.style, evaluation.seed, evaluation.temperature
 
@@ -173,7 +174,8 @@ def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, 
     lora.remove(policy.model)  # what is left is the SFT policy
     add_row("sft", policy_player, policy, style, temperature, seed)
     add_row("base", policy_player, settings.model.load(), style, temperature, seed)
-    for expert in (players.expert, players.make_expert("random")):
+    constants = [players.make_expert(name) for name in ("always-link", "never-link")]
+    for expert in constants if players.partners else (players.expert, players.make_expert("random")):
         add_row(f"expert:{expert.name}", expert_player, expert, style, seed)
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
