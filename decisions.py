@@ -121,7 +121,7 @@ class Links(Kind):
     def expert_decision(self, actions: np.ndarray, game: Game, seat: int) -> Decision:
         return Decision(self, actions[seat], actions[:, seat])
 
-    def sample_level(self, decision: Decision, target: Target) -> float:
+    def likeness(self, decision: Decision, target: Target) -> float:
         """F1 + accuracy of the row against the expert's [source]."""
         expert_N = target.actions[target.seat]
         return f1(decision.action, expert_N, target.seat) + accuracy(decision.action, expert_N, target.seat)
@@ -199,7 +199,7 @@ class Efforts(Kind):
         belief_N[seat] = 0
         return Decision(self, float(efforts_N[seat]), belief_N)
 
-    def sample_level(self, decision: Decision, target: Target) -> float:
+    def likeness(self, decision: Decision, target: Target) -> float:
         """Nearness to the expert's effort, in [0, 2] [choice]."""
         return effort_score(decision.action, target.actions[target.seat], target.cap)
 

@@ -53,8 +53,9 @@ class Game:
     """One instance of a game: a frozen, hashable dataclass, so that its solutions can be cached.
 
     A subclass declares its parameters, `c`, `stages`, `rounds` and `fee` as fields. It must define everything
-    under the three headings "Each game". [choice] A later stage of the same kind revises the earlier one; the
-    round pays once, at its end, from the last graph and the last efforts."""
+    under the three headings "Each game" that has no default. [choice] A later stage of the same kind revises
+    the earlier one (in GEE the second efforts replace the first); the round pays once, at its end, from the
+    last graph and the last efforts."""
 
     # Each game: its rules. Efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
@@ -325,7 +326,7 @@ class Kind:
         """The decision of one seat, which believes that all others play these actions."""
         raise NotImplementedError
 
-    def sample_level(self, decision: Decision, target) -> float:
+    def likeness(self, decision: Decision, target) -> float:
         """The likeness to the expert's decision within r^S, for a compliant decision, in [0, 2]."""
         raise NotImplementedError
 

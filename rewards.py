@@ -101,10 +101,10 @@ def effort_score(effort: float, expert_effort: float, cap: float) -> float:
     return 2 * max(0.0, 1 - abs(effort - expert_effort) / max(expert_effort, 0.05 * cap))
 
 
-def sample_level(decision: Decision | None, target: Target) -> float:
+def likeness(decision: Decision | None, target: Target) -> float:
     """0 for a reply that is not compliant. For links it is f1 + accuracy, for efforts effort_score
     (decisions.Links, decisions.Efforts)."""
-    return target.kind.sample_level(decision, target) if decision else 0.0
+    return target.kind.likeness(decision, target) if decision else 0.0
 
 
 def belief_accuracy(decision: Decision | None, target: Target) -> float | None:
@@ -187,18 +187,18 @@ def group_rewards(
     target: Target,
     memory: Memory,
     weights: dict[str, float],
-    likeness: list[float],
+    sample: list[float],
     scores: list[float | None],
 ) -> None:
     """Writes all terms of one group into its rollouts: `compliance`, `sample`, the optional ones by name,
-    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. likeness,
-    scores: the likeness and s_i of each reply."""
+    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample,
+    scores: the likeness, or what stands in its place, and s_i of each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
-    for o, likeness_i, s in zip(group, likeness, scores, strict=True):
+    for o, sample_i, s in zip(group, sample, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}
         bonus = sum(weights.get(name, 0.0) * (value or 0.0) for name, value in optional.items())
-        o.rewards = {"compliance": compliance(o.decision), "sample": likeness_i} | optional
-        o.rewards["r_S"] = o.rewards["compliance"] + likeness_i + bonus
+        o.rewards = {"compliance": compliance(o.decision), "sample": sample_i} | optional
+        o.rewards["r_S"] = o.rewards["compliance"] + sample_i + bonus
         if s is not None:
             local = weights["local"] * (o.decision is not None and s == best)
             globally = weights["global"] * (o.decision is not None and s >= memory.get(target))
@@ -215,6 +215,6 @@ def expert_rewards(
 ) -> None:
     """Writes the rewards of a step's groups, one for each target, into their rollouts. score: s_i."""
     for target, group in zip(targets, groups, strict=True):
-        likeness = [sample_level(o.decision, target) for o in group]
+        sample = [likeness(o.decision, target) for o in group]
         scores = [score(o.decision, target) for o in group]
-        group_rewards(group, target, memory, weights, likeness, scores)
+        group_rewards(group, target, memory, weights, sample, scores)

@@ -175,7 +175,9 @@ class Data:
         "all: decisions of every seat",
         values.number_or_word("random", "all"),
     )
-    noise: float = flag("--noise", 0.15, "share of decisions replaced at random in the data", values.share)
+    noise: float = flag(
+        "--noise", 0.15, "share of decisions replaced at random in the data (without partners)", values.share
+    )
 
     def __post_init__(self):
         if isinstance(self.seat, int) and self.seat >= self.agents[0]:
@@ -325,6 +327,10 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
         raise InputError("--reward-from joint asks all seats of a game at once: give --seat all")
     if args.reward_from == "credit" and players.expert.language:
         raise InputError("--reward-from credit plays every game to its end: choose an exact --expert")
+    if args.reward_from != "game" and args.partners == ["self"]:
+        raise InputError(
+            "in self-play there is no expert to be like: --partners self needs --reward-from game"
+        )
     if args.reward_from == "credit" and args.partners:
         raise InputError("--reward-from credit plays on with the expert in all seats: leave out --partners")
     rewards: dict[str, Callable] = {
@@ -425,7 +431,8 @@ PAPER |= dict(lr=1e-5)  # [choice]: the paper leaves the learning rate of RFT op
 PAPER |= dict(dtype="bfloat16")  # [choice]: so that the 7B model fits into one GPU of 80 GB
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
 OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3, fix=["fee=0.05"])
-OTHERS |= dict(expert="random", train_on="format", label_noise=0.0, reward_from="game", dtype="bfloat16")
+OTHERS |= dict(expert="random", train_on="format", label_noise=0.0, sft_steps=16, reward_from="game")
+OTHERS |= dict(dtype="bfloat16")  # for time; two threads need 25 minutes
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 

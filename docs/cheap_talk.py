@@ -94,7 +94,7 @@ class Messages(Kind):
     def expert_decision(self, actions: np.ndarray, game: Game, seat: int) -> Decision:
         return Decision(self, str(actions[seat]))
 
-    def sample_level(self, decision: Decision, target: Target) -> float:
+    def likeness(self, decision: Decision, target: Target) -> float:
         """2 for the very announcement of the expert, else 0."""
         return 2.0 * bool(decision.action == target.actions[target.seat])
 

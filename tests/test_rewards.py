@@ -13,7 +13,7 @@ from tables import effort, group_of, row
 import rewards
 from decisions import EFFORTS, LINKS
 from games import Decision, State, complete_graph, empty_graph
-from rewards import Memory, Target, accuracy, belief_accuracy, f1, graph_likeness, sample_level, welfare
+from rewards import Memory, Target, accuracy, belief_accuracy, f1, graph_likeness, likeness, welfare
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 from world.pgg import PGG
@@ -71,7 +71,7 @@ EFFORT_SCORES = [  # expert's effort, cap, {own: score}; 5 % of the cap is the s
 def test_effort_score(expert, cap, scores):
     for x, score in scores.items():
         assert rewards.effort_score(x, expert, cap) == pytest.approx(score)
-        assert sample_level(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
+        assert likeness(effort(x), target(0, [expert, 1.0], cap)) == pytest.approx(score)
 
 
 def test_graph_score_by_a_loop():

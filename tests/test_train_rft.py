@@ -25,7 +25,7 @@ from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
 from prompts import PromptStyle
-from rewards import Target, graph_likeness, sample_level
+from rewards import Target, graph_likeness, likeness
 from tools import merge
 from variants import credit
 
@@ -93,7 +93,7 @@ def test_sample_lines_hold_all_terms(full):
         assert {"step", "reply", "expert"} <= set(line) and line["r_S"] == line["compliance"] + line["sample"]
         t = targets[line["game"], line["stage"], line["seat"]]
         decision = runs.fake_parse(line["reply"], t.state, t.seat)
-        assert line["sample"] == pytest.approx(sample_level(decision, t)) and line["kind"] == t.kind.letter
+        assert line["sample"] == pytest.approx(likeness(decision, t)) and line["kind"] == t.kind.letter
         assert (line["broken"] is None) == (line["compliance"] > 0) == (decision is not None)
         if line["kind"] == "G":
             assert line["s"] == pytest.approx(graph_likeness(decision, t))

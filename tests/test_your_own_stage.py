@@ -18,7 +18,7 @@ from play.dataset import check_record, simulate_many, targets
 from play.human import to_reply
 from play.repair import repair_reply
 from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
-from rewards import Target, belief_accuracy, sample_level
+from rewards import Target, belief_accuracy, likeness
 from tools import diagnose, view
 from world.bcz import BCZ
 from world.draws import Family
@@ -109,7 +109,7 @@ def test_exact_experts_announce_what_they_do_next():
 def test_rewards_by_hand():
     target = Target(State(GAME), 0, np.array(["no", *PLANS[1:]]))
     for line, level in (("no", 2), ("No", 0), (PLANS[0], 0)):
-        assert sample_level(Decision(MESSAGES, line), target) == level
+        assert likeness(Decision(MESSAGES, line), target) == level
     assert belief_accuracy(Decision(MESSAGES, "no"), target) is belief_accuracy(None, target) is None
     short = Target(target.state, 0, np.array(["no"] * 4))  # a longer line is not cut off
     assert short.with_own(Decision(MESSAGES, PLANS[0])).tolist() == [PLANS[0], "no", "no", "no"]

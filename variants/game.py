@@ -1,8 +1,9 @@
 """Rewards from the game itself, without a teacher: `--reward-from game` [choice].
 
-What a decision is worth follows from the payoffs, given what the others really do in that state. Every choice
-that the agent did not take has an exact payoff, too, so both levels of reward are shares of the range between
-the worst and the best of all its choices:
+What a decision is worth in its round follows from the payoffs, given what the others do in that state: the
+partners, or in self-play the policy (without partners: what the expert would do). Every choice that the agent
+did not take has an exact payoff, too, so both levels of reward are shares of the range between the worst and
+the best of all its choices:
 
     sample level   2 U2 = 2 (u - u_worst) / (u_best - u_worst), the own payoff: what the agent gains by it
     graph level    s = (W - W_worst) / (W_best - W_worst), the welfare: what all gain by it; for efforts, too

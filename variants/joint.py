@@ -15,7 +15,7 @@ import numpy as np
 
 from play import dataset
 from play.dataset import Prompt
-from rewards import Memory, Rollout, Target, graph_likeness, group_rewards, sample_level
+from rewards import Memory, Rollout, Target, graph_likeness, group_rewards, likeness
 
 
 def moment(target: Target) -> tuple[int, int]:
@@ -51,5 +51,5 @@ def joint_rewards(
     for target, group in zip(targets, groups, strict=True):
         graphs = proposals.get(moment(target), [None] * len(group))
         scores = [graph_likeness(o.decision, target, P_NN) for o, P_NN in zip(group, graphs, strict=True)]
-        sample = [sample_level(o.decision, target) for o in group]
+        sample = [likeness(o.decision, target) for o in group]
         group_rewards(group, target, memory, weights, sample, scores)

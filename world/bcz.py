@@ -10,11 +10,12 @@ The derivative of pi_i in x_i is 0 at the best response. At the Nash efforts all
 other; the planner chooses the efforts that maximise the welfare sum_i pi_i, where every link counts twice:
 
     best response  x_i = alpha_i + delta (G x)_i
-    Nash           x   = (I -   delta G)^-1 alpha     exists iff   delta rho(G) < 1   (weighted Katz-Bonacich)
-    planner        x   = (I - 2 delta G)^-1 alpha     exists iff 2 delta rho(G) < 1
+    Nash           x   = (I -   delta G)^-1 alpha     needs   delta rho(G) < 1   (weighted Katz-Bonacich)
+    planner        x   = (I - 2 delta G)^-1 alpha     needs 2 delta rho(G) < 1
 
-rho(G) is the largest eigenvalue of G. The efficient graph has the highest welfare of all graphs, at Nash or
-at planner efforts. In the code, `links_NN` is G and `efforts_N` is x.
+rho(G) is the largest eigenvalue of G. Without this condition no efforts x >= 0 solve the equation; with the
+cap there is always exactly one solution. The efficient graph has the highest welfare of all graphs, at Nash
+or at planner efforts. In the code, `links_NN` is G and `efforts_N` is x.
 """
 
 import json
