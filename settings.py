@@ -430,7 +430,7 @@ PAPER |= dict(agents=(4, 8), train_on="effort", label_noise=0.0)
 PAPER |= dict(lr=1e-5)  # [choice]: the paper leaves the learning rate of RFT open
 PAPER |= dict(dtype="bfloat16")  # [choice]: so that the 7B model fits into one GPU of 80 GB
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
-OTHERS = dict(partners=["always-link", "never-link"], rounds=3, fix=["c=0.05", "fee=1"])
+OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3, fix=["fee=0.05"])
 OTHERS |= dict(expert="random", train_on="format", label_noise=0.0, sft_steps=16, reward_from="game")
 OTHERS |= dict(dtype="bfloat16")  # for time; two threads need 25 minutes
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
