@@ -25,22 +25,25 @@ from rewards import Target, accuracy, effort_score, f1
 
 
 @lru_cache(maxsize=2**16)
-def _nash_payoffs(game: Game, links: bytes) -> np.ndarray:
+def _payoffs(game: Game, links: bytes, solution: str) -> np.ndarray:
     links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
-    return game.payoffs(links_NN, game.nash_efforts(links_NN))
+    return game.payoffs(links_NN, game.solve_efforts(solution, links_NN))
 
 
-def payoffs_with_row(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> np.ndarray:
-    """What every agent earns, (N,), with this row of the seat among the proposals, at the Nash efforts of the
-    graph that forms."""
+def payoffs_with_row(
+    state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray, solution: str = "nash"
+) -> np.ndarray:
+    """What every agent earns, (N,), with this row of the seat among the proposals, at the efforts of the
+    solution (`nash` or `planner`) on the graph that forms."""
     proposals_NN, game = proposals_NN.copy(), state.game
     proposals_NN[seat] = row_N
-    return _nash_payoffs(game, form_links(proposals_NN).tobytes()) - game.unanswered_costs(proposals_NN)
+    links = form_links(proposals_NN).tobytes()
+    return _payoffs(game, links, solution) - game.unanswered_costs(proposals_NN)
 
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
     """What the seat earns with each of the 2^(N-1) rows that it could have proposed, in the order of
-    `games.own_rows`."""
+    `games.own_rows`, at Nash efforts."""
     rows = own_rows(state.game.N, seat)
     return np.array([payoffs_with_row(state, seat, proposals_NN, row_N)[seat] for row_N in rows])
 
@@ -137,8 +140,9 @@ class Links(Kind):
         return payoffs_with_row(state, seat, actions, actions[seat])[seat], all_u.max(), all_u.min()
 
     def welfare_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
-        rows = [actions[seat], *own_rows(state.game.N, seat)]
-        W, *all_W = (payoffs_with_row(state, seat, actions, row_N).sum() for row_N in rows)
+        """At the efforts that `Game.scored_at` names: in PGG nobody contributes at Nash efforts."""
+        rows, solution = [actions[seat], *own_rows(state.game.N, seat)], state.game.scored_at
+        W, *all_W = (payoffs_with_row(state, seat, actions, row_N, solution).sum() for row_N in rows)
         return W, max(all_W), min(all_W)
 
 

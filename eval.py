@@ -206,7 +206,7 @@ def evaluate_by_seat(settings: Settings, names: list[str]) -> dict[str, dict]:
         played = [play_among_experts(settings, name, make_player, i) for i in seats]
         own = {f"{name} seat {i}": summarise(games) for i, games in enumerate(played)}
         tables = {row.removeprefix(f"{name} "): summary["all rounds"] for row, summary in own.items()}
-        print("\n" * bool(results) + f"{name} in each seat, {settings.players.expert.name} in the others")
+        print("\n" * bool(results) + f"{name} in each seat, {settings.players.others.name} in the others")
         print(format_table(tables | {"mean": mean_over_seats(played)}), flush=True)
         results |= own
     return results
@@ -249,6 +249,8 @@ def main(argv=None) -> None:
     few_shot = [f"few-shot:{args.few_shot}"] if args.few_shot else []
     if (args.by_seat or args.table) and (args.seat or args.repair or few_shot):
         raise InputError("--by-seat and --table take no --seat, --few-shot or --repair")
+    if args.table and args.partners:
+        raise InputError("--table names a player for each seat: leave out --partners")
     if args.table and (len(args.table) != args.agents or args.policy != ["base"] or args.by_seat):
         needed = f"a player for each of the {args.agents} seats (--agents)"
         raise InputError(f"--table names {needed}: leave out --policy and --by-seat")

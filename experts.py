@@ -145,10 +145,8 @@ class Partners(Expert):
     """Several rules. Which one a seat follows is drawn for every seat of every instance, and depends on
     nothing else, so all policies meet the same partners in evaluation."""
 
-    name = "partners"
-
     def __init__(self, rules: list[Expert]):
-        self.rules = rules
+        self.rules, self.name = rules, " or ".join(rule.name for rule in rules)
 
     def rule(self, game: Game, seat: int) -> Expert:
         drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(game.key.encode()), seat)

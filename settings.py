@@ -187,7 +187,9 @@ class Data:
     def load(self, games: Games, players: Players) -> list[dataset.Record]:
         """The records of all seats."""
         if isinstance(self.games, str):
-            return dataset.read_records(self.games)
+            records, with_partners = dataset.read_records(self.games), players.partners is not None
+            dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
+            return records
         return self.simulate(games, players, self.games)
 
     def simulate(self, games: Games, players: Players, count: int, split: str = "train"):

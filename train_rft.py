@@ -194,13 +194,13 @@ def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, sto
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one.
     Returns False if it was stopped before the end, after saving a checkpoint."""
     cfg, seed, data, style = settings.rft, settings.run.seed, settings.data, settings.players.style
+    N = max(q.target.game.N for conversation in conversations for q in conversation)
     if settings.players.self_play:
         played = Table(policy, style, cfg.temperature, settings.games.families, data.agents)
-        cfg = replace(cfg, next_batch=played.next_batch)
+        cfg, N = replace(cfg, next_batch=played.next_batch), max(N, data.agents[1])
     adapter = new_adapter(policy, settings.lora, seed, Stream.RFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
-    N = max(q.target.game.N for conversation in conversations for q in conversation)
     with Stage(folder, cfg.algo.upper(), cfg.steps, parameters, optimizer, stop, settings.flags) as stage:
         stage.probe = make_probe(settings, policy, stage, cfg.algo.upper(), PROBE_EVERY)
         if stage.steps_done == 0 and ranks.first():

@@ -77,6 +77,23 @@ def read_records(path: str) -> list[Record]:
     return records
 
 
+def check_seats(path: str, records: list[Record], partners: bool, seat: int | str, seed: int) -> None:
+    """Raises InputError for a data set that was made with partners and is read without, the other way round,
+    or with another seat: among partners the trained seat alone plays at random, and always."""
+    games: dict[int, list[Record]] = {}
+    for r in records:
+        games.setdefault(r.game, []).append(r)
+    for index, own in games.items():
+        replaced, N = {r.seat for r in own if r.replaced}, max(r.seat for r in own) + 1
+        made_with = len(replaced) == 1 and all(r.replaced for r in own if r.seat in replaced)
+        if partners and not (made_with and replaced == {seat_of(seat, seed, index, N)}):
+            raise InputError(f"{path} was not made with --partners and this --seat and --seed; {WRITE_ONE}")
+        if not made_with:
+            return
+    if not partners and len(games) > 1:
+        raise InputError(f"{path} was made with --partners: give the same ones here")
+
+
 def check_record(r: Record) -> None:
     """Raises ValueError, or whatever a value of a wrong type leads to."""
     game = game_from_json(r.instance)
@@ -198,12 +215,16 @@ def make_prompts(
 
 
 def next_batch(
-    conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+    conversations: list[list[Prompt]],
+    counts: dict[str, int],
+    step: int,
+    seed: int,
+    order: list[int] | None = None,
 ) -> list[Prompt]:
-    """The prompts of a step: so many decisions of each kind, from the same conversations where possible. All
-    conversations are gone through once an epoch."""
+    """The prompts of a step: so many decisions of each kind, from the same conversations where possible,
+    since these share tokens. All conversations are gone through once an epoch; order: another order."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
-    order = shuffled(len(conversations), max(counts.values()), step, seed, Stream.RFT_ORDER)
+    order = order or shuffled(len(conversations), max(counts.values()), step, seed, Stream.RFT_ORDER)
     for k, i in enumerate(order):
         for letter, count in counts.items():
             if k < count:

@@ -72,4 +72,4 @@ class Table:
         player = Itself(self.policy, self.style, self.temperature, generator)
         records = simulate(plays, player, self.style)
         fresh = make_prompts(self.policy, records, records, counts, self.style)
-        return dataset.next_batch(fresh, counts, step, seed)
+        return dataset.next_batch(fresh, counts, step, seed, rng.permutation(len(fresh)).tolist())

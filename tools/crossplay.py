@@ -33,6 +33,8 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.json:
         refuse_existing(args.json)
+    if args.partners:
+        raise InputError("--player names who meets whom: leave out --partners")
     names = list(dict.fromkeys(args.player))
     if len(names) < 2:
         raise InputError("--player: cross-play needs at least two different players")

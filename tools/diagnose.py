@@ -86,7 +86,7 @@ def welfare(run: Run) -> Judgement:
     if u1 < FEW_COMPLIANT:  # silence can have a high U2: where nobody links, nothing is at stake
         return 0, f"not judged: only {u1:.2f} of the evaluated replies are compliant", ""
     reach = run.results[experts[0]]["all rounds"]["U3"]["mean"]
-    text = f"{own}: U2 {u2:.3f}, U3 {u3:.3f}, where the expert in its seat has U3 {reach:.3f}"
+    text = f"{own}: U2 {u2:.3f}, U3 {u3:.3f}, where {experts[0]} in its seat has U3 {reach:.3f}"
     advice = "The group is poor: raise --weights A_G, or imitate a cooperative expert (--expert planner)."
     # With a lower U2, a low U3 is bad play and no social dilemma.
     return judge(u3 / reach, 0.95, 0.85) if u2 >= 0.80 and reach > 0 else 0, text, advice

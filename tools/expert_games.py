@@ -28,6 +28,8 @@ def main(argv=None) -> None:
     data = from_flags(Data, args, seed=args.seed)
     if isinstance(data.games, str):
         raise InputError("--games must be a number here: the games are played, and not read from a file")
+    if players.self_play:
+        raise InputError("--partners self is for train_rft.py, which plays with the policy that it trains")
     records = data.simulate(games, players, data.games, args.split)
     write_records(args.out, records)
     print(f"{args.out}: {len(records)} decisions of {data.games} games by {args.expert}")

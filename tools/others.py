@@ -261,7 +261,7 @@ def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, asks, pa
 def check(args) -> None:
     """Raises InputError for flags with which the questions make no sense."""
     for name in filter(None, [*(args.partners or ()), args.unmet]):
-        if {"random", "noisy", "openai", "hf"} & set(name.split(":")):
+        if {"random", "noisy", "openai", "hf", "self"} & set(name.split(":")):
             raise InputError(f"{name}: the others must follow rules that draw nothing, see experts.py")
     if not args.partners or args.unmet in args.partners:
         raise InputError("give the rules of the others as --partners, and as --unmet none of them")

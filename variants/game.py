@@ -9,9 +9,10 @@ the best of all its choices:
     graph level    s = (W - W_worst) / (W_best - W_worst), the welfare: what all gain by it; for efforts, too
 
 r^S = compliance + 2 U2, and R^G = s with both bonuses, as in rewards.py. The rows are those of
-decisions.py. No decision of the expert in the agent's own seat is used."""
+decisions.py. No decision of the expert in the agent's own seat is used. A kind of decision that pays nothing
+by itself has compliance alone."""
 
-from games import share_of_range
+from games import Range, share_of_range
 from rewards import Memory, Rollout, Target, group_rewards
 
 
@@ -21,7 +22,16 @@ def game_rewards(
     """As rewards.expert_rewards. target.actions: what the others do."""
     for target, group in zip(targets, groups, strict=True):
         kind, state, seat = target.kind, target.state, target.seat
-        actions = [target.with_own(o.decision) if o.decision else None for o in group]
-        own = [0.0 if a is None else 2 * (kind.efficiency(state, seat, a) or 0.0) for a in actions]
-        common = [0.0 if a is None else share_of_range(kind.welfare_range(state, seat, a)) for a in actions]
-        group_rewards(group, target, memory, weights, own, common)
+        own: list[float] = []
+        common: list[float | None] = []
+        pays = kind.welfare_range(state, seat, target.actions) is not None  # not every kind does
+        for o in group:
+            actions = target.with_own(o.decision) if o.decision and pays else None
+            own.append(0.0 if actions is None else 2 * share(kind.payoff_range(state, seat, actions)))
+            common.append(share(kind.welfare_range(state, seat, actions)) if actions is not None else 0.0)
+        group_rewards(group, target, memory, weights, own, common if pays else [None] * len(group))
+
+
+def share(values: Range | None) -> float:
+    """Rounding errors must not decide which of two equally good replies gets a bonus."""
+    return round(share_of_range(values) or 0.0, 9)

@@ -1,6 +1,7 @@
 """Partners in the other seats: who they are, the data they give, what is rewarded, and whole runs."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,8 @@ from whole_runs import interrupted, lines_of, rft_flags, run_rft
 import train_rft
 from decisions import EFFORTS, LINKS
 from experts import Partners, make_expert
-from games import Decision, State, complete_graph, form_links, game_from_json, own_rows
-from play.dataset import simulate_many, targets
+from games import Decision, Kind, State, complete_graph, form_links, game_from_json, own_rows
+from play.dataset import check_seats, simulate_many, targets
 from play.expert_games import label_decision
 from play.metrics import summarise
 from play.probe import probe_targets
@@ -155,6 +156,41 @@ def test_the_two_levels_of_an_effort_disagree_and_have_a_memory_of_their_own():
     assert set(memory.best) == {state.game.key, f"{state.game.key} E"}
 
 
+@pytest.mark.parametrize("order", [(None, "yes"), ("yes", None)])
+def test_a_kind_that_pays_nothing_has_no_graph_level(order):
+    state, kind = State(drawn()), Kind()
+    kind.letter, kind.beliefs = "M", False
+    target = SimpleNamespace(kind=kind, state=state, seat=0, game=state.game, actions=["", "", "", ""])
+    target.with_own = lambda decision: target.actions
+    group = rollouts(kind, list(order))
+    game_rewards([target], [group], Memory(), weights=WEIGHTS)
+    assert not any("R_G" in o.rewards for o in group)
+    assert [o.rewards["r_S"] for o in group] == [0.5 if action else -0.5 for action in order]
+
+
+def test_equally_good_rows_have_equal_rewards():
+    """With homogeneous types the other agents can be exchanged, and rounding must not tell them apart."""
+    for seed in range(20):
+        state = State(draw_game(np.random.default_rng(seed), 4, family=Family(patterns=("homogeneous",))))
+        group = rollouts(LINKS, own_rows(4, 0))
+        game_rewards([Target(state, 0, complete_graph(4))], [group], Memory(), weights=WEIGHTS)
+        by_size = {}
+        for o in group:
+            by_size.setdefault(int(o.decision.action.sum()), set()).add((o.rewards["r_S"], o.rewards["R_G"]))
+        assert all(len(values) == 1 for values in by_size.values())
+
+
+def test_a_data_set_of_other_partners_or_another_seat_is_refused():
+    nash = make_expert("nash")
+    alone = simulate_many(3, nash, 0, STYLE, families=(FAMILY,))
+    among = simulate_many(3, nash, 0, STYLE, families=(FAMILY,), partners=PARTNERS, seat=1)
+    check_seats("file", alone, False, 0, 0)
+    check_seats("file", among, True, 1, 0)
+    for records, partners, seat in ((alone, True, 1), (among, True, 0), (among, False, 1)):
+        with pytest.raises(InputError, match="made with"):
+            check_seats("file", records, partners, seat, 0)
+
+
 def test_the_means_of_every_round():
     summary = summarise(play(held_out_grid(4, FAMILY)[:6], expert("always-link"), 0, PARTNERS, 0))
     assert {"round 1", "round 2", "round 3"} < set(summary) and summary["round 3"]["U2"]["n"] == 6
@@ -186,6 +222,8 @@ def test_a_run_learns_from_the_game(ended_run):
     if how is SELF:  # every step has new games
         first, last = ({r["game"] for r in samples if r["step"] == step} for step in (0, 5))
         assert first and last and not first & last
+        asked = [(r["step"], r["game"], r["stage"], r["seat"]) for r in samples]
+        assert {asked.count(place) for place in asked} == {4}  # m replies, and no question twice in a step
 
 
 def test_it_goes_on_bit_for_bit(ended_run, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def test_the_common_good_of_a_row_against_all_rows(name, fee):
 
         def W(row, game=game, P=P):
             other = np.array([row, *P[1:]])
-            x = game.nash_efforts(form_links(other))
+            x = game.solve_efforts(game.scored_at, form_links(other))
             return game.round_payoffs(other, x).sum()
 
         values = [W(row) for row in own_rows(4, 0)]

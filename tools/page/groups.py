@@ -108,6 +108,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "weights": [weights["A_S"], weights["A_G"]],
             "algo": config.get("algo", "tompo"),
             "advantage": objective.get("advantage", "std"),
+            "game": config.get("reward_from") == "game",
             "credit": config.get("credit") is not None or config.get("reward_from") == "credit",
         },
         "groups": [group for i in chosen for group in groups[i]],
