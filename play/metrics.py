@@ -1,5 +1,12 @@
 """What is measured in played games, and the tables that show it. No language model is needed.
 
+    U1      share of the policy's replies that are compliant
+    s       likeness of the formed graph to the experts', as in training
+    row     share of the other agents whom a link decision treats as the expert does
+    U2      1 - (u_best - u) / (u_best - u_worst): the own payoff of a decision, given what the others play
+    U3      welfare of the game / welfare W* of the first best
+    belief  how well the Belief line foresees the others
+
 The metrics are a [choice] where the paper only names them; docs/settings.md explains them at length. The
 unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
 compliant plays no links or effort 0, which U2 and U3 measure; in s and row it counts as 0. Where the policy
