@@ -60,14 +60,13 @@ class Table:
     def next_batch(
         self, conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
     ) -> list[Prompt]:
-        """As dataset.next_batch, but from as many new games as are needed for so many decisions. The
-        conversations are not used."""
-        rng, plays, seats = numpy_generator(seed, Stream.SELF_PLAY, step), [], 0
-        while seats < max(counts.values()):
+        """As dataset.next_batch, but from new games, one for each decision of a kind, so that a step meets as
+        many different games as with expert games. The conversations are not used."""
+        rng, plays = numpy_generator(seed, Stream.SELF_PLAY, step), []
+        while len(plays) < max(counts.values()):
             N = int(rng.integers(self.agents[0], self.agents[1] + 1))
             game = draw_game(rng, N, "train", self.families[(step + len(plays)) % len(self.families)])
             plays.append((step * max(counts.values()) + len(plays), game, rng))
-            seats += N
         generator = torch_generator(seed, Stream.SELF_PLAY, step)
         player = Itself(self.policy, self.style, self.temperature, generator)
         records = simulate(plays, player, self.style)
