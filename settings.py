@@ -137,10 +137,9 @@ class Players:
         """Who sits in the other seats instead of the expert."""
         if not self.partner_names or self.self_play:
             return None
-        rules = [self.make_expert(name) for name in self.partner_names]
-        if any(rule.language for rule in rules):
+        if any({"openai", "hf"} & set(name.split(":")) for name in self.partner_names):
             raise InputError("--partners takes exact experts (see experts.py)")
-        return Partners(rules)
+        return Partners([self.make_expert(name) for name in self.partner_names])
 
     @property
     def others(self) -> Expert:

@@ -241,14 +241,13 @@ def test_it_goes_on_bit_for_bit(ended_run, tmp_path, monkeypatch):
         ("--partners self", "--seat all"),
         ("--partners nash --seat all", "--seat all"),
         ("--partners nobody", "choose from"),
-        ("--partners openai:m", "exact experts"),
+        ("--partners noisy:hf:m:0.5", "exact experts"),
         ("--partners nash --reward-from credit", "leave out --partners"),
         ("--fix fee=-1", "from 0"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(flags, why, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OPENAI_API_KEY", "key")
     with pytest.raises(SystemExit):
         train_rft.main(flags.split())
     assert why in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "runs").exists()
