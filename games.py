@@ -476,7 +476,8 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
     game, per_round, stage = state.game, len(state.game.stages), len(state.history)
-    results = state.round_results()
+    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
+    P, x = ended.last("G"), ended.efforts
     return Observation(
         game=game.name,
         N=game.N,
@@ -494,6 +495,6 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         previous=state.kind_of(stage - 1) if stage else None,
         links=state.links,
         efforts=state.efforts,
-        last_payoff=float(results[-1][2][seat]) if results else None,
+        last_payoff=None if P is None or x is None else float(game.round_payoffs(P, x)[seat]),
         last_actions=state.history[-1] if stage else None,
     )

@@ -433,7 +433,7 @@ PAPER |= dict(dtype="bfloat16")  # [choice]: so that the 7B model fits into one 
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
 OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3, fix=["fee=0.05"])
 OTHERS |= dict(expert="random", train_on="format", label_noise=0.0, sft_steps=16, reward_from="game")
-OTHERS |= dict(dtype="bfloat16")  # for time; two threads need 25 minutes
+OTHERS |= dict(dtype="bfloat16")  # for time
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 
