@@ -128,7 +128,9 @@ def sample(
     uniforms_PMS = torch.rand(len(prompts), M, S, generator=generator)
 
     def sample_own(indices: list[int]) -> list[list[Reply]]:
-        return policy.sample([prompts[i].ids for i in indices], uniforms_PMS[indices], temperature)
+        own = [prompts[i] for i in indices]
+        labels = [policy.encode_reply(q.record.label) for q in own]
+        return policy.sample([q.ids for q in own], uniforms_PMS[indices], temperature, labels)
 
     replies = ranks.split([q.conversation for q in prompts], sample_own)
     return [

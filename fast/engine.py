@@ -7,29 +7,32 @@ Dimensions: P prompts, M replies of a prompt, B replies that are being sampled, 
 R rows, S the longest reply, T targets, H hidden size, V vocabulary.
 """
 
+from collections import Counter, defaultdict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fast.drafts import Drafts
 from fast.lora_products import JointLoRALinear, linear
-from fast.shared_prefix import History, Pass, SharedKV, chain, pack
+from fast.shared_prefix import Pass, Row, Store, pack
 from policy import Policy
 from prompts import Reply
+
+CHUNK = 256  # the most tokens whose logits are held at the same time
 
 
 class _TargetLogps(torch.autograd.Function):
     """log softmax(logits_of(h) / temperature) at the target of each token: (T, H), (T,) -> (T,).
 
-    The logits of at most CHUNK tokens are held at the same time. Each value depends on its own h alone, so
+    Each value depends on its own h alone, so
     its gradient with respect to h is a single vector of size H, which is computed in the forward pass and
     stored instead of the logits. The head, of weight W, is frozen."""
 
-    CHUNK = 256
-
     @staticmethod
     def forward(ctx, hidden, targets, logits_of, W, temperature):
-        values, gradients, chunk = [], [], _TargetLogps.CHUNK
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        values, gradients = [], []
+        for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
             logps = scaled(logits_of(h), temperature).log_softmax(-1)
             values.append(logps.gather(-1, y[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
@@ -65,7 +68,11 @@ def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> 
     if uniforms_B is None:
         token_B = logits_UV.argmax(-1)[state_B]
     else:  # all draws from a state are looked up in its row at once, so no distribution is copied
-        rank = [state_of[:b].count(u) for b, u in enumerate(state_of)]
+        seen: Counter[int] = Counter()
+        rank = []  # the number of each draw among those from its state
+        for u in state_of:
+            rank.append(seen[u])
+            seen[u] += 1
         rank_B = torch.tensor(rank, device=logits_UV.device)
         cdf_UV = weight_UV.cumsum_(-1)
         threshold_UK = logits_UV.new_zeros(len(logits_UV), max(rank) + 1)
@@ -97,54 +104,73 @@ class FastPolicy(Policy):
         return _Session(self)
 
     def _sample(
-        self, prompts, uniforms_PMS, temperature, history: History | None = None
+        self, prompts, uniforms_PMS, temperature, guesses, session: "_Session | None" = None
     ) -> list[list[Reply]]:
-        """Replies to one prompt that have been the same so far are one state, which is computed once. A reply
-        that has ended is not computed any more. history (with M = 1): what earlier calls have read of these
-        conversations; it is updated."""
-        (P, M, S), device = uniforms_PMS.shape, self.device
-        if history is None:
-            rows = pack(prompts, [[]] * P)
-        else:
-            assert M == 1
-            rows = [chain(ids, [i]) for i, ids in enumerate(prompts)]
-        tokens = Pass(rows, device, self.model.dtype, history)
-        prompt_order = [i for row in rows for i in row.prompts]  # reply b of all B has prompt_order[b // M]
-        ends = [(r, len(prompts[i])) for r, row in enumerate(rows) for i in row.prompts]
-        kv = SharedKV(tokens, ends, S, history is not None)
-        uniforms_BS = uniforms_PMS[prompt_order].flatten(0, 1)
-        last = torch.tensor([tokens.index(r, [n - 1])[0] for r, n in ends], device=device)
+        """Pass by pass: the tokens that replies have come to are read, with drafts of what may follow, and
+        each reply is drawn along what was read. Replies to one prompt that have been the same so far are one
+        node of its tree, which is computed once."""
+        P, M, S = uniforms_PMS.shape
+        rows, ends = session.go_on(prompts) if session else _roots(prompts)
+        store, drafts = session.store if session else Store(), Drafts(guesses)
+        uniforms_BS = uniforms_PMS.flatten(0, 1)
         replies: list[list[int]] = [[] for _ in range(P * M)]
         logps: list[list[float]] = [[] for _ in replies]
-        running = list(range(P * M))  # the replies that have not ended
-        state_of = [b // M for b in running]  # the state that each of them is in
-        hidden_UH = self._hidden(tokens.ids, tokens.positions, kv)[0, last]
-        while True:
-            logits_UV = scaled(self._logits(hidden_UH), temperature or 1.0)
-            uniforms_B = uniforms_BS[running, kv.length] if temperature else None
-            drawn, logp_B = _draw(logits_UV, state_of, uniforms_B)
-            for b, token, logp in zip(running, drawn, logp_B, strict=True):
-                replies[b].append(token)
-                logps[b].append(logp)
-            going_on = [n for n, token in enumerate(drawn) if token not in self.end_ids]
-            if kv.length + 1 == S or not going_on:
-                break
-            # Replies with the same state and the same token share their next state.
-            number: dict[tuple[int, int], int] = {}
-            next_state_of = [number.setdefault((state_of[n], drawn[n]), len(number)) for n in going_on]
-            running, state_of = [running[n] for n in going_on], next_state_of
-            origins, tokens_U = zip(*number, strict=True)
-            kv.go_on(list(origins))
-            positions = [len(prompts[prompt_order[i]]) + kv.length for i in kv.prompt_of[: kv.U]]
-            ids_U1, positions_U1 = (torch.tensor(x, device=device)[:, None] for x in (tokens_U, positions))
-            hidden_UH = self._hidden(ids_U1, positions_U1, kv)[:, 0]
-            kv.length += 1
-        if history is not None:
-            kv.keep(history, [prompt + reply for prompt, reply in zip(prompts, replies, strict=True)])
-        groups: list[list[Reply]] = [[] for _ in prompts]
-        for b, (reply, logps_of_reply) in enumerate(zip(replies, logps, strict=True)):
-            groups[prompt_order[b // M]].append(self._reply(reply, logps_of_reply))
-        return groups
+        at = {
+            b: ends[b // M] for b in range(P * M)
+        }  # of each running reply the (row, node) of its last token
+        while at:
+            # 1. What is read: where the replies are, each place once, and below it a draft.
+            paths: dict[tuple[int, int], list[int]] = {}
+            for b, (r, node) in at.items():
+                if (r, node) not in paths:
+                    drafted = drafts.draft(replies[b], S - len(replies[b]) - 1, self.end_ids)
+                    paths[r, node] = [node, *rows[r].add(node, drafted)]
+            drawn = self._draw_along(rows, store, paths, at, replies, uniforms_BS, temperature)
+            # 2. Each reply goes along the nodes that were read as far as they are what it draws.
+            for b, (r, node) in list(at.items()):
+                start = len(replies[b])
+                while True:
+                    token, logp = drawn[b, node]
+                    replies[b].append(token)
+                    logps[b].append(logp)
+                    if len(replies[b]) == S or token in self.end_ids:
+                        del at[b]
+                        break
+                    below = rows[r].child.get((node, token))
+                    if (b, below) not in drawn:
+                        # A node that was read before the reply came to it is read again.
+                        again = below is None or below < store.read[r]
+                        at[b] = r, rows[r].append(node, token) if again else below
+                        break
+                    node = below
+                drafts.learn(replies[b], start)
+        made = [self._reply(*both) for both in zip(replies, logps, strict=True)]
+        return [made[i * M : (i + 1) * M] for i in range(P)]
+
+    def _draw_along(
+        self, rows, store, paths, at, replies, uniforms_BS, temperature
+    ) -> dict[tuple[int, int], tuple[int, float]]:
+        """Reads the paths, and draws the next token of every reply at every node of its path: (reply, node)
+        -> (token, log pi). Whether the reply comes to that node is another question."""
+        tokens = Pass(rows, self.device, self.model.dtype, store)
+        nodes = list(dict.fromkeys((r, node) for (r, _), path in paths.items() for node in path))
+        index = torch.tensor([tokens.index(r, [node])[0] for r, node in nodes], device=self.device)
+        hidden_UH = self._hidden(tokens.ids, tokens.positions, tokens)[0].index_select(0, index)
+        # Of each node the replies that may come to it, and the number of the token that they draw there.
+        replies_at: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for b, place in at.items():
+            for k, node in enumerate(paths[place]):
+                replies_at[place[0], node].append((b, len(replies[b]) + k))
+        drawn = {}
+        for start in range(0, len(nodes), CHUNK):
+            part = nodes[start : start + CHUNK]
+            logits_UV = scaled(self._logits(hidden_UH[start : start + CHUNK]), temperature or 1.0)
+            pairs = [(u, b, t) for u, place in enumerate(part) for b, t in replies_at[place]]
+            state_of, reply, t = map(list, zip(*pairs, strict=True))
+            uniforms_B = uniforms_BS[reply, t] if temperature else None
+            values = zip(*_draw(logits_UV, state_of, uniforms_B), strict=True)
+            drawn |= {(b, part[u][1]): value for (u, b, _), value in zip(pairs, values, strict=True)}
+        return drawn
 
     # scoring
 
@@ -178,7 +204,7 @@ class FastPolicy(Policy):
 
     # the model's parts
 
-    def _hidden(self, ids: Tensor, positions: Tensor, tokens: Pass | SharedKV) -> Tensor:
+    def _hidden(self, ids: Tensor, positions: Tensor, tokens: Pass) -> Tensor:
         decoder = self.model.get_decoder()
         return decoder(ids, position_ids=positions, use_cache=False, tokens=tokens).last_hidden_state
 
@@ -196,15 +222,35 @@ class FastPolicy(Policy):
         return linear(hidden.float(), self._float_head, bias).contiguous()
 
 
+def _roots(prompts: list[list[int]]) -> tuple[list[Row], list[tuple[int, int]]]:
+    """The rows of some prompts, and of each prompt the (row, node) of its last token."""
+    rows = pack(prompts, [[]] * len(prompts))
+    row_of = {i: r for r, row in enumerate(rows) for i in row.prompts}
+    return rows, [(row_of[i], len(prompt) - 1) for i, prompt in enumerate(prompts)]
+
+
 class _Session:
-    """See FastPolicy.session."""
+    """See FastPolicy.session. Each conversation is a row, which grows from call to call."""
 
     def __init__(self, policy: FastPolicy):
-        self.policy, self.history = policy, History()
+        self.policy, self.rows, self.store = policy, [], Store()
 
     @torch.inference_mode()
-    def sample(self, prompts, uniforms_PMS: Tensor, temperature: float = 1.0) -> list[list[Reply]]:
+    def sample(
+        self, prompts, uniforms_PMS: Tensor, temperature: float = 1.0, guesses=None
+    ) -> list[list[Reply]]:
         """As in Policy, with M = 1. Every call must have the same conversations in the same order. A prompt
         may differ from what was read of its conversation; it is read anew from there on."""
+        assert uniforms_PMS.shape[1] == 1
         self.policy.check_length(max(map(len, prompts), default=0), uniforms_PMS.shape[2])
-        return self.policy._sample(prompts, uniforms_PMS, temperature, self.history) if prompts else []
+        return self.policy._sample(prompts, uniforms_PMS, temperature, guesses, self) if prompts else []
+
+    def go_on(self, prompts: list[list[int]]) -> tuple[list[Row], list[tuple[int, int]]]:
+        """The rows, and of each prompt the (row, node) of its last token, which is always read again: its
+        output is needed."""
+        self.rows = self.rows or [Row() for _ in prompts]
+        ends = []
+        for r, (row, prompt) in enumerate(zip(self.rows, prompts, strict=True)):
+            *_, before = [-1, *row.add(-1, prompt[:-1])]
+            ends.append((r, row.append(before, prompt[-1])))
+        return self.rows, ends

@@ -102,7 +102,9 @@ def test_a_session_says_what_the_plain_engine_reads_again(monkeypatch):
         read.clear()
         assert_same_samples(session.sample(prompts, uniforms_PMS), expected)
         shared = [len(os.path.commonprefix(both)) for both in zip(read_before, prompts, strict=True)]
-        assert read[0] == sum(map(len, prompts)) - sum(shared)
+        # What was read on another branch, before the prompt was changed, is not read again either.
+        assert len(prompts) <= read[0] <= sum(map(len, prompts)) - sum(shared)
+        assert stage != 1 or read[0] == sum(map(len, prompts)) - sum(shared)
         read_before = [p + group[0].ids[:-1] for p, group in zip(prompts, expected, strict=True)]
         replies = session_of_some.sample([prompts[i] for i in some], uniforms_PMS[some])
         assert_same_samples(replies, [expected[i] for i in some])
@@ -122,16 +124,53 @@ def test_a_session_says_what_the_plain_engine_reads_again(monkeypatch):
 
 
 def test_a_decoding_step_reads_one_token_for_what_differs_and_goes_on():
-    """Replies to one prompt that have been the same so far are one, and those that have ended are none."""
+    """Replies to equal prompts that have been the same so far are one, and those that have ended are none."""
     (fast, _), read = pair(), []
     fast.end_ids = range(60)
     fast.model.get_decoder().register_forward_pre_hook(lambda m, args: read.append(args[0].numel()))
     groups = sample(fast, 20, 8, seed=1)
     assert read[0] == 8 + 2 + 11 + 4  # the third prompt and the fifth are the beginning of the first
-    replies = {(i, *reply.ids) for i, group in enumerate(groups) for reply in group}
+    replies = [(prompt, reply.ids) for prompt, group in zip(PROMPTS, groups, strict=True) for reply in group]
     for t, tokens in enumerate(read[1:], 1):
-        assert tokens == len({reply[: 1 + t] for reply in replies if len(reply) > 1 + t})
+        assert tokens == len({(*prompt, *ids[:t]) for prompt, ids in replies if len(ids) > t})
     assert 2 < len(read) and read[-1] < read[1] < 20 * len(PROMPTS)
+
+
+GUESSES = {
+    "the replies themselves": lambda groups: [reply.ids for group in groups for reply in group],
+    "their beginnings, and other ends": lambda groups: [[*g[0].ids[:3], 9, 9, END] for g in groups],
+    "what nobody says": lambda groups: [[7, 7, 7, 7, 7, 7, END], [END], [8]],
+}
+
+
+@pytest.mark.parametrize("guess", GUESSES.values(), ids=GUESSES)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_guesses_change_no_reply_and_right_ones_save_passes(guess, temperature):
+    """In one call, and in a session of it, whose next prompts go on from the replies."""
+    (fast, plain), passes = pair(), []
+    fast.end_ids = plain.end_ids = (END, *range(3, 400, 13))
+    fast.model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    for M in (5, 1):
+        numbers = uniforms(M, len(PROMPTS), M, 12)
+        expected = plain.sample(PROMPTS, numbers, temperature)
+        counts = []
+        for guesses in (None, guess(expected)):
+            passes.clear()
+            assert_same_samples(fast.sample(PROMPTS, numbers, temperature, guesses), expected)
+            counts.append(len(passes))
+        assert counts[1] <= counts[0]
+        if guess is GUESSES["the replies themselves"]:
+            longest = max(len(reply.ids) for group in expected for reply in group)
+            (only,), own = expected[3][:1], uniforms(M, len(PROMPTS), M, 12)[3:4, :1]
+            passes.clear()
+            fast.sample(PROMPTS[3:4], own, temperature, [only.ids])
+            assert longest == counts[0] and len(passes) <= 1 + len(only.ids) // 4
+    session, prompts = fast.session(), PROMPTS
+    for stage in range(3):
+        numbers = uniforms(stage, len(prompts), 1, 12)
+        expected = plain.sample(prompts, numbers, temperature)
+        assert_same_samples(session.sample(prompts, numbers, temperature, guess(expected)), expected)
+        prompts = [p + group[0].ids + [50 + stage] for p, group in zip(prompts, expected, strict=True)]
 
 
 # --- scoring
@@ -184,7 +223,7 @@ def test_an_adapter_on_the_head_is_trained_too():
 def test_the_vocabulary_is_visited_in_chunks_and_once_for_what_is_alike(monkeypatch, chunk):
     fast, plain = pair()
     rows, chunks, logits = fast_engine.pack(PROMPTS, REPLIES), [], fast._logits
-    monkeypatch.setattr(fast_engine._TargetLogps, "CHUNK", chunk)
+    monkeypatch.setattr(fast_engine, "CHUNK", chunk)
     monkeypatch.setattr(fast, "_logits", lambda hidden: chunks.append(len(hidden)) or logits(hidden))
     logps, expected = score(fast), score(plain)
     different = {(r, *p) for r, row in enumerate(rows) for p in zip(row.sources, row.targets, strict=True)}

@@ -26,7 +26,7 @@ def test_a_group_by_hand():
     (row,) = pack([prompt], [replies])
     assert row.ids == [5, 6, 7, 10, 11, 13]
     assert row.parents == [-1, 0, 1, 2, 3, 3]
-    assert row.positions() == [0, 1, 2, 3, 4, 4]
+    assert row.depths == [0, 1, 2, 3, 4, 4]
     assert row.sources == [2, 3, 4, 2, 2, 3, 5, 2, 3, 4]
     assert row.targets == [10, 11, END, 12, 10, 13, 14, 10, 11, END]
     row.ids[0] = row.ids[3] = row.targets[0] = row.targets[3] = 99
@@ -81,8 +81,8 @@ def test_the_beginning_that_rows_have_in_common_is_read_once(fast, plain, groups
 
 
 def test_attention_by_a_kernel_is_attention_by_products(fast, monkeypatch):
-    """Values, gradients and samples, with a common beginning, and in a session. CUDA's memory-efficient
-    kernel returns a transposed view, as this one does."""
+    """Values, gradients and samples, with a common beginning, and in a session: as on a GPU, and on a CPU,
+    which decodes by a kernel too. CUDA's memory-efficient kernel returns a transposed view, as this one."""
     prompts, calls, kernel = [[7, 8, 9, *p] for p in PROMPTS], [], F.scaled_dot_product_attention
 
     def transposed(*args, **kwargs):
@@ -99,8 +99,10 @@ def test_attention_by_a_kernel_is_attention_by_products(fast, monkeypatch):
         return logps.detach(), gradients(fast, (weights * logps).sum()), ids
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
-    by_products = results()
+    score(fast, prompts)
     assert not calls
+    by_products = results()
+    assert set(calls) == {False}
     monkeypatch.setattr(shared_prefix, "IN_BLOCKS", ())
     by_kernel = results()
     assert set(calls) == {True, False}
