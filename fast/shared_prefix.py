@@ -180,7 +180,11 @@ class Pass:
         self.row_of_own = torch.tensor(np.repeat(range(self.R), lengths), device=device)
         self.node_of_own = packed([list(range(end)) for end in self.ends])[0, C:]
         self.masks: dict[int, Tensor] = {}  # of one row (CPU), or of all rows side by side
-        if torch.device(device).type not in IN_BLOCKS:
+        # On a CPU, rows stand side by side if padding at most doubles the products of new with all tokens.
+        needed = sum(int(new) * end for new, end in zip(lengths, self.ends, strict=True))
+        self.padded = goes_on and self.R * self.X * self.K <= 2 * needed
+        self.padded |= torch.device(device).type not in IN_BLOCKS
+        if self.padded:
             self.pad()
         elif not goes_on:
             causal = lambda n, first: attention.blocks(np.tri(n, first + n, first, bool)[None], device)
@@ -211,7 +215,7 @@ class Pass:
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D)."""
         stored = self.store.add(module.layer_idx, self, (key, value)) if self.store else None
-        if query.device.type not in IN_BLOCKS:
+        if self.padded:
             return self.side_by_side(module, query, *(stored or (key, value)), scaling)
         C, beginning = self.C, [x[:, :, : self.C] for x in (query, key, value)]
         outs = [] if self.goes_on else [attention.attention(*beginning, self.beginning_blocks, scaling)]
@@ -244,7 +248,7 @@ class Pass:
         out = F.scaled_dot_product_attention(q, k, v, self.masks[r], scale=scaling)
         return out.reshape(R, heads, n, D).transpose(1, 2)
 
-    # -------------------- all rows side by side, for a GPU
+    # -------------------- all rows side by side
 
     def pad(self) -> None:
         """The rows side by side: X queries each, of which all rows' first L are trunk, and K keys."""

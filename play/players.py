@@ -23,7 +23,7 @@ from play import expert_games
 from play.metrics import Played, Turn
 from play.repair import repair_reply
 from policy import Policy
-from prompts import PromptStyle, format_reply, messages, parse_reply
+from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
 from run import ranks
 from run.errors import InputError
 from run.seeds import Stream, numpy_generator, torch_generator
@@ -47,11 +47,19 @@ Player = Callable[[list[Ask]], list[str]]
 BATCH = 64  # conversations that a policy continues at once
 
 
-def sample_texts(policy, prompts: list[list[int]], uniforms_P1S: torch.Tensor, temperature: float):
-    """One reply to each prompt, [P]. policy: a Policy, or a session of one. Processes share the prompts."""
+def sample_texts(
+    policy,
+    prompts: list[list[int]],
+    uniforms_P1S: torch.Tensor,
+    temperature: float,
+    guesses: list[list[int]],
+) -> list[str]:
+    """One reply to each prompt, [P]. policy: a Policy, or a session of one; guesses: a text of the form of
+    each reply. Processes share the prompts."""
 
     def sample(mine):
-        groups = policy.sample([prompts[i] for i in mine], uniforms_P1S[mine], temperature)
+        own = [guesses[i] for i in mine]
+        groups = policy.sample([prompts[i] for i in mine], uniforms_P1S[mine], temperature, own)
         return [reply.text for (reply,) in groups]
 
     return ranks.split(range(len(prompts)), sample)
@@ -84,6 +92,8 @@ def policy_player(
 
     def answer(asks):
         prompts, texts = [prompt(ask) for ask in asks], []
+        random = random_replies([(ask.state, ask.seat) for ask in asks], style)
+        guesses = [policy.encode_reply(text) for text in random]
         limit = style.reply_limit(max(ask.state.game.N for ask in asks))
         with adapter_on(policy, *adapter) if adapter else nullcontext():
             for start in range(0, len(prompts), batch):
@@ -91,7 +101,8 @@ def policy_player(
                 generator = torch_generator(seed, stream, len(asks[0].replies), start)
                 uniforms_P1S = torch.rand(len(part), 1, limit, generator=generator)
                 sampler = sessions[start] if start < 2 * batch else policy
-                texts += sample_texts(sampler, part, uniforms_P1S, temperature)
+                own = guesses[start : start + batch]
+                texts += sample_texts(sampler, part, uniforms_P1S, temperature, own)
         return [ask.begin + text for ask, text in zip(asks, texts, strict=True)]
 
     return answer

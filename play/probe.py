@@ -15,7 +15,7 @@ from games import Decision, State, own_rows
 from play.metrics import METRICS, Played, Turn
 from play.players import sample_texts
 from policy import Policy
-from prompts import PromptStyle, format_reply, messages, parse_reply
+from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
 from rewards import Target
 from run import ranks
 from run.curves import plot_curves
@@ -101,6 +101,8 @@ class Probe:
         self.stage, self.name, self.every, self.policy, self.folder = stage, name, every, policy, folder
         self.seed, self.targets = seed, [target for target, _ in targets]
         self.prompts = [policy.encode_prompt(chat) for _, chat in targets]
+        random = random_replies([(t.state, t.seat) for t in self.targets], style)
+        self.guesses = [policy.encode_reply(text) for text in random]
         self.limit = style.reply_limit(max(target.game.N for target in self.targets))
         policy.check_length(max(map(len, self.prompts)), self.limit)
 
@@ -121,7 +123,7 @@ class Probe:
         if step not in self.asked and (step % self.every == 0 or self.stage.finished):
             generator = torch_generator(self.seed, Stream.PROBE_REPLIES)
             uniforms_P1S = torch.rand(len(self.prompts), 1, self.limit, generator=generator)
-            texts = sample_texts(self.policy, self.prompts, uniforms_P1S, 1.0)
+            texts = sample_texts(self.policy, self.prompts, uniforms_P1S, 1.0, self.guesses)
             pairs = zip(texts, self.targets, strict=True)
             values = measure([parse_reply(text, t.state, t.seat) for text, t in pairs], self.targets)
             self.text = f", probe: row {values['row']:.2f}, U2 {values['U2']:.2f}"

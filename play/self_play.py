@@ -15,7 +15,7 @@ from play.dataset import Prompt, make_prompts
 from play.expert_games import simulate
 from play.players import sample_texts
 from policy import Policy
-from prompts import PromptStyle, messages, parse_reply
+from prompts import PromptStyle, messages, parse_reply, random_replies
 from run.seeds import Stream, numpy_generator, torch_generator
 from world.draws import Family, draw_game
 
@@ -34,8 +34,9 @@ class Itself(Expert):
         prompts = [self.policy.encode_prompt(chat) for chat in chats]
         limit = self.style.reply_limit(max(state.game.N for state, *_ in calls))
         uniforms_P1S = torch.rand(len(prompts), 1, limit, generator=self.generator)
-        texts = sample_texts(self.policy, prompts, uniforms_P1S, self.temperature)
         places = [(state, seat) for state, seat, *_ in calls]
+        guesses = [self.policy.encode_reply(text) for text in random_replies(places, self.style)]
+        texts = sample_texts(self.policy, prompts, uniforms_P1S, self.temperature, guesses)
         return [
             parse_reply(text, state, seat) or state.kind.fallback(state.game.N)
             for text, (state, seat) in zip(texts, places, strict=True)

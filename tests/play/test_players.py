@@ -144,11 +144,15 @@ class Recorder:
         self.chats.append(chat)
         return self.policy.encode_prompt(chat)
 
-    def sample(self, prompts, uniforms, temperature):
+    def encode_reply(self, text):
+        return self.policy.encode_reply(text)
+
+    def sample(self, prompts, uniforms, temperature, guesses):
+        assert len(guesses) == len(prompts)
         if self.says:
             groups = [[Reply(self.says(k), [0], [0.0], True)] for k in range(len(prompts))]
         else:
-            groups = self.policy.sample(prompts, uniforms, temperature)
+            groups = self.policy.sample(prompts, uniforms, temperature, guesses)
         session = self if self.parent else None
         self.asked.append((prompts, [group[0] for group in groups], session, uniforms, temperature))
         return groups

@@ -72,6 +72,7 @@ def test_the_levels_are_those_of_the_same_questions(targets):
 def asked_at(folder, name, steps, every, done=0):
     """The steps at which a probe asks a stage that has so many steps and is resumed after `done` of them."""
     policy = SimpleNamespace(encode_prompt=lambda chat: [1], check_length=lambda *_: None)
+    policy.encode_reply = lambda text: [1]
     policy.sample = lambda prompts, *_: [[Reply("no", [], [], True)] for _ in prompts]
     stage = SimpleNamespace(steps_done=done)
     stage.open_log = lambda log, keep, folder: JsonLines(folder / f"{log}.jsonl", keep)
