@@ -19,9 +19,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False):
         if not (low <= value <= high and math.isfinite(value)) or (above and value == low):
             least = f"{'above' if above else 'at least'} {low}"
             bounds = least if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole' if kind is int else 'a'} number {bounds}"
-            )
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} {bounds}")
         return value
 
     return parse
@@ -41,15 +40,12 @@ def number_or_range(least: int, most: int):
     def parse(text: str) -> tuple[int, int]:
         low, dash, high = text.partition("-")
         try:
-            a, b = int(low), int(high) if dash else int(low)
+            a, b = int(low), int(high if dash else low)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a number such as 4 or a range such as 4-8"
-            ) from None
+            a, b = most, least
         if not least <= a <= b <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} must lie between {least} and {most}, and a range must rise"
-            )
+            kinds = "a number such as 4, or a range that rises such as 4-8"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kinds}, from {least} to {most}")
         return a, b
 
     return parse

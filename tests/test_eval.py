@@ -63,12 +63,6 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
     assert "expert:planner minus" in lines[17] and f"{difference:+.3f} ±" in paired
 
 
-def test_one_game_prints_means_without_intervals(capsys):
-    evaluation.main(["--eval-games", "1", "--policy", "expert:nash"])
-    row, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("expert:nash ")]
-    assert row.count("[") == 1 and "±" not in row  # only compliance, which counts decisions
-
-
 def test_by_seat_is_every_seat_alone(tmp_path, capsys):
     name = "expert:noisy:planner:0.5"
     results = run(tmp_path, "--policy", name, "--by-seat", games=7)
@@ -81,19 +75,6 @@ def test_by_seat_is_every_seat_alone(tmp_path, capsys):
     (line,) = [line for line in printed.splitlines() if line.startswith("mean")]
     assert f"{means.mean():.3f} ±{half:.2f}" in line
     assert len({s["all rounds"]["U3"]["mean"] for s in alone}) == 4
-
-
-def test_a_table_of_experts(tmp_path):
-    """Always-link among planners where the planners' graph is not complete: its seat alone has s below 1."""
-    table = ["expert:planner", "expert:always-link", "expert:planner", "expert:never-link"]
-    results = run(tmp_path, "--table", *table, "--expert", "planner", games=20)
-    assert list(results) == [f"seat {i} {name}" for i, name in enumerate(table)]
-    first, always, third, never = (results[key]["all rounds"] for key in results)
-    assert first["row"]["mean"] == third["row"]["mean"] == 1 and 0 < always["row"]["mean"] < 1
-    assert always["row"]["mean"] + never["row"]["mean"] < 2 and never["s"]["mean"] < 1
-    assert len({json.dumps(s["all rounds"]["U3"]) for s in results.values()}) == 1  # one table, one welfare
-    alone = run(tmp_path, "--table", *["expert:planner"] * 4, games=20)
-    assert all(s["all rounds"]["U3"]["mean"] == pytest.approx(1, abs=1e-4) for s in alone.values())
 
 
 @pytest.fixture
@@ -154,40 +135,11 @@ def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp
     table = run(tmp_path, *model_flags, "--table", "base", adapter_dir, "expert:nash", "base", games=2)
     assert list(table) == ["seat 0 base", f"seat 1 {adapter_dir}", "seat 2 expert:nash", "seat 3 base"]
     assert loads == [1] and table["seat 2 expert:nash"]["all rounds"]["U1"]["mean"] == 1
-    seats = run(tmp_path, *model_flags, "--policy", "base", adapter_dir, "--by-seat", games=2)
-    for name, seat in (("base", "0"), ("base", "3"), (adapter_dir, "2")):
-        alone = run(tmp_path, *model_flags, "--policy", name, "--seat", seat, games=2)
-        assert seats[f"{name} seat {seat}"] == alone[name]
     more = ["--seat", "all", "--few-shot", "1", "--repair"]
     alone = run(tmp_path, *model_flags, "--policy", "base", *more, games=2)
     rows = ["base", "base repaired", "few-shot:1", "few-shot:1 repaired"]
     assert list(alone) == [*rows, "expert:second-best", "expert:random"]
     assert len(alone["base"]["replies"][0]) == 8  # 4 seats, 2 stages
-
-
-def test_what_is_in_the_way_or_no_adapter_is_named(model_flags, tmp_path, refused):
-    path = tmp_path / "results.json"
-    path.write_text("mine")
-    assert str(path) in refused(evaluation.main, ["--policy", "expert:nash", "--json", path])
-    assert path.read_text() == "mine"
-    assert str(tmp_path) in refused(evaluation.main, [*model_flags, "--policy", tmp_path])
-
-
-NASH = "expert:nash expert:nash expert:nash"
-BAD_FLAGS = f"""
-policy bogus|policy expert:bogus|policy expert:|policy expert:nash no/such/folder|policy few-shot:0
-policy few-shot:9999|policy few-shot:x|expert bogus|seat 4|seat -1|seat some|agents 2|agents 13|eval-games 0
-rounds 0|eval-seed -1|eval-temperature -1|eval-temperature nan|information none|table expert:nash
-table {NASH} nowhere|table {NASH} expert:nash --by-seat|table {NASH} expert:nash --policy expert:nash
-by-seat --seat all|by-seat --repair|few-shot 0|few-shot 1 --types 1 --fix delta=0.1 c=0.1
-"""
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS.strip().replace("\n", "|").split("|"))
-def test_bad_flags_are_one_line(flags, refused, monkeypatch):
-    monkeypatch.setattr(Model, "load", lambda self: None)
-    policy = [] if flags.startswith("table") else ["--policy", "expert:nash"]
-    refused(evaluation.main, ["--eval-games", "1", *policy, *f"--{flags}".split()])
 
 
 def chosen(count, family=Family(), agents=4):

@@ -6,11 +6,11 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-from brute import bcz_payoffs, random_graph
+from brute import bcz_payoffs
 
 import games
 from decisions import EFFORTS, LINKS
-from games import GameError, State, complete_graph, game_from_json, observe
+from games import GameError, State, complete_graph, game_from_json
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 
@@ -149,17 +149,3 @@ def test_a_history_as_text_is_read_back_exactly():
     for bad in (["011 101"], ["011 111 100"], ["abc"], [texts[0], "1 2"], [*texts, *texts]):
         with pytest.raises(ValueError):
             games.history_from_text(state.game, bad)
-
-
-@pytest.mark.parametrize("stages", ["GE", "GEE", "GGE"])
-def test_last_payoff_is_that_of_the_last_finished_round(stages):
-    game, rng = replace(TRIO, stages=stages, rounds=4), np.random.default_rng(80)
-    state, expected = State(game), None
-    while not state.done:
-        for seat in range(3):
-            seen = observe(state, seat).last_payoff
-            assert seen is None if expected is None else seen == pytest.approx(expected[seat])
-        state = state.step(random_graph(rng, 3, 0.8) if state.kind is LINKS else rng.uniform(0, 9, 3))
-        if len(state.history) % len(stages) == 0:
-            expected = bcz_payoffs(game, state.links, state.efforts)
-    assert expected is not None and len(state.round_results()) == 4

@@ -369,6 +369,9 @@ def test_a_payoff_is_told_when_a_round_begins_and_not_again(stages):
     state = State(replace(GAME, stages=stages))
     while not state.done:
         text = question(state, 1)
-        assert ("Your payoff was" in text) == (len(state.history) == len(stages))
+        begins = len(state.history) == len(stages)
+        assert ("Your payoff was" in text) == begins
+        pay = bcz_payoffs(GAME, state.links, state.efforts)[1] if begins else 0.0
+        assert not begins or round(abs(pay), 2) in numbers_in(text)
         assert ("Links: none" in text) == (state.kind is EFFORTS and state.last("G") is None)
         state = state.step(complete_graph(4) if state.kind is LINKS else [1.0, 2, 3, 4])

@@ -109,6 +109,7 @@ def test_what_flags_stand_for():
     _, s = parsed(argv.split())
     assert (s.rft.advantage, s.rft.ratio) == (tompo.ADVANTAGES["loo"], tompo.RATIOS["sequence"])
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip) == (1.0, 0.0, (0.9, 1.3)) and s.evaluation.seat == 0
+    assert parsed(["--seat", "random"])[1].evaluation.seat == "random"
     _, s = parsed("--weights A_S=0.5 A_G=2 local=3 --reward-from welfare --prompts 0 4 --agents 2-5".split())
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.prompts) == (0.5, 2.0, {"G": 0, "E": 4})
     assert (s.rft.reward.func, s.rft.reward.keywords["score"]) == (expert_rewards, welfare)
@@ -176,8 +177,13 @@ def test_a_resumed_run_has_its_own_settings(script, argv, tmp_path, monkeypatch,
     assert again.run.resumed and not first.run.resumed
     a, b = (described(dataclasses.replace(s, run=None, flags={})) for s in (first, again))
     assert a == b and json.dumps(first.flags) == json.dumps(again.flags)
+    newer = {"engine", "temperature", "micro_batch"}  # the run does not know them: they have their defaults
+    (tmp_path / "config.json").write_text(
+        json.dumps({k: v for k, v in first.flags.items() if k not in newer})
+    )
+    assert parsed(["--engine", "plain", "--resume", str(tmp_path)], script)[1].flags == again.flags
     said = f"continuing {tmp_path} with the settings in its config.json (other flags do not count)\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == 2 * said
 
 
 def test_paths_are_whole(tmp_path, monkeypatch):
@@ -257,6 +263,12 @@ REFUSED = """
 --expert nobody                         | unknown expert 'nobody'
 --expert noisy:nash:2                   | noisy:nash:2
 --expert openai:m --ask x=1             | x=1
+--partners self                         | --seat all
+--partners nash --seat all              | --seat all
+--partners nobody                       | choose from
+--partners noisy:hf:m:0.5               | exact experts
+--partners nash --reward-from credit    | leave out --partners
+--fix fee=-1                            | from 0
 --seat 4                                | --seat 4 must be below the number of agents
 --agents 3-6 --seat 3                   | --seat 3
 """

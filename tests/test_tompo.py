@@ -67,9 +67,9 @@ class Softmax:
 
 
 @pytest.fixture
-def first_step(tmp_path, monkeypatch):
-    """The first step of RFT with these flags -> the gradient, the lines of samples.jsonl, that of
-    metrics.jsonl. rewards: of each prompt r^S, or r^S and R^G, of every reply."""
+def first_step(tmp_path):
+    """The first step of RFT with these flags -> the lines of samples.jsonl. rewards: of each prompt r^S, or
+    r^S and R^G, of every reply."""
     records = simulate_many(1, make_expert("second-best"), 0, PromptStyle(), (3, 3))
     prompts = [Prompt(r, [1], target) for r, target in targets(records, records)]
 
@@ -82,14 +82,12 @@ def first_step(tmp_path, monkeypatch):
         m = len(policy.replies)
         cfg = parsed(["--steps", "1", "--m", str(m), "--beta", "0", *flags])[1].rft
         cfg = replace(cfg, reward=reward, next_batch=lambda *_: prompts[: len(rewards)])
-        monkeypatch.setattr(train_rft, "MAX_GRAD_NORM", 1e9)
-        gradients, optimizer = [], torch.optim.SGD([policy.theta], lr=0.0)
-        optimizer.register_step_pre_hook(lambda *_: gradients.append(policy.theta.grad.clone()))
+        optimizer = torch.optim.SGD([policy.theta], lr=0.0)
         with StopSignal() as stop, Stage(tmp_path, "RFT", 1, {}, optimizer, stop, {"out": ""}) as stage:
             train_rft.rft(policy, cfg, [], optimizer, stage, reply_limit=8, seed=0, micro_batch=1)
         samples = lines_of(tmp_path / "samples.jsonl")
         assert len(samples) == m * len(rewards)
-        return gradients[0], samples, lines_of(tmp_path / "metrics.jsonl")[0]
+        return samples
 
     return run
 
@@ -112,21 +110,9 @@ LEVELS = [  # flags, r^S and R^G, A^S, A^G, A
 @pytest.mark.parametrize("flags, rewards, A_S, A_G, A", LEVELS)
 def test_two_levels_by_hand(first_step, flags, rewards, A_S, A_G, A):
     other_group = ([0.0, 1.0, 0.0, 0.0],)  # each is normalised within itself
-    _, samples, _ = first_step(Softmax(0, 1, 2, 3), [rewards, other_group], *flags.split())
+    samples = first_step(Softmax(0, 1, 2, 3), [rewards, other_group], *flags.split())
     for name, expected in (("A_S", A_S), ("A_G", A_G), ("advantage", A)):
         close([s[name] for s in samples[:4]], expected, 1e-6)
-
-
-def test_first_step_has_loss_zero_and_the_gradient_of_reinforce(first_step):
-    """rho = 1, advantages of mean 0: the loss is 0, its gradient is -sum_i A_i / m grad log pi, and not 0."""
-    policy, rewards = Softmax(0, 2, 3, 1), [2.5, 0.5, 1.0, -0.5]
-    gradient, _, line = first_step(policy, [(rewards,)])
-    p, A = policy.theta.detach().softmax(-1), normalised(rewards)
-    # by hand: d log p_k / d theta = onehot(k) - p
-    reinforce = sum(a / 4 * (torch.eye(4).double()[k] - p) for a, k in zip(A, policy.replies, strict=True))
-    close(gradient, -reinforce, 1e-6)
-    assert gradient.abs().max() > 0.1 and abs(line["loss"]) < 1e-6
-    assert line["max_ratio_error"] < 1e-6 and line["clip_fraction"] == 0 and line["kl"] is None
 
 
 def test_aggregations_are_the_means_they_stand_for():

@@ -209,10 +209,6 @@ def test_rft_on_a_chain_of_adapters_leaves_all_of_them_as_one(model_dir, chain, 
 def test_a_chain_of_adapters_is_evaluated_and_merged(model_dir, chain, sft_adapter, tmp_path):
     """eval.py's replies with A+B are those of the base into which tools.merge has put A+B."""
     merge.main([chain, "--model", model_dir, "--out", str(tmp_path / "merged")])
-    expected = logits_with(model_dir, *(saved_adapter(folder) for folder in chain.split("+")))
-    with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(IDS).logits
-    assert (merged - expected).abs().max() < 1e-4
     replies = {}
     for model, names in ((model_dir, ["base", sft_adapter, chain]), (tmp_path / "merged", ["base"])):
         path = tmp_path / f"{len(replies)}.json"
@@ -225,8 +221,9 @@ def test_a_chain_of_adapters_is_evaluated_and_merged(model_dir, chain, sft_adapt
 
 
 def test_another_seed_is_another_run(full, model_dir, sft_adapter, tmp_path):
-    changes = dict(seed=4, steps=1, eval_games=0)
-    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "other", **changes)
+    changes = dict(seed=4, steps=1, eval_games=0, temperature=1.3)
+    (line,), samples = runs.short_run(model_dir, sft_adapter, tmp_path / "other", **changes)
+    assert line["kl"] == 0 and line["max_ratio_error"] < 1e-4  # the temperature is in the ratio too
     assert [line["reply"] for line in samples] != [line["reply"] for line in full.lines("samples.jsonl")][:16]
     assert not (tmp_path / "other" / "eval.json").exists()
 
@@ -238,22 +235,11 @@ def test_both_engines_sample_the_same_replies_and_end_in_the_same_adapter(gentle
     assert plain.weights() != gentle.weights(), "one engine was compared with itself"
 
 
-def test_grpo_differs_in_the_graph_level_alone(full, model_dir, sft_adapter, tmp_path):
-    _, grpo = runs.short_run(model_dir, sft_adapter, tmp_path / "grpo", algo="grpo", steps=1)
-    assert "grpo" in json.loads((tmp_path / "grpo" / "eval.json").read_text())["results"]
-    assert not (tmp_path / "grpo" / "sft").exists()  # the SFT adapter came from elsewhere
-    apart = {"G": 0, "E": 0}
-    for a, b in zip(grpo, full.lines("samples.jsonl")[:16], strict=True):
-        assert a | {"advantage": 0} == b | {"advantage": 0} and a["advantage"] == a["A_S"]
-        apart[a["kind"]] += a["advantage"] != b["advantage"]
-    assert apart["G"] > 0 == apart["E"]
-
-
 def test_inner_epochs_take_that_many_steps_on_the_same_samples(model_dir, sft_adapter, tmp_path):
     rates = []
     hook = register_optimizer_step_pre_hook(lambda o, args, kwargs: rates.append(o.param_groups[0]["lr"]))
     try:
-        changes = dict(inner_epochs=3, temperature=0.7, beta=0.0)
+        changes = dict(inner_epochs=3, temperature=0.7, beta=0.0, algo="grpo")
         metrics, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "inner", **changes)
     finally:
         hook.remove()
@@ -261,11 +247,9 @@ def test_inner_epochs_take_that_many_steps_on_the_same_samples(model_dir, sft_ad
     assert len(samples) == 2 * 16 and all(line["kl"] is None for line in metrics)  # no reference, no KL
     assert all(line["max_ratio_error"] > 1e-3 for line in metrics)  # pi has left pi_old
     assert all(line["approx_kl"] > 0 for line in metrics)
-
-
-def test_another_temperature_is_in_the_ratio_too(model_dir, sft_adapter, tmp_path):
-    (line,), _ = runs.short_run(model_dir, sft_adapter, tmp_path / "run", temperature=1.3, steps=1)
-    assert line["kl"] == 0 and line["max_ratio_error"] < 1e-4
+    assert all(line["advantage"] == line["A_S"] for line in samples) and any(s.get("A_G") for s in samples)
+    assert "grpo" in json.loads((tmp_path / "inner" / "eval.json").read_text())["results"]
+    assert not (tmp_path / "inner" / "sft").exists()  # the SFT adapter came from elsewhere
 
 
 def test_the_reply_limit_is_that_of_the_largest_game(model_dir, sft_adapter, tmp_path, monkeypatch):
@@ -318,37 +302,6 @@ def test_several_games_and_stages_in_one_run(model_dir, sft_adapter, tmp_path):
         assert np.mean(means) == pytest.approx(summary["all rounds"]["U3"]["mean"])
     assert results["expert:planner"]["all rounds"]["U3"]["mean"] == pytest.approx(1, abs=1e-3)
     assert {s["kind"] for s in samples} == {"G", "E"} and {s["stage"] for s in samples} == {0, 1, 2}
-
-
-def test_training_in_a_random_seat_of_each_game(model_dir, sft_adapter, tmp_path):
-    """The policy is evaluated in one, too: 2 stages are 2 replies in every game."""
-    changes = dict(seat="random", games=6, eval_games=4, steps=3)
-    _, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "run", **changes)
-    seats = {(s["game"], s["seat"]) for s in samples}
-    assert len({seat for _, seat in seats}) > 1 and len(seats) == len({game for game, _ in seats})
-    results = json.loads((tmp_path / "run" / "eval.json").read_text())["results"]
-    for name, summary in results.items():
-        assert [len(replies) for replies in summary["replies"]] == [2, 2, 2, 2]
-        assert ("Decision: " in str(summary["replies"])) == name.startswith("expert:")
-
-
-def test_damaged_logs_cost_the_diagnosis_alone(model_dir, sft_adapter, tmp_path, monkeypatch, capsys):
-    folder, real = tmp_path / "run", train_rft.evaluate_run
-
-    def damaging(*args):
-        for name in ("metrics", "samples"):
-            log = folder / f"{name}.jsonl"
-            log.write_text('{half a line\n{"step": 0}\n' + log.read_text())
-        return real(*args)
-
-    monkeypatch.setattr(train_rft, "evaluate_run", damaging)
-    argv = runs.rft_flags(model_dir, folder, sft_adapter=sft_adapter, steps=1, eval_games=1)
-    runs.run_rft(argv, curves=True)  # no exit status but 0
-    said = capsys.readouterr().out
-    assert said.count("diagnosis: ") == said.count(f"no diagnosis: {folder}") == 1
-    assert f"adapter (SFT and tompo in one): {folder / 'adapter'}" in said
-    for file in ("timing.json", "curves.png", "eval.json"):
-        assert (folder / file).stat().st_size > 0
 
 
 def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused):

@@ -173,16 +173,11 @@ def test_an_advantage_and_a_loss_are_one_line_of_a_table(monkeypatch):
     assert cfg.loss(torch.tensor([1.5]), None, torch.tensor([2.0]), 0.8, 1.2).tolist() == [3.0]
 
 
-def test_without_it_nothing_knows_it(capsys):
-    with pytest.raises(SystemExit):
-        train_rft.main(["--game", "coordination"])
-    assert "invalid choice: 'coordination'" in capsys.readouterr().err
-
-
-def test_no_other_file_mentions_the_game():
-    own = {ROOT / "docs" / "coordination.py", ROOT / "tests" / "test_your_own_game.py"}
+def test_no_other_file_mentions_the_game_or_the_stage():
+    own = {ROOT / "tests" / "test_your_own_game.py", ROOT / "tests" / "test_your_own_stage.py"}
     # A virtual environment in the checkout is not searched.
     packages = [path for path in ROOT.iterdir() if (path / "__init__.py").is_file() or path.name == "tests"]
     code = {*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))} - own
     assert len(code) > 40
-    assert not [path for path in code if re.search("[\"'.]coordination|Coordination", path.read_text())]
+    names = "[\"'.]coordination|Coordination|(?i:cheap.talk)"
+    assert not [path for path in code if re.search(names, path.read_text())]

@@ -189,7 +189,3 @@ def test_without_it_nothing_knows_it(monkeypatch, refused):
     with pytest.raises(GameError, match="MGE"):
         BCZ((1.0, 1.0), 0.1, 0.1, 3.0, "MGE")
     assert "MGE" in refused(train_rft.main, ["--stages", "MGE"])
-    packages = [path for path in ROOT.iterdir() if (path / "__init__.py").is_file()]
-    code = [*ROOT.glob("*.py"), *(path for folder in packages for path in folder.rglob("*.py"))]
-    assert len(code) > 40
-    assert not [path for path in code if re.search("(?i)cheap.talk", path.read_text())]

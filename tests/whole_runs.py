@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -56,6 +57,20 @@ def flags(values):
             several = value if isinstance(value, (list, tuple)) else [value]
             argv += [f"--{name.replace('_', '-')}", *map(str, several)]
     return argv
+
+
+def given(section):
+    """The bad inputs of a section of campaign/inputs.txt, which the campaign tries on whole processes."""
+    text = (ROOT / "tests" / "campaign" / "inputs.txt").read_text()
+    (lines,) = re.findall(rf"(?m)^# {section}\b.*\n((?:[^#].*\n)+)", text)
+    return re.split("[|\n]", lines.strip())
+
+
+def edited(text, change):
+    """An object of JSON with another value: NAME=VALUE, where VALUE may name the old ones."""
+    values = json.loads(text)
+    name, _, value = change.partition("=")
+    return json.dumps(values | {name: eval(value, {}, values)}).encode()
 
 
 def sft_flags(model, out, **changes):

@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
+import world  # noqa: F401  (it registers the kinds of decisions)
 from games import KINDS
 from prompts import last_line
 from run.errors import InputError, one_line, reports_errors

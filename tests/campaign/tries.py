@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +17,7 @@ from campaign import children
 from campaign.children import Watch, finish, flags, fork, new_folder, not_the_same, wrong
 from chat_server import KEY, ChatServer
 from safetensors.torch import load_file, save
-from whole_runs import ended, start, tree, wait_for_lines
+from whole_runs import edited, ended, given, start, tree, wait_for_lines
 
 from decisions import LINKS
 from games import Decision, State, empty_graph
@@ -164,24 +163,11 @@ def groups(rng):
                 yield f"rank {rank} after {log} {count}", partial(lost_rank, rank, (log, count))
 
 
-def given(section):
-    """What inputs.txt gives in a section."""
-    text = Path(__file__).with_name("inputs.txt").read_text()
-    (lines,) = re.findall(rf"(?m)^# {section}\b.*\n((?:[^#].*\n)+)", text)
-    return re.split("[|\n]", lines.strip())
-
-
 BYTES = {"empty": b"", "a list": b"[]", "nul": b"\0" * 99, "ff fe": b"\xff\xfe\n"}
 BYTES["nested"] = b"[" * 100_000 + b"\n"
 LINES = BYTES | {"odd steps": b'{"step": "a"}\n{"step": 1e999}\n5\nnull\n'}
 LINES["half a character"] = b'{"step": 0, "stage": "SFT", "reply": "\\ud800"}\n'
 TEMPLATES = {t: t.encode() for t in ("{{ raise_exception(1) }}", "{% if", "", "{{ 1 / 0 }}")}
-
-
-def edited(text, change):
-    """NAME=VALUE, in an object of JSON."""
-    name, _, value = change.partition("=")
-    return json.dumps(json.loads(text) | {name: eval(value)}).encode()
 
 
 def refused(script, argv, copies=(), edit=None, allowed=(2,)):
@@ -230,7 +216,7 @@ def inputs(rng):
         yield f"--{flag[:60]}", partial(refused, "train_rft", [*run, *f"--{flag}".split(" ")])
     for line in given("scripts"):
         script, *argv = line.split()
-        if script in ("eval", "tools.crossplay", "tools.merge"):
+        if script.split(".")[-1] in ("eval", "crossplay", "others", "merge"):
             argv += ["--model", children.MODEL]
         yield line, partial(refused, script, argv, [FULL / "adapter"])
     edits = [("config.json", edit) for edit in given("config.json")]

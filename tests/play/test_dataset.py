@@ -1,14 +1,13 @@
 """The data set of expert games: what is drawn, the file, its targets, the script that writes it, and what RFT
 makes of it: prompts and batches."""
 
-import copy
 import json
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from whole_runs import edited, given
 
-import train_sft
 from experts import make_expert
 from games import game_from_json
 from models.load import load_policy
@@ -72,32 +71,12 @@ def test_what_is_written_is_read_back(few, tmp_path):
 
 
 BAD_LINES = ["game 1", '{"game": 1, "inst', "", "null", "3", "[1, 2]", "{}", "[" * 100_000]
-BAD_CHANGES = {  # of a record about links; what is changed in it
-    "extra": [1],
-    "kind": ["X", None, "E"],  # E is that of another reply
-    "seat": [4, -1, "0", None, 0.5],
-    "label": ["Decision: [1, 1, 1, 1]", "Decision: [0, 1, 1]", "", None, [0, 1, 0, 1]],
-    "reply": ["no"],
-    "instance": [None, {}],
-    "prompt": [None, ["hello"], [{"content": "hello"}], [{"role": "user", "content": None}], []],
-    "game": ["0"],
-    "stage": [0.5, -1, 4, 1],  # there are four stages, and the next one is of efforts
-    "round": [0, 2, None],
-}
-U, A, S = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
-BAD_CHANGES["prompt"] += [[A], [S, S], [U, A], [U, A, U], [{"role": "tool", "content": "x"}]]
-BAD_CHANGES["prompt"] += [[{"role": "user", "content": "\ud800"}]]  # half a character, which JSON can hold
-BAD_INSTANCES = {"alpha": ["1111", [1, 1, 1, -1], [1, 1, 1, float("nan")], [1]]}
-BAD_INSTANCES |= {"stages": ["EE"], "rounds": [0]}
-BAD_EFFORTS = {"label": ["Decision: 1000", "Decision: nan"], "seat": [0.5]}
 
 
 def bad_lines(graph, effort):
     yield from BAD_LINES
-    for record, changes in ((graph, BAD_CHANGES), (effort, BAD_EFFORTS)):
-        yield from (json.dumps(record | {name: v}) for name, values in changes.items() for v in values)
-    for name, values in BAD_INSTANCES.items():
-        yield from (json.dumps(graph | {"instance": graph["instance"] | {name: value}}) for value in values)
+    for record, section in ((graph, "record"), (effort, "efforts")):
+        yield from (edited(json.dumps(record), change).decode() for change in given(section))
     for name in graph:
         yield json.dumps({k: v for k, v in graph.items() if k != name})
     yield json.dumps(graph | {"seat": 1, "label": "Decision: [0, 1, 1, 1]"})  # its own position is another
@@ -156,26 +135,13 @@ def test_records_of_different_instances_in_one_game_are_refused(few, index):
         targets(bad, bad)
 
 
-def test_the_script_writes_a_data_set_and_does_not_overwrite_it(tmp_path, capsys, refused):
+def test_the_script_writes_a_data_set(tmp_path, capsys):
     out = tmp_path / "games.jsonl"
     expert_games.main(["--games", "5", "--rounds", "2", "--seed", "3", "--out", str(out)])
     said = capsys.readouterr().out
     records = read_records(out)
     assert "80" in said and out.name in said and len(records) == 5 * 4 * 4
     assert records == simulate_many(5, "second-best", 3, families=TWO_ROUNDS)
-    before = out.read_bytes()
-    assert "not overwritten" in refused(expert_games.main, ["--games", 1, "--out", out])
-    assert out.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [out.name]
-
-
-BAD_FLAGS = "expert bogus|out nowhere/games.jsonl|games x|agents 5-4|rounds -1|split test|fix r=1|bogus 1"
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS.split("|"))
-def test_bad_flags_end_in_one_line_and_write_nothing(flags, tmp_path, monkeypatch, refused):
-    monkeypatch.chdir(tmp_path)
-    refused(expert_games.main, ["--games", "1", "--out", "o.jsonl", *f"--{flags}".split()])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():
@@ -264,11 +230,3 @@ def test_data_without_a_kind_of_decision_is_refused_if_it_is_asked_for(policy):
     with pytest.raises(InputError, match="without effort decisions; set their count in --prompts to 0"):
         prompts_of(policy, records)
     assert len(prompts_of(policy, records, effort=0)) == 3
-
-
-def test_records_are_not_changed_by_what_is_made_of_them(policy):
-    records = simulate_many(1, agents=(3, 3))
-    copies = copy.deepcopy(records)
-    train_sft.conversations(policy, records, ("G", "E"))
-    prompts_of(policy, records)
-    assert records == copies

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from tables import STYLE, TRIO, TRIO_2, evaluation_of, play
+from tables import STYLE, TRIO, evaluation_of, play
 
 import eval as evaluation
 from eval import play_among_experts
@@ -55,14 +55,6 @@ def test_a_person_reads_the_prompt_of_the_model_and_hears_at_once_what_is_not_al
     assert system in text and question in text
     assert "not allowed: not one list of numbers. An allowed answer: [0, 1, 1]" in text
     assert "not allowed: own position not 0" in text
-
-
-def test_later_stages_show_what_is_new(types, capsys):
-    (played,) = play([TRIO_2], types("1 1", "1.2", "1 1", "1.3"), 0, make_expert("nash"), 0)
-    assert [t.decision is not None for t in played.turns] == [True] * 4
-    text = capsys.readouterr().out
-    assert text.count("a new game") == 1 and text.count("You are agent 1 of 3") == 1
-    assert "Round 2 links" in text and "Efforts were [1.20," in text
 
 
 def test_after_a_game_everything_is_shown(types, capsys):

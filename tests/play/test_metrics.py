@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from brute import bcz_payoffs
 from tables import TRIO, TRIO_2, constant, expert, play
 
 import eval as evaluation
@@ -18,7 +17,7 @@ from play import metrics
 from play.metrics import METRICS, Played, Turn, mean_interval, paired_difference, per_instance, summarise
 from run.files import write_json
 from world.bcz import BCZ
-from world.draws import draw_game, held_out_grid
+from world.draws import held_out_grid
 
 
 def test_quantiles_of_t():
@@ -63,49 +62,6 @@ def test_paired_difference():
     assert d["high"] - 0.1 == pytest.approx(4.3027 * 0.1 / math.sqrt(3), abs=1e-4)
     assert paired_difference(b, a, "U3")["mean"] == pytest.approx(-0.1)
     assert paired_difference(a, a, "U3") == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 4}
-
-
-def U2(state, seat, actions):
-    return state.kind.efficiency(state, seat, actions)
-
-
-def random_proposals(rng, N):
-    return rng.integers(0, 2, (N, N)) * complete_graph(N)
-
-
-def test_graph_efficiency_over_all_rows():
-    rng, values = np.random.default_rng(0), []
-    for _ in range(12):
-        game = draw_game(rng, 4)
-        P = random_proposals(rng, 4)
-        for seat in range(4):
-            payoff = []
-            for bits in itertools.product((0, 1), repeat=3):
-                Q = P.copy()
-                Q[seat, np.arange(4) != seat] = bits
-                x = np.linalg.solve(np.eye(4) - game.delta * Q * Q.T, np.array(game.alpha))
-                payoff.append((bcz_payoffs(game, Q * Q.T, x)[seat], Q))
-            best, worst = max(u for u, _ in payoff), min(u for u, _ in payoff)
-            for u, Q in payoff:
-                expected = 1 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
-                values.append(U2(State(game), seat, Q))
-                assert values[-1] == pytest.approx(expected, abs=1e-6)
-    assert len(values) == 12 * 4 * 8 and len(set(np.round(values, 3))) > 20
-    assert min(values) == pytest.approx(0) and max(values) == 1
-
-
-def test_effort_efficiency_over_a_fine_grid():
-    rng = np.random.default_rng(1)
-    for _ in range(12):
-        game = draw_game(rng, 4)
-        P = random_proposals(rng, 4)
-        state, x = State(game).step(P), rng.uniform(0, game.cap, 4)
-        for seat in range(4):
-            efforts = [np.r_[x[:seat], v, x[seat + 1 :]] for v in np.linspace(0, game.cap, 2001)]
-            u = np.array([bcz_payoffs(game, P * P.T, y)[seat] for y in efforts[::20]])
-            expected = 1 - (u.max() - bcz_payoffs(game, P * P.T, x)[seat]) / (u.max() - u.min())
-            for y, value in ((x, expected), (efforts[20 * u.argmax()], 1), (efforts[20 * u.argmin()], 0)):
-                assert U2(state, seat, y) == pytest.approx(value, abs=1e-3)
 
 
 # U2 of one link where two are best: both links pay 0.68125, one 0.57995, none 0.5.

@@ -5,16 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tables import expert, play
 from whole_runs import interrupted, lines_of, rft_flags, run_rft
 
-import train_rft
 from decisions import EFFORTS, LINKS
 from experts import Partners, make_expert
 from games import Decision, Kind, State, complete_graph, form_links, game_from_json, own_rows
 from play.dataset import check_seats, simulate_many, targets
 from play.expert_games import label_decision
-from play.metrics import summarise
 from play.probe import probe_targets
 from prompts import PromptStyle, Reply, parse_reply
 from rewards import WEIGHTS, Memory, Rollout, Target
@@ -191,11 +188,6 @@ def test_a_data_set_of_other_partners_or_another_seat_is_refused():
             check_seats("file", records, partners, seat, 0)
 
 
-def test_the_means_of_every_round():
-    summary = summarise(play(held_out_grid(4, FAMILY)[:6], expert("always-link"), 0, PARTNERS, 0))
-    assert {"round 1", "round 2", "round 3"} < set(summary) and summary["round 3"]["U2"]["n"] == 6
-
-
 # --- whole runs
 
 OTHERS = dict(partners=["always-link", "reciprocal"], seat=0, rounds=2, fix="fee=0.1", expert="random")
@@ -233,21 +225,3 @@ def test_it_goes_on_bit_for_bit(ended_run, tmp_path, monkeypatch):
     run_rft(["--resume", str(tmp_path / "run")])
     for file in ("adapter/adapter_model.safetensors", "samples.jsonl"):
         assert (tmp_path / "run" / file).read_bytes() == (folder / file).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "flags, why",
-    [
-        ("--partners self", "--seat all"),
-        ("--partners nash --seat all", "--seat all"),
-        ("--partners nobody", "choose from"),
-        ("--partners noisy:hf:m:0.5", "exact experts"),
-        ("--partners nash --reward-from credit", "leave out --partners"),
-        ("--fix fee=-1", "from 0"),
-    ],
-)
-def test_what_does_not_go_together_is_one_line(flags, why, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        train_rft.main(flags.split())
-    assert why in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "runs").exists()

@@ -250,17 +250,3 @@ def test_examples_stand_before_the_conversation():
     assert joined[:5] == examples[0] and joined[6:9] == examples[1][2:] and with_examples([], chat) == chat
     for game, question in ((examples[1], joined[5]), (chat, joined[-1])):
         assert game[0]["content"] in question["content"] and question["content"].endswith(game[1]["content"])
-
-
-def test_a_prompt_with_examples_goes_on_where_the_last_one_ended(policy):
-    """So the keys and values of the first stage serve in the second: with and without them replies agree."""
-    examples = {"BCZ-GE": expert_examples(1, Family(), 4, NASH, STYLE, 0)}
-    recorder = Recorder(policy)
-    player = policy_player(recorder, PromptStyle(max_new_tokens=8), 0.0, 0, examples=examples)
-    played = play(GRID[:2], player, 0, NASH, 0)
-    (first, replies, session, *_), (second, _, same, *_) = recorder.asked
-    assert session is same and session is not None
-    for prompt, reply, following in zip(first, replies, second, strict=True):
-        assert following[: len(prompt)] == prompt and len(following) > len(prompt) + len(reply.ids)
-    alone = [policy.sample([p], torch.zeros(1, 1, 8), 0.0)[0][0].text for p in second]
-    assert alone == [p.turns[1].reply for p in played]

@@ -8,6 +8,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
+from whole_runs import edited, given
 
 from run import checkpoint
 from run.errors import InputError
@@ -81,12 +82,10 @@ def test_a_checkpoint_of_other_parameters_is_refused_and_nothing_is_changed(name
     assert values(parameters, optimizer) == before
 
 
-def edited(**changes):
-    def edit(folder):
-        state = json.loads((folder / "state.json").read_text())
-        (folder / "state.json").write_text(json.dumps(state | changes))
-
-    return edit
+def changed(change):
+    return lambda folder: (folder / "state.json").write_bytes(
+        edited((folder / "state.json").read_text(), change)
+    )
 
 
 def flip_a_bit(folder):
@@ -99,13 +98,9 @@ DAMAGE = {
     "a bit of a weight": flip_a_bit,
     "half of the weights": lambda folder: os.truncate(folder / "tensors.safetensors", 100),
     "no weights": lambda folder: (folder / "tensors.safetensors").unlink(),
-    "a step that is a word": edited(step="3"),
-    "a step before the first": edited(step=-1),
-    "no memory": edited(extra={}),
-    "no checksum": edited(sha256=None),
     "a list": lambda folder: (folder / "state.json").write_text("[]"),
     "no end": lambda folder: (folder / "state.json").write_text("[" * 100_000),
-}
+} | {change: changed(change) for change in given("state.json")}
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)

@@ -3,8 +3,6 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from unittest.mock import Mock
 
@@ -12,24 +10,6 @@ import pytest
 import whole_runs as runs
 
 from run import ranks
-
-UNDER_TORCHRUN = f"""
-import os, sys
-sys.path[:0] = [{str(runs.ROOT)!r}, {str(runs.ROOT / "tests")!r}]
-import whole_runs
-open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").write(str(os.getpid()))
-whole_runs.driver(sys.argv[1:])
-"""
-
-
-def torchrun(folder, processes, argv):
-    """Starts torchrun with that many processes; each leaves its id in folder/RANK."""
-    script = folder / "driver.py"
-    script.write_text(UNDER_TORCHRUN)
-    command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--", str(script)]
-    environment = os.environ | {"PIDS": str(folder), "OMP_NUM_THREADS": "1"}
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen([sys.executable, "-m", *command, *argv], env=environment, **pipe)
 
 
 def test_many_processes_end_in_the_adapter_of_one(gentle, model_dir, tmp_path):
@@ -45,22 +25,13 @@ def test_many_processes_end_in_the_adapter_of_one(gentle, model_dir, tmp_path):
 
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_run_with_a_line_and_a_checkpoint(gentle, model_dir, tmp_path, dies):
-    """Rank 0 among processes that are left to themselves; rank 1 under torchrun, which ends the others."""
-    folder, argv = tmp_path / "run", runs.rft_flags(model_dir, tmp_path / "run", lr=runs.GENTLE)
-    if dies == 0:
-        processes = runs.start(argv, tmp_path / "output", 2)
-        runs.wait_for_lines(folder / "metrics.jsonl", 3)
-        os.kill(processes[0].pid, signal.SIGKILL)
-        assert runs.ended(processes) == [-signal.SIGKILL, 2]
-        output = (tmp_path / "output").read_text()
-    else:
-        process = torchrun(tmp_path, 2, argv)
-        runs.wait_for_lines(folder / "metrics.jsonl", 3)
-        os.kill(int((tmp_path / "1").read_text()), signal.SIGKILL)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode != 0
+    folder, output = tmp_path / "run", tmp_path / "output"
+    processes = runs.start(runs.rft_flags(model_dir, folder, lr=runs.GENTLE), output, 2)
+    runs.wait_for_lines(folder / "metrics.jsonl", 3)
+    os.kill(processes[dies].pid, signal.SIGKILL)
+    assert runs.ended(processes) == ([-signal.SIGKILL, 2] if dies == 0 else [2, -signal.SIGKILL])
     told = "error: another process of this run cannot be reached"
-    (line,) = [line for line in output.splitlines() if told in line]
+    (line,) = [line for line in output.read_text().splitlines() if told in line]
     assert f"with --resume {folder}" in line
     assert not (folder / "adapter").exists(), "the run was over before the process died"
     saved = int(runs.latest_checkpoint(folder).name.removeprefix("step-"))

@@ -24,11 +24,10 @@ def settled(script, **environment):
     return subprocess.run([sys.executable, "-c", STOP, script], **how).stderr.strip()
 
 
-@pytest.mark.parametrize("script", ["train_rft", "train_sft", "eval", "tools.bench"])
-def test_idle_threads_spin_for_a_short_time(script):
-    assert settled(script) == "1000 None"
+OWN = [("eval", {"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"), ("eval", {"GOMP_SPINCOUNT": "7"}, "7 None")]
+SHORT = [(script, {}, "1000 None") for script in ("train_rft", "train_sft", "eval", "tools.bench")]
 
 
-def test_what_the_user_chose_stays():
-    assert settled("eval", OMP_WAIT_POLICY="PASSIVE") == "None PASSIVE"
-    assert settled("eval", GOMP_SPINCOUNT="7") == "7 None"
+@pytest.mark.parametrize("script, own, expected", SHORT + OWN)
+def test_idle_threads_spin_for_a_short_time_unless_the_user_chose(script, own, expected):
+    assert settled(script, **own) == expected

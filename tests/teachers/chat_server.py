@@ -32,7 +32,9 @@ class ChatServer:
     answers after so many. A test that makes one is skipped where the client's package is not installed.
     """
 
-    def __init__(self, script=lambda body, n: None, delay=lambda: 0.0, hold_after=10**9, usage=(100, 20)):
+    def __init__(
+        self, script=lambda body, n: None, delay=lambda: 0.0, hold_after=10**9, usage=(100, 20), port=0
+    ):
         pytest.importorskip("openai", reason="no openai: pip install -r requirements-experts.txt")
         self.script, self.delay, self.hold_after, self.usage = script, delay, hold_after, usage
         self.lock, self.questions, self.answered = threading.Lock(), [], Counter()
@@ -53,7 +55,7 @@ class ChatServer:
             request_queue_size = 128  # with the usual 5, connections fail when many come at once
             daemon_threads = True
 
-        self.http = Server(("127.0.0.1", 0), Handler)
+        self.http = Server(("127.0.0.1", port), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self):

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -18,11 +17,10 @@ import torch
 from chat_server import KEY, ChatServer, good_reply
 from reference import add_adapter
 from tables import play
-from whole_runs import ROOT, lines_of
+from whole_runs import ROOT, ended, lines_of, sft_flags, start
 
 import lora
 import train_sft
-from decisions import EFFORTS, LINKS
 from experts import make_expert
 from games import KINDS, State, game_from_json
 from models import adapters
@@ -40,31 +38,19 @@ from world.draws import Family, held_out_grid
 STYLE, TWO_ROUNDS = PromptStyle(), (Family("bcz", "GE", 2),)
 
 
-def place(kind):
-    """The question to agent 2 of 3."""
-    history = () if kind is LINKS else (np.zeros((3, 3), int),)
-    return Question([], "", State(BCZ((1.0, 1.0, 1.0), 0.1, 0.1, 3.339), history), 1)
-
-
-EFFORTS_READ = {"Decision: 1.239": 1.24, "Decision: x\nDecision: 0.5": 0.5, "1": None, "": None}
-EFFORTS_READ |= {"Decision: 3.341": None, "Decision: 1 + 0.5": None, "Decision: 1\nDecision: x": None}
+EFFORTS_READ = {"Decision: 1.239": 1.24, "Decision: 3.341": None, "1": None}
 EFFORTS_READ |= {"Decision: 3.339": 3.33}  # never rounded to above the cap
 
 
 @pytest.mark.parametrize("text, action", EFFORTS_READ.items())
 def test_reading_an_effort(text, action):
-    question = place(EFFORTS)
+    state = State(BCZ((1.0, 1.0, 1.0), 0.1, 0.1, 3.339), (np.zeros((3, 3), int),))
+    question = Question([], "", state, 1)
     decision = read(text, question)
     assert (decision.action if decision else None) == action
     if decision:  # the label says the same
         label = format_reply(decision, PromptStyle(belief=False))
         assert parse_reply(label, question.state, 1).action == action
-
-
-def test_reading_a_row_and_beliefs():
-    decision = read("Belief: [1, 1, 0]\nDecision: [1, 0, 1]", place(LINKS))
-    assert decision.action.tolist() == [1, 0, 1] and decision.belief.tolist() == [1, 0, 0]
-    assert read("Decision: [1, 1, 1]", place(LINKS)) is None
 
 
 def test_the_data_set_says_what_the_server_said(ask):
@@ -386,39 +372,15 @@ def test_training_with_experts_on_a_server(model_dir, tmp_path, monkeypatch, cap
     assert f"record={tmp_path / 'kept.jsonl'}" in config["ask"]
 
 
-TWO = """
-from play.dataset import simulate_many, write_records
-from prompts import PromptStyle
-from run import ranks
-from run.errors import InputError
-from teachers import language
-from teachers.asking import asking
-ranks.start()
-for budget in (1, 0):
-    try:
-        pairs = [f"record=answers{budget}", "price-in=10", "price-out=40", f"budget={budget}"]
-        expert = language.make("openai:m", asking(pairs, PromptStyle()))
-        write_records(f"data{ranks.rank()}.jsonl", simulate_many(2, expert, 0, PromptStyle()))
-    except InputError as e:
-        open(f"error{ranks.rank()}", "w").write(str(e))
-language.print_report()
-ranks.exchange(None)
-ranks.dist.destroy_process_group()
-"""
-
-
-def test_of_two_processes_one_asks_and_both_get_the_answers(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    with ChatServer() as server:
-        env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        env |= {"OPENAI_BASE_URL": server.url, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        how = dict(cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        start = [sys.executable, "-c", TWO]
-        both = [subprocess.Popen(start, env=env | {"RANK": str(r)}, **how) for r in range(2)]
-        ends = [p.communicate(timeout=60)[1] for p in both]
-    assert [p.returncode for p in both] == [0, 0], ends
-    assert len(server.questions) == 16
-    assert (tmp_path / "data0.jsonl").read_bytes() == (tmp_path / "data1.jsonl").read_bytes()
-    assert "budget" in (tmp_path / "error0").read_text() == (tmp_path / "error1").read_text()
+def test_of_two_processes_one_asks_and_both_get_the_answers_or_its_error(model_dir, tmp_path):
+    """6 games, also those of the held-out loss, in which 3 agents decide twice."""
+    for budget, statuses in ((1, [0, 0]), (0, [2, 2])):
+        folder, ask = tmp_path / f"run{budget}", [f"record={tmp_path}/answers{budget}", f"budget={budget}"]
+        argv = sft_flags(model_dir, folder, expert="openai:m", games=2, sft_steps=1)
+        argv += ["--ask", *ask, "price-in=10", "price-out=40"]
+        with ChatServer() as server:
+            how = dict(script="train_sft", environment={"OPENAI_BASE_URL": server.url})
+            ended_with = ended(start(argv, tmp_path / "said", 2, **how))
+        assert ended_with == statuses, (tmp_path / "said").read_text()
+        assert len(server.questions) == len(set(server.questions)) == (6 * 3 * 2 if budget else 0)
+    assert (tmp_path / "said").read_text().count("error: the budget of $0 is used up") == 2

@@ -1,6 +1,7 @@
 """The benchmark counts the right work, and runs from end to end on the tiny model. It is never timed here."""
 
 import json
+import os
 import re
 from argparse import Namespace
 
@@ -55,7 +56,17 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(model):
     assert bench.needed(work(model, beta=0), policy)["reference"]["flop"] == 0
 
 
-def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys):
+def process_of(work):
+    return {"pid": os.getpid()}
+
+
+def test_a_run_is_a_process_of_its_own():
+    alone, here = (run(process_of, Namespace()) for run in (bench.run_alone, bench.with_memory))
+    assert alone["pid"] != here["pid"] == os.getpid() and 0.1 < alone["peak_memory_gib"]
+
+
+def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "run_alone", bench.with_memory)  # to save time
     out, peers = tmp_path / "bench.json", ["--peer", "plain", "--peer", "generate", "--peer", "plain"]
     bench.main(["--model", model, *SMALL, *peers, "--json", str(out)])
     printed = capsys.readouterr().out

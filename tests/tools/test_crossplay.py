@@ -62,26 +62,11 @@ def test_models_share_one_base(model_dir, tmp_path, monkeypatch):
     loads, load = [], Model.load
     monkeypatch.setattr(Model, "load", lambda self: loads.append(1) or load(self))
     flags = ["--model", model_dir, "--max-new-tokens", "4", "--eval-games", "2"]
-    names = ["base", "few-shot:1", "expert:nash", "expert:random", "expert:selfish"]
+    names = ["base", "few-shot:1", "expert:nash"]
     crossplay.main([*flags, "--player", *names, "--json", str(tmp_path / "m.json")])
-    assert loads == [1]
     pairs = pairs_of(tmp_path / "m.json")
-    assert len(pairs) == 25 and pairs["base", "base"]["U3"]["mean"] == 0  # silence in all seats: effort 0
+    assert loads == [1] and len(pairs) == 9
+    assert pairs["base", "base"]["U3"]["mean"] == 0  # silence in all seats: effort 0
     evaluation.main([*flags, "--policy", "base", "--expert", "nash", "--json", str(tmp_path / "eval.json")])
     alone = json.loads((tmp_path / "eval.json").read_text())["results"]["base"]["instances"]
     assert pairs["base", "expert:nash"]["U3"]["games"] == [row["U3"] for row in alone]
-
-
-BAD_FLAGS = ("expert:nash", "expert:nash expert:nash", "expert:nash nowhere", "expert:nash expert:nobody")
-BAD_FLAGS += ("expert:nash base --seat all", "expert:nash base --seat 4", "expert:nash base --json no/such/x")
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_are_one_line(flags, refused):
-    refused(crossplay.main, [*FLAGS, "--player", *flags.split()])
-
-
-def test_files_are_not_overwritten(tmp_path, refused):
-    path = tmp_path / "mine"
-    path.write_text("mine")
-    assert str(path) in refused(crossplay.main, [*FLAGS, "--json", path]) and path.read_text() == "mine"

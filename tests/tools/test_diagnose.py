@@ -121,6 +121,13 @@ def set_metrics(run, steps=range(STEPS), **values):
             row |= values
 
 
+def same_but_expert(run):
+    """Where the state of the same stage differs (a noisy history), another answer is right."""
+    for s in run[1]:
+        if s["kind"] == "G":
+            s["reply"] = s["expert"] = reply(ROWS[(s["game"] + s["step"] // 2) % 4])
+
+
 SELFISH, CHANGING = "good for itself, bad for all (high U2, low U3)", "links that keep changing"
 FORMAT, IDLE = "replies that break the format", "groups without variance"
 FAILURES = {
@@ -145,19 +152,34 @@ FAILURES = {
         CLIPPED,
         "watch",
     ),
+    # What only looks like a failure:
+    "bad play is no social dilemma": (lambda run: run[2].update(results_of(0.4, 0.3)),),
+    "silence is no social dilemma": (lambda run: run[2].update(results_of(0.9, 0.3, u1=0.1)),),
+    "the rounding of bf16": (
+        lambda run: [
+            run[3].update(dtype="bfloat16"),
+            set_metrics(run, [3], max_ratio_error=0.4, approx_kl=2e-4),
+        ],
+    ),
+    "a level KL with a small hump": (
+        lambda run: [set_metrics(run, kl=0.08), set_metrics(run, [7], kl=0.12)],
+    ),
+    "an expert that changes its answer": (same_but_expert,),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_is_named_and_nothing_else(case, tmp_path):
-    change, name, level = FAILURES[case]
+    change, *found = FAILURES[case]
     run = healthy()
     change(run)
     folder = write(tmp_path / "run", *run)
-    assert levels(folder) == {name: level} and findings(folder)[name][2].endswith(".")
-    assert name in diagnose.summary(folder) and "1 of 7" in diagnose.summary(folder)
-    first, *_ = diagnose.format_findings(diagnose.diagnose(folder)).splitlines()
-    assert first == f"{level:7}{name}"
+    assert levels(folder) == (dict([found]) if found else {})
+    if found:
+        name, level = found
+        assert name in diagnose.summary(folder) and "1 of 7" in diagnose.summary(folder)
+        first, *_ = diagnose.format_findings(diagnose.diagnose(folder)).splitlines()
+        assert first == f"{level:7}{name}" and findings(folder)[name][2].endswith(".")
 
 
 def test_the_numbers_are_those_of_the_run(tmp_path):
@@ -171,32 +193,6 @@ def test_the_numbers_are_those_of_the_run(tmp_path):
     set_metrics(run, zero_variance_groups=1.0, U1=0.0)  # groups that fail alike get another advice
     advice = findings(write(tmp_path / "run", *run))[IDLE][2]
     assert "SFT" in advice and "harder" not in advice
-
-
-def same_but_expert(run):
-    """Where the state of the same stage differs (a noisy history), another answer is right."""
-    for s in run[1]:
-        if s["kind"] == "G":
-            s["reply"] = s["expert"] = reply(ROWS[(s["game"] + s["step"] // 2) % 4])
-
-
-HARMLESS = {
-    "bad play is no social dilemma": lambda run: run[2].update(results_of(0.4, 0.3)),
-    "silence is no social dilemma": lambda run: run[2].update(results_of(0.9, 0.3, u1=0.1)),
-    "the rounding of bf16": lambda run: [
-        run[3].update(dtype="bfloat16"),
-        set_metrics(run, [3], max_ratio_error=0.4, approx_kl=2e-4),
-    ],
-    "a level KL with a small hump": lambda run: [set_metrics(run, kl=0.08), set_metrics(run, [7], kl=0.12)],
-    "an expert that changes its answer": same_but_expert,
-}
-
-
-@pytest.mark.parametrize("case", HARMLESS)
-def test_what_only_looks_like_a_failure_is_none(case, tmp_path):
-    run = healthy()
-    HARMLESS[case](run)
-    assert levels(write(tmp_path / "run", *run)) == {}
 
 
 def edited(name, change):

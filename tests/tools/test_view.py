@@ -30,7 +30,6 @@ from run.files import JsonLines, write_json
 from tompo import group_normalise
 from tools import view
 from tools.page import learned
-from tools.page.groups import read_prompts
 from tools.page.text import clean, escaped, thinned
 from world.draws import draw_game
 
@@ -130,17 +129,6 @@ def data_of(page):
 
 
 # -------------------- files
-
-
-def test_every_prompt_is_logged_once_and_says_what_its_replies_have_in_common(made):
-    samples, prompts = lines_of(made / "samples.jsonl"), lines_of(made / "prompts.jsonl")
-    asked = read_prompts(made)
-    assert len(prompts) == len(asked) and set(asked) == set(map(place, samples))
-    for line in prompts:
-        replies, (target, chat) = [s for s in samples if place(s) == place(line)], asked[place(line)]
-        label = parse_reply(replies[0]["expert"], target.state, target.seat)
-        assert np.array_equal(target.actions[target.seat], label.action) and chat[0]["role"] == "system"
-        assert line["step"] == min(s["step"] for s in replies) and target.kind.letter == line["kind"]
 
 
 def test_a_real_run_leaves_a_page_with_all_its_replies(full):
@@ -336,7 +324,7 @@ def page(browser, page_file):
     page.check_quiet()
 
 
-def test_the_table_and_the_facts_are_those_of_the_files(page, made):
+def test_the_overview_is_that_of_the_files_and_what_was_learned_is_a_chart_and_a_table(page, made):
     cells = page.run(
         "const rows = [...document.querySelectorAll('#overview-body tr')];"
         "return rows.map(r => [...r.cells].map(c => c.innerText))"
@@ -346,6 +334,8 @@ def test_the_table_and_the_facts_are_those_of_the_files(page, made):
         for metric, text in zip(METRICS, row[1:], strict=True):
             assert text.split("\n")[0] == f"{summary['all rounds'][metric]['mean']:.3f}"
     assert "a <machine>" in page.text("#overview-body") and "RFT 1.5 min" in page.text("#overview-body")
+    circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
+    assert "best described by" in page.text("#learned-body") and circles
 
 
 def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
@@ -417,11 +407,6 @@ def test_games_show_regret_and_the_best_row(page, made):
     page.choose("p-order", "low")
     U2 = [float(text.split("U2 ")[1].split(",")[0]) for text in page.options("p-game")]
     assert U2 == sorted(U2)
-
-
-def test_what_it_learned_is_a_chart_and_a_table(page):
-    circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
-    assert "best described by" in page.text("#learned-body") and circles
 
 
 def test_it_can_be_read_without_eyes_or_mouse(page):

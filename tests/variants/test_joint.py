@@ -5,7 +5,6 @@ import pytest
 import whole_runs
 from tables import group_of, row
 
-import train_rft
 from decisions import EFFORTS, LINKS
 from games import State, form_links
 from play.dataset import Prompt, next_batch
@@ -80,8 +79,3 @@ def test_a_run_scores_whole_graphs(model_dir, sft_adapter, tmp_path):
             score = 1 - (form_links(P_NN) != form_links(np.array(experts))).sum() / 6
             for s, d in zip(replies, read, strict=True):
                 assert s["s"] == pytest.approx(0 if d is None else score)
-
-
-def test_it_needs_all_seats(refused, model_dir, tmp_path):
-    argv = whole_runs.rft_flags(model_dir, tmp_path / "run", seat=0, reward_from="joint")
-    assert "--reward-from joint asks all seats" in refused(train_rft.main, argv)

@@ -47,15 +47,6 @@ def test_kl_estimators_by_hand():
     close(tompo.KL_ESTIMATORS["k3"](logp, ref), [math.exp(-0.5) + 0.5 - 1])
 
 
-@pytest.mark.parametrize("estimator", tompo.KL_ESTIMATORS)
-def test_kl_estimators_agree_with_the_kl_where_it_is_small(estimator):
-    """Their means under pi, summed exactly over three tokens; k1 and k3 are unbiased, k2 nearly."""
-    pi, ref = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.48, 0.33, 0.19])
-    exact = (pi * (pi / ref).log()).sum()
-    estimate = (pi * tompo.KL_ESTIMATORS[estimator](pi.log(), ref.log())).sum()
-    torch.testing.assert_close(estimate, exact, rtol=0.02 if estimator == "k2" else 1e-4, atol=1e-7)
-
-
 @pytest.mark.parametrize("loss", tompo.LOSSES)
 @pytest.mark.parametrize("ratio", tompo.RATIOS)
 @pytest.mark.parametrize("aggregation", tompo.AGGREGATIONS)

@@ -21,14 +21,6 @@ from world.bcz import BCZ, effort_fixed_point, threshold_graphs
 NO_CAP = 1e6  # far above every uncapped solution used here
 
 
-def critical_cost(alpha, delta, N, efforts):
-    """c* of the homogeneous game: the efficient graph is complete iff c < c*, else empty; p = delta (N-1)."""
-    p = delta * (N - 1)
-    if efforts == "nash":
-        return alpha**2 * ((1 - p) ** -2 - 1) / (2 * (N - 1))
-    return alpha**2 * delta / (1 - 2 * p)
-
-
 def efforts_of(game, graphs, efforts):
     """Uncapped Nash or planner efforts on one graph or on many, by the plain inverse."""
     factor = {"nash": 1, "planner": 2}[efforts]
@@ -107,19 +99,9 @@ def test_capped_efforts_where_the_matrix_is_singular_up_to_rounding():
 
 @pytest.mark.parametrize("solution", ["nash", "planner"])
 def test_the_efficient_graph_is_the_best_of_all(solution):
-    shares = check_efficient_graph(random_game, solution, 240)
+    shares = check_efficient_graph(lambda *how: replace(random_game(*how), fee=0.1), solution, 120)
+    shares += check_efficient_graph(random_game, solution, 120)
     assert sum(0 < share < 1 for share in shares) >= 10  # else only the empty and the complete one
-
-
-@pytest.mark.parametrize("efforts", ["nash", "planner"])
-@pytest.mark.parametrize("N", range(4, 9))
-def test_critical_cost_parts_complete_from_empty(N, efforts):
-    for alpha, p in ((1.0, 0.3), (2.0, 0.15)):
-        delta = p / (N - 1)
-        critical = critical_cost(alpha, delta, N, efforts)
-        for share, links in ((0.5, N * (N - 1)), (0.999, N * (N - 1)), (1.001, 0), (2.0, 0)):
-            game = BCZ((alpha,) * N, delta, share * critical, NO_CAP)
-            assert game.efficient_graph(efforts)[0].sum() == links
 
 
 def test_twelve_agents_are_feasible():

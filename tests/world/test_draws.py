@@ -151,14 +151,6 @@ def test_splits_never_share_an_instance(game, types):
         assert moved.key == game.key and split_of(moved) == split_of(game)
 
 
-def test_a_tenth_of_all_instances_is_held_out():
-    rng, types = np.random.default_rng(63), types_of("linear", 6)
-    drawn = [Family().make(types, rng.uniform(0.15, 0.33), rng.uniform(0.6, 2.2)) for _ in range(2000)]
-    unique = {g.key: g for g in drawn}.values()
-    share = np.mean([split_of(g) == "held-out" for g in unique])
-    assert len(unique) > 1000 and 0.07 < share < 0.13  # 3 standard errors of a tenth are 0.028 at 1000
-
-
 def test_the_split_is_the_same_in_every_process():
     """It was so in another one. (Python's own hash of a string changes from process to process.)"""
     games = [Family().make(types_of("half", 5), p, 1.1) for p in np.linspace(0.15, 0.33, 40)]
