@@ -249,7 +249,7 @@ class Objective:
     """See rewards.py and tompo.py."""
 
     title = "reward and objective"
-    reward: Callable  # writes r^S and R^G into the rollouts of a step
+    reward: Callable  # writes r^S and R^G into the samples of a step
     next_batch: Callable  # the prompts of a step
     advantage: Callable  # this and the next four are functions of tompo.TABLES
     aggregation: Callable

@@ -28,7 +28,7 @@ from play.rft_log import RFTLog
 from play.self_play import Table
 from policy import Policy
 from prompts import Reply, parse_reply
-from rewards import Memory, Rollout
+from rewards import Memory, Sample
 from run import ranks
 from run.curves import plot_curves
 from run.errors import reports_errors
@@ -55,7 +55,7 @@ PROBE_EVERY = 5  # steps
 def rft(
     policy: Policy,
     cfg: RFT,
-    conversations: list[list[Prompt]],
+    pool: list[list[Prompt]],
     optimizer: torch.optim.Optimizer,
     stage: Stage,
     *,
@@ -71,7 +71,7 @@ def rft(
     log = RFTLog(stage)
     for step in stage.steps():
         # 1. Prompts q: decisions of one agent in expert games.
-        prompts = cfg.next_batch(conversations, cfg.prompts, step, seed)
+        prompts = cfg.next_batch(pool, cfg.prompts, step, seed)
         targets = [q.target for q in prompts]
         # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
         generator = torch_generator(seed, Stream.RFT_REPLIES, step)
@@ -122,7 +122,7 @@ def rft(
 
 def sample(
     policy: Policy, prompts: list[Prompt], M: int, S: int, temperature: float, generator: torch.Generator
-) -> list[list[Rollout]]:
+) -> list[list[Sample]]:
     """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them. Several
     processes share the prompts; every token of every reply has a random number of its own."""
     uniforms_PMS = torch.rand(len(prompts), M, S, generator=generator)
@@ -132,21 +132,21 @@ def sample(
 
     replies = ranks.split([q.conversation for q in prompts], sample_own)
     return [
-        [Rollout(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
+        [Sample(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
         for q, group in zip(prompts, replies, strict=True)
     ]
 
 
-def reward_tensor(group: list[Rollout], name: str) -> Tensor:
+def reward_tensor(group: list[Sample], name: str) -> Tensor:
     """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single."""
     rewards_M = torch.tensor([o.rewards[name] for o in group])
     return rewards_M if rewards_M.is_floating_point() else rewards_M.float()
 
 
 def note_advantages(
-    groups: list[list[Rollout]], A: list[Tensor], A_S: list[Tensor], A_G: dict[int, Tensor]
+    groups: list[list[Sample]], A: list[Tensor], A_S: list[Tensor], A_G: dict[int, Tensor]
 ) -> None:
-    """Writes the advantages, (M,) for each group, into the rollouts, for the log. A_G: by group."""
+    """Writes the advantages, (M,) for each group, into the samples, for the log. A_G: by group."""
     for k, group in enumerate(groups):
         A_G_M = A_G.get(k, torch.zeros(len(group)))
         for o, a, a_S, a_G in zip(group, A[k].tolist(), A_S[k].tolist(), A_G_M.tolist(), strict=True):
@@ -168,7 +168,7 @@ class Batch:
 
 
 def batches(
-    policy: Policy, live: list[tuple[Prompt, list[Rollout], Tensor]], weights: list[float], size: int
+    policy: Policy, live: list[tuple[Prompt, list[Sample], Tensor]], weights: list[float], size: int
 ) -> Iterator[Batch]:
     """The live groups (prompt, replies, A), pass by pass; several processes share them. weights: w_i of all
     replies, group by group."""
@@ -178,9 +178,9 @@ def batches(
     ids, replies = [q.ids for q, *_ in own], [[o.reply.ids for o in group] for _, group, *_ in own]
     for indices in policy.batches(ids, replies, size):
         part = [own[i] for i in indices]
-        rollouts = [o for _, group, *_ in part for o in group]
-        lengths = torch.tensor([len(o.reply.ids) for o in rollouts])
-        old_T = torch.tensor([logp for o in rollouts for logp in o.reply.logps])
+        samples = [o for _, group, *_ in part for o in group]
+        lengths = torch.tensor([len(o.reply.ids) for o in samples])
+        old_T = torch.tensor([logp for o in samples for logp in o.reply.logps])
         A_T = torch.tensor([a for _, _, A_M, _ in part for a in A_M]).repeat_interleave(lengths)
         w_T = torch.tensor([w for *_, w_M in part for w in w_M]).repeat_interleave(lengths)
         texts = [ids[i] for i in indices], [replies[i] for i in indices]
@@ -190,11 +190,11 @@ def batches(
 # -------------------- the run
 
 
-def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, stop: StopSignal) -> bool:
+def run_rft(settings: Settings, policy: Policy, pool, folder: Path, stop: StopSignal) -> bool:
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one.
     Returns False if it was stopped before the end, after saving a checkpoint."""
     cfg, seed, data, style = settings.rft, settings.run.seed, settings.data, settings.players.style
-    N = max(q.target.game.N for conversation in conversations for q in conversation)
+    N = max(q.target.game.N for conversation in pool for q in conversation)
     if settings.players.self_play:
         played = Table(policy, style, cfg.temperature, settings.games.families, data.agents)
         cfg, N = replace(cfg, next_batch=played.next_batch), max(N, data.agents[1])
@@ -209,7 +209,7 @@ def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, sto
         rft(
             policy,
             cfg,
-            conversations,
+            pool,
             optimizer,
             stage,
             reply_limit=limit,
@@ -243,9 +243,9 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     if settings.rft.sft_adapter:
         put_adapter(policy, settings.rft.sft_adapter)
     trained = trained_seats(records, data.seat, data.seed)
-    conversations = make_prompts(policy, records, trained, settings.rft.prompts, style)
+    pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
     check_lengths(settings, policy)
-    return policy, records, conversations
+    return policy, records, pool
 
 
 @reports_errors
@@ -257,7 +257,7 @@ def main(argv=None) -> None:
     settings = parse_training(parser, "train_rft.py", argv)
     clock, algo = Stopwatch(), settings.rft.algo
     with clock("load"):
-        policy, records, conversations = prepare(settings)
+        policy, records, pool = prepare(settings)
     with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
         with StopSignal() as stop:
             finished = True
@@ -270,7 +270,7 @@ def main(argv=None) -> None:
             if finished:
                 lora.merge(policy.model)
                 with clock("RFT"):
-                    finished = run_rft(settings, policy, conversations, folder, stop)
+                    finished = run_rft(settings, policy, pool, folder, stop)
     if ranks.first():
         plot_curves(folder)
     if not finished:

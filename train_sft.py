@@ -73,7 +73,7 @@ def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool)
     return [float(k < start or not any(map(str.isdigit, text))) for k, text in enumerate(texts)]
 
 
-def conversations(
+def make_conversations(
     policy: Policy, records: list[Record], kinds: tuple[str, ...], format_only: bool = False
 ) -> list[Conversation]:
     """One for each agent of each game, with its decisions of these kinds (letters)."""
@@ -200,8 +200,8 @@ def run_sft(
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
     held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
-    test = conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS), cfg.format_only)
-    train = conversations(policy, labels, cfg.kinds, cfg.format_only)
+    test = make_conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS), cfg.format_only)
+    train = make_conversations(policy, labels, cfg.kinds, cfg.format_only)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)

@@ -43,11 +43,11 @@ def page(settings: flags.Settings) -> str:
     optimizer = make_optimizer(policy.model)
     records = settings.data.load(settings.games, settings.players)
     trained = trained_seats(records, settings.data.seat, seed)
-    conversations = make_prompts(policy, records, trained, cfg.prompts, style)
+    pool = make_prompts(policy, records, trained, cfg.prompts, style)
 
     # The first decision about links in which both levels say something and every reply is compliant.
     for step in range(100):
-        (q,) = next_batch(conversations, {"G": 1}, step, seed)
+        (q,) = next_batch(pool, {"G": 1}, step, seed)
         N, limit = q.target.game.N, style.reply_limit(q.target.game.N)
         generator = torch_generator(seed, Stream.RFT_REPLIES, step)
         (group,) = groups = sample(policy, [q], cfg.m, limit, cfg.temperature, generator)

@@ -206,16 +206,16 @@ def make_prompts(
         if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
             lack = f"the data set has games without {KINDS[letter].name} decisions"
             raise InputError(f"{lack}; set their count in --prompts to 0")
-    conversations: dict[tuple[int, int], list[Prompt]] = {}
+    pool: dict[tuple[int, int], list[Prompt]] = {}
     for r, target in targets(records, trained):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
         policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
-        conversations.setdefault(prompt.conversation, []).append(prompt)
-    return list(conversations.values())
+        pool.setdefault(prompt.conversation, []).append(prompt)
+    return list(pool.values())
 
 
 def next_batch(
-    conversations: list[list[Prompt]],
+    pool: list[list[Prompt]],
     counts: dict[str, int],
     step: int,
     seed: int,
@@ -224,10 +224,10 @@ def next_batch(
     """The prompts of a step: so many decisions of each kind, from the same conversations where possible,
     since these share tokens. All conversations are gone through once an epoch; order: another order."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
-    order = order or shuffled(len(conversations), max(counts.values()), step, seed, Stream.RFT_ORDER)
+    order = order or shuffled(len(pool), max(counts.values()), step, seed, Stream.RFT_ORDER)
     for k, i in enumerate(order):
         for letter, count in counts.items():
             if k < count:
-                choices = [p for p in conversations[i] if p.target.kind.letter == letter]
+                choices = [p for p in pool[i] if p.target.kind.letter == letter]
                 batch.append(choices[rng.integers(len(choices))])
     return batch

@@ -51,7 +51,7 @@ class Turn:
 
 
 @dataclass(frozen=True, eq=False)
-class Played:
+class Episode:
     """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage."""
 
     game: Game
@@ -94,22 +94,22 @@ def welfare_bounds(game: Game) -> tuple[float, float]:
     return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
 
 
-def welfare_share(played: Played) -> float | None:
+def welfare_share(episode: Episode) -> float | None:
     """Cooperative outcome: realised welfare W / W*."""
-    first_best, _ = welfare_bounds(played.game)
-    return float(np.mean(played.welfares)) / first_best if first_best > 1e-9 else None
+    first_best, _ = welfare_bounds(episode.game)
+    return float(np.mean(episode.welfares)) / first_best if first_best > 1e-9 else None
 
 
-def welfare_gain(played: Played) -> float | None:
+def welfare_gain(episode: Episode) -> float | None:
     """(W - W_empty) / (W* - W_empty): 0 for nobody linking, 1 for the first best."""
-    first_best, empty = welfare_bounds(played.game)
-    gain = float(np.mean(played.welfares)) - empty
+    first_best, empty = welfare_bounds(episode.game)
+    gain = float(np.mean(episode.welfares)) - empty
     return gain / (first_best - empty) if first_best - empty > 1e-9 else None
 
 
 def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
     """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
-    return lambda played: mean_interval(metric(t) for t in played.turns if where(t))["mean"]
+    return lambda episode: mean_interval(metric(t) for t in episode.turns if where(t))["mean"]
 
 
 def gap(turn: Turn) -> float | None:
@@ -120,7 +120,7 @@ def gap(turn: Turn) -> float | None:
     return (values[1] - values[0]) * game.N / first_best if values and first_best > 1e-9 else None
 
 
-METRICS: dict[str, Callable[[Played], float | None]] = {
+METRICS: dict[str, Callable[[Episode], float | None]] = {
     "U1": mean_of(compliant),  # its interval is Wilson's
     "s": mean_of(graph_score),
     "row": mean_of(row_agreement),
@@ -130,17 +130,17 @@ METRICS: dict[str, Callable[[Played], float | None]] = {
     "belief": mean_of(belief),
     "gap": mean_of(gap),
     "U2 | ok": mean_of(efficiency, compliant),
-    "U3 | ok": lambda played: welfare_share(played) if all(map(compliant, played.turns)) else None,
+    "U3 | ok": lambda episode: welfare_share(episode) if all(map(compliant, episode.turns)) else None,
 }
 DETAILS = ("U3 gain", "gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 
 
-def per_instance(played: Played) -> dict[str, float | None]:
+def per_instance(episode: Episode) -> dict[str, float | None]:
     """The metrics of one game; U2 also for each kind of decision."""
-    values = {name: metric(played) for name, metric in METRICS.items()}
-    for kind in (kind for letter, kind in KINDS.items() if letter in played.game.stages):
-        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(played)
+    values = {name: metric(episode) for name, metric in METRICS.items()}
+    for kind in (kind for letter, kind in KINDS.items() if letter in episode.game.stages):
+        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(episode)
     return values
 
 
@@ -189,43 +189,43 @@ def _intervals(rows: list[dict[str, float | None]], turns: list[Turn], seats: in
     return table | {"U1": wilson_interval(sum(map(compliant, turns)) / seats, len(turns) / seats)}
 
 
-def summarise(games_played: list[Played]) -> dict:
+def summarise(episodes: list[Episode]) -> dict:
     """{"all rounds" | "round 1" | ...: {metric: mean and interval}, "games": {game and stages: the same},
     "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
     in each stage), and all agents' "actions" by stage (as text); "repaired": how many replies}."""
-    seats = len({t.seat for t in games_played[0].turns})
+    seats = len({t.seat for t in episodes[0].turns})
 
     def table(pairs):  # of games with their metrics
         return _intervals([row for _, row in pairs], [t for p, _ in pairs for t in p.turns], seats)
 
-    def in_round(played: Played, r: int) -> Played:
-        turns = [t for t in played.turns if t.state.round == r]
-        return replace(played, turns=turns, welfares=played.welfares[r - 1 : r])
+    def in_round(episode: Episode, r: int) -> Episode:
+        turns = [t for t in episode.turns if t.state.round == r]
+        return replace(episode, turns=turns, welfares=episode.welfares[r - 1 : r])
 
-    rounds: dict[str, list[Played]] = {}
-    for p in games_played:
+    rounds: dict[str, list[Episode]] = {}
+    for p in episodes:
         for r in range(1, p.game.rounds + 1):
             rounds.setdefault(f"round {r}", []).append(in_round(p, r))
-    pairs = [(p, per_instance(p)) for p in games_played]
-    labels = dict.fromkeys(p.game.label for p in games_played)
+    pairs = [(p, per_instance(p)) for p in episodes]
+    labels = dict.fromkeys(p.game.label for p in episodes)
     return {
         "all rounds": table(pairs),
         **{name: table([(p, per_instance(p)) for p in part]) for name, part in rounds.items()},
         "games": {label: table([pair for pair in pairs if pair[0].game.label == label]) for label in labels},
         "instances": [{"instance": p.game.to_json()} | row for p, row in pairs],
-        "replies": [[t.reply for t in p.turns] for p in games_played],
-        "seats": [sorted({t.seat for t in p.turns}) for p in games_played],
-        "actions": [history_to_text(State(p.game, p.history)) for p in games_played],
-        "repaired": sum(bool(t.played and not t.decision) for p in games_played for t in p.turns),
+        "replies": [[t.reply for t in p.turns] for p in episodes],
+        "seats": [sorted({t.seat for t in p.turns}) for p in episodes],
+        "actions": [history_to_text(State(p.game, p.history)) for p in episodes],
+        "repaired": sum(bool(t.played and not t.decision) for p in episodes for t in p.turns),
     }
 
 
-def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:
+def mean_over_seats(by_seat: list[list[Episode]]) -> dict[str, dict]:
     """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a
     game counts once, with its mean over the plays."""
     rows = []
     for plays in zip(*by_seat, strict=True):  # of one game
-        values = [per_instance(played) for played in plays]
+        values = [per_instance(episode) for episode in plays]
         rows.append({name: mean_interval(row[name] for row in values)["mean"] for name in values[0]})
     return _intervals(rows, [t for plays in by_seat for p in plays for t in p.turns], len(by_seat))
 

@@ -20,7 +20,7 @@ from experts import Expert
 from games import Decision, State
 from models import adapters as adapters_on_disk
 from play import expert_games
-from play.metrics import Played, Turn
+from play.metrics import Episode, Turn
 from play.repair import repair_reply
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply
@@ -149,7 +149,7 @@ def expert_examples(
 
 def play_tables(
     games, tables: list[list[Player]], watched, expert: Expert, seed: int, label="", repair=False, first=0
-) -> list[Played]:
+) -> list[Episode]:
     """Plays games of the same stages and rounds side by side, stage by stage. tables: of each game the player
     in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions in all
     seats a link decision is compared with; repair: of replies that are not compliant, play what can be read
@@ -188,4 +188,4 @@ def play_tables(
             game_over(state)
     welfares = [[float(pay.sum()) for _, _, pay in state.round_results()] for state in states]
     ends = zip(states, turns, welfares, strict=True)
-    return [Played(state.game, own, welfare, state.history) for state, own, welfare in ends]
+    return [Episode(state.game, own, welfare, state.history) for state, own, welfare in ends]

@@ -12,7 +12,7 @@ import torch
 from decisions import EFFORTS, LINKS
 from experts import Expert
 from games import Decision, State, own_rows
-from play.metrics import METRICS, Played, Turn
+from play.metrics import METRICS, Episode, Turn
 from play.players import sample_texts
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply
@@ -62,8 +62,8 @@ def measure(decisions: list[Decision | None], targets: list[Target]) -> dict[str
     for decision, t in zip(decisions, targets, strict=True):
         actions = t.with_own(decision or t.kind.fallback(t.game.N))
         turns.append(Turn(t.state, t.seat, "", decision, decision, actions, t.actions))
-    played = Played(targets[0].game, turns, [])
-    return {key: METRICS[key](played) for key in KEYS}
+    episode = Episode(targets[0].game, turns, [])
+    return {key: METRICS[key](episode) for key in KEYS}
 
 
 def levels(targets: list[Target]) -> dict[str, dict[str, float | None]]:

@@ -58,7 +58,7 @@ class Table:
         self.families, self.agents = families, agents
 
     def next_batch(
-        self, conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+        self, pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
     ) -> list[Prompt]:
         """As dataset.next_batch, but from new games, one for each decision of a kind, so that a step meets as
         many different games as with expert games. The conversations are not used."""

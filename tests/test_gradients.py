@@ -15,7 +15,7 @@ import train_sft
 from experts import make_expert
 from play import dataset
 from prompts import PromptStyle, Reply
-from rewards import Rollout
+from rewards import Sample
 from run import ranks
 from run.files import StopSignal
 from run.stage import Stage
@@ -103,8 +103,8 @@ def prompts(model_dir):
     """A decision for each group, of different conversations."""
     policy, style = engine("plain", model_dir), PromptStyle()
     records = dataset.simulate_many(2, make_expert("second-best"), 0, style, (3, 3))
-    conversations = dataset.make_prompts(policy, records, records, {"G": 1}, style)
-    return [replace(p, ids=ids) for (p, _), (ids, _, _) in zip(conversations, GROUPS, strict=False)]
+    pool = dataset.make_prompts(policy, records, records, {"G": 1}, style)
+    return [replace(p, ids=ids) for (p, _), (ids, _, _) in zip(pool, GROUPS, strict=False)]
 
 
 ADVANTAGES = [torch.tensor(advantages) for _, _, advantages in GROUPS]
@@ -126,7 +126,7 @@ def one_step(monkeypatch, prompts, tmp_path):
         return norm
 
     def run(policy, cfg, groups, size, own=None, advantages=ADVANTAGES):
-        monkeypatch.setattr(train_rft, "sample", lambda *_: [[Rollout(o, None) for o in g] for g in groups])
+        monkeypatch.setattr(train_rft, "sample", lambda *_: [[Sample(o, None) for o in g] for g in groups])
         monkeypatch.setattr(train_rft, "clip_gradient", spy)
         monkeypatch.setattr(ranks, "share", lambda keys: list(range(len(keys))) if own is None else own)
         given = dict(next_batch=lambda *_: prompts, reward=no_rewards)

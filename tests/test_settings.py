@@ -120,7 +120,7 @@ def test_what_flags_stand_for():
 
 
 def test_a_reward_term_of_ones_own_has_a_weight_unless_the_logs_use_its_name(monkeypatch):
-    monkeypatch.setitem(TERMS, "length", lambda rollout, target: 1.0)
+    monkeypatch.setitem(TERMS, "length", lambda sample, target: 1.0)
     rft = parsed(["--weights", "length=0.5"])[1].rft
     assert rft.reward.keywords["weights"]["length"] == 0.5
     monkeypatch.setitem(TERMS, "r_S", TERMS["length"])

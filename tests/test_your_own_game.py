@@ -27,12 +27,12 @@ from world.draws import Family, draw_game, held_out_grid, split_of
 GAMES.pop(Coordination.name, None)
 
 
-def symmetry(rollout, target):
+def symmetry(sample, target):
     """Share of the others to whom the agent does what the experts do to it; as the tutorial writes a term."""
-    if rollout.decision is None or target.kind.letter != "G":
+    if sample.decision is None or target.kind.letter != "G":
         return 0.0
     others = np.arange(target.game.N) != target.seat
-    return float((rollout.decision.action == target.actions[:, target.seat])[others].mean())
+    return float((sample.decision.action == target.actions[:, target.seat])[others].mean())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import numpy as np
 
 from experts import Expert
 from games import Decision, State
-from rewards import Memory, Rollout, Target, graph_likeness, group_rewards
+from rewards import Memory, Sample, Target, graph_likeness, group_rewards
 from run.seeds import Stream, numpy_generator
 
 WEIGHTS = {"gamma": 1.0, "zeta": 0.0}  # the discount per round, the weight of |C_G - C_E|; see --weights
@@ -52,7 +52,7 @@ def return_credits(
 
 def credit_rewards(
     targets: list[Target],
-    groups: list[list[Rollout]],
+    groups: list[list[Sample]],
     memory: Memory,
     *,
     weights: dict[str, float],
@@ -72,7 +72,7 @@ def credit_rewards(
     for (place, letter), target, group, of_group in zip(places, targets, groups, credits, strict=True):
         other = means.get((place, OTHER.get(letter)))
         zeta = 0.0 if other is None else weights["zeta"]
-        sample = [0.0 if c is None else c - zeta * abs(c - (other or 0.0)) for c in of_group]
+        likenesses = [0.0 if c is None else c - zeta * abs(c - (other or 0.0)) for c in of_group]
         group_rewards(
-            group, target, memory, weights, sample, [graph_likeness(o.decision, target) for o in group]
+            group, target, memory, weights, likenesses, [graph_likeness(o.decision, target) for o in group]
         )

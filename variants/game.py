@@ -13,11 +13,11 @@ decisions.py. No decision of the expert in the agent's own seat is used. A kind 
 by itself has compliance alone."""
 
 from games import Range, share_of_range
-from rewards import Memory, Rollout, Target, group_rewards
+from rewards import Memory, Sample, Target, group_rewards
 
 
 def game_rewards(
-    targets: list[Target], groups: list[list[Rollout]], memory: Memory, *, weights: dict[str, float]
+    targets: list[Target], groups: list[list[Sample]], memory: Memory, *, weights: dict[str, float]
 ) -> None:
     """As rewards.expert_rewards. target.actions: what the others do."""
     for target, group in zip(targets, groups, strict=True):

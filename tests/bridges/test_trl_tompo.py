@@ -24,7 +24,7 @@ from play.dataset import make_prompts, trained_seats  # noqa: E402
 from play.expert_games import label_decision  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompts import format_reply  # noqa: E402
-from rewards import Memory, Rollout, expert_rewards  # noqa: E402
+from rewards import Memory, Sample, expert_rewards  # noqa: E402
 from tools import merge  # noqa: E402
 
 M = 4
@@ -108,9 +108,9 @@ def test_two_steps_leave_an_adapter_that_eval_reads(run, merged, tmp_path):
 
 def test_a_step_has_the_prompts_of_ours(run, merged):
     policy, settings = load_policy(merged, engine="plain"), run["settings"]
-    rft, conversations = settings.rft, prompts_of(settings, policy)
+    rft, pool = settings.rft, prompts_of(settings, policy)
     for step in range(2):
-        batch = rft.next_batch(conversations, rft.prompts, step, settings.run.seed)
+        batch = rft.next_batch(pool, rft.prompts, step, settings.run.seed)
         prompts = run["recorder"].steps[step]["prompt"]
         assert prompts == [p.record.prompt for p in batch for _ in range(M)]
         assert run["trainer"]._tokenize_prompts(prompts)[0] == [p.ids for p in batch for _ in range(M)]
@@ -192,7 +192,7 @@ def test_all_groups_of_a_step_see_the_memory_of_the_steps_before(judge):
     poor = type(good[1])(good[1].kind, row_N)
     replies = [format_reply(d, style) for d in (good[0], good[0], poor, poor)]
     for best in (0.0, 1.0):  # in the second step the poor replies are below the best of the first
-        groups = [[Rollout(None, good[0]) for _ in range(2)], [Rollout(None, poor) for _ in range(2)]]
+        groups = [[Sample(None, good[0]) for _ in range(2)], [Sample(None, poor) for _ in range(2)]]
         expert_rewards(rewards.targets, groups, Memory({rewards.targets[0].game.key: best}))
         expected = [o.rewards for group in groups for o in group]
         r_S, R_G = ask(judge, replies)
@@ -239,8 +239,8 @@ def test_two_processes_have_one_memory_and_one_step(merged, tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = (json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(2))
     policy, settings = load_policy(merged, engine="plain"), trl_tompo.parse(asked)
-    rft, conversations = settings.rft, prompts_of(settings, policy)
-    targets = [p.target for p in rft.next_batch(conversations, rft.prompts, 0, settings.run.seed)]
+    rft, pool = settings.rft, prompts_of(settings, policy)
+    targets = [p.target for p in rft.next_batch(pool, rft.prompts, 0, settings.run.seed)]
     parts = targets[:3], targets[3:]  # the first half is rank 0's
     halves = [{t.game.key for t in part if t.kind.letter == "G"} for part in parts]
     assert one["memory"] == other["memory"] and one["memory"].keys() == halves[0] | halves[1]
