@@ -13,7 +13,7 @@ diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted f
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -258,6 +258,21 @@ class Decision:
     belief: np.ndarray | None = None
 
 
+class Stakes(NamedTuple):
+    """What a choice is worth, and what the best and the worst choice would be worth in its place."""
+
+    chosen: float
+    best: float
+    worst: float
+
+    @property
+    def share(self) -> float:
+        """1 - (best - chosen) / (best - worst): 0 for the worst choice, 1 for the best; 1 where the choice
+        makes no difference."""
+        spread = self.best - self.worst
+        return 1.0 if spread < 1e-12 else 1 - (self.best - self.chosen) / spread
+
+
 class Kind:
     """A kind of decision: how it is asked for, answered, played, rewarded and measured. The two kinds of the
     paper are in decisions.py; docs/your-own-stage.md adds a third in one file.
@@ -334,29 +349,15 @@ class Kind:
         """How well the belief predicts the target's actions, in [0, 1]."""
         return None
 
-    def payoff_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
-        """The own payoff with what `seat` chose among these actions, and with its best and its worst choice
-        instead. None for a kind that pays nothing."""
-        return None
-
-    def welfare_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
-        """The same of the welfare: of what is best and worst for all."""
+    def stakes(self, state: "State", seat: int, actions: np.ndarray, common: bool = False) -> Stakes | None:
+        """What depends on the choice of `seat` among these actions, if all others choose as they do: its own
+        payoff or, if `common`, the welfare. None for a kind that pays nothing."""
         return None
 
     def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
-        """U2 = 1 - (u_best - u) / (u_best - u_worst) of the decision of `seat`."""
-        return share_of_range(self.payoff_range(state, seat, actions))
-
-
-Range = tuple[float, float, float]  # of a choice, of the best one, of the worst one
-
-
-def share_of_range(values: Range | None) -> float | None:
-    """0 for the worst choice, 1 for the best; 1 where the choice makes no difference."""
-    if values is None:
-        return None
-    u, best, worst = values
-    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
+        """U2 of the decision of `seat`: the share of its own stakes."""
+        stakes = self.stakes(state, seat, actions)
+        return stakes.share if stakes else None
 
 
 KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it

@@ -115,9 +115,9 @@ def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
 def gap(turn: Turn) -> float | None:
     """What the agent would have gained by its best choice, as a share of W* / N. In self-play this is how
     much a best-replying seat exploits the policy."""
-    values, game = turn.state.kind.payoff_range(turn.state, turn.seat, turn.actions), turn.state.game
+    stakes, game = turn.state.kind.stakes(turn.state, turn.seat, turn.actions), turn.state.game
     first_best, _ = welfare_bounds(game)
-    return (values[1] - values[0]) * game.N / first_best if values and first_best > 1e-9 else None
+    return (stakes.best - stakes.chosen) * game.N / first_best if stakes and first_best > 1e-9 else None
 
 
 METRICS: dict[str, Callable[[Episode], float | None]] = {

@@ -12,7 +12,7 @@ r^S = compliance + 2 U2, and R^G = s with both bonuses, as in rewards.py. The ro
 decisions.py. No decision of the expert in the agent's own seat is used. A kind of decision that pays nothing
 by itself has compliance alone."""
 
-from games import Range, share_of_range
+from games import Stakes
 from rewards import Memory, Sample, Target, group_rewards
 
 
@@ -24,14 +24,14 @@ def game_rewards(
         kind, state, seat = target.kind, target.state, target.seat
         own: list[float] = []
         common: list[float | None] = []
-        pays = kind.welfare_range(state, seat, target.actions) is not None  # not every kind does
+        pays = kind.stakes(state, seat, target.actions) is not None  # not every kind does
         for o in group:
             actions = target.with_own(o.decision) if o.decision and pays else None
-            own.append(0.0 if actions is None else 2 * share(kind.payoff_range(state, seat, actions)))
-            common.append(share(kind.welfare_range(state, seat, actions)) if actions is not None else 0.0)
+            own.append(0.0 if actions is None else 2 * share(kind.stakes(state, seat, actions)))
+            common.append(0.0 if actions is None else share(kind.stakes(state, seat, actions, common=True)))
         group_rewards(group, target, memory, weights, own, common if pays else [None] * len(group))
 
 
-def share(values: Range | None) -> float:
+def share(stakes: Stakes) -> float:
     """Rounding errors must not decide which of two equally good replies gets a bonus."""
-    return round(share_of_range(values) or 0.0, 9)
+    return round(stakes.share, 9)
