@@ -12,16 +12,29 @@ from games import (
     Decision,
     Game,
     Kind,
-    Observation,
     Stakes,
     State,
     form_links,
-    own_rows,
 )
-from prompts import EFFORT_DIGITS, PromptStyle, read_list, read_number, tell_links, tell_numbers, tell_short
+from prompts import (
+    EFFORT_DIGITS,
+    Observation,
+    PromptStyle,
+    read_list,
+    read_number,
+    tell_links,
+    tell_numbers,
+    tell_short,
+)
 from rewards import Target, accuracy, effort_score, f1
 
 # -------------------- what every choice is worth
+
+
+def own_rows(N: int, seat: int) -> np.ndarray:
+    """All 2^(N-1) rows an agent can propose, (2^(N-1), N): 0/1 with a 0 in its own position."""
+    bits = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1
+    return np.insert(bits, seat, 0, axis=1)
 
 
 @lru_cache(maxsize=2**16)
@@ -43,7 +56,7 @@ def payoffs_with_row(
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
     """What the seat earns with each of the 2^(N-1) rows that it could have proposed, in the order of
-    `games.own_rows`, at Nash efforts."""
+    `own_rows`, at Nash efforts."""
     rows = own_rows(state.game.N, seat)
     return np.array([payoffs_with_row(state, seat, proposals_NN, row_N)[seat] for row_N in rows])
 
@@ -136,7 +149,7 @@ class Links(Kind):
 
     def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
         """Of all own rows. The own payoff is that at the Nash efforts on the graph that would form, the
-        welfare that at the efforts which `Game.scored_at` names: in PGG nobody contributes at Nash efforts."""
+        welfare that at the efforts that `Game.scored_at` names: in PGG nobody gives at Nash efforts."""
         solution = state.game.scored_at if common else "nash"
         rows = actions[seat], *own_rows(state.game.N, seat)
         payoffs = (payoffs_with_row(state, seat, actions, row_N, solution) for row_N in rows)

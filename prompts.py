@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import GAMES, KINDS, Decision, Kind, Observation, State, observe
+from games import GAMES, KINDS, Decision, Kind, State
 
 EFFORT_DIGITS = 2  # efforts stand in prompts, and experts play them, with two decimals
 
@@ -60,6 +60,66 @@ class Reply:
     ids: list[int]
     logps: list[float]
     ended: bool
+
+
+# -------------------- what the agent knows
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one seat knows when it decides: a function of (state, seat) and of nothing else."""
+
+    # The game.
+    game: str
+    N: int
+    seat: int
+    own_type: float
+    types: tuple[float, ...] | None  # everybody's, None under `local` information
+    parameters: dict[str, float]
+    fee: float
+    cap: float
+    stages: str
+    rounds: int
+    # The position in it.
+    round: int
+    stage: int  # of the round, from 0
+    kind: Kind
+    previous: Kind | None  # the kind of the previous stage, whose result is reported now
+    # The results so far.
+    links: np.ndarray
+    efforts: np.ndarray | None
+    last_payoff: float | None  # own, of the last finished round
+    last_actions: np.ndarray | None  # everybody's, of the previous stage
+
+
+def observe(state: State, seat: int, information: str = "full") -> Observation:
+    """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
+    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
+    if information not in ("full", "local"):
+        raise ValueError(f"information must be full or local, got {information!r}")
+    game, per_round, stage = state.game, len(state.game.stages), len(state.history)
+    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
+    P, x = ended.last("G"), ended.efforts
+    return Observation(
+        game=game.name,
+        N=game.N,
+        seat=seat,
+        own_type=game.types[seat],
+        types=game.types if information == "full" else None,
+        parameters=game.parameters,
+        fee=game.fee,
+        cap=float(game.caps[seat]),
+        stages=game.stages,
+        rounds=game.rounds,
+        round=state.round,
+        stage=stage % per_round,
+        kind=state.kind,
+        previous=state.kind_of(stage - 1) if stage else None,
+        links=state.links,
+        efforts=state.efforts,
+        last_payoff=None if P is None or x is None else float(game.round_payoffs(P, x)[seat]),
+        last_actions=state.history[-1] if stage else None,
+    )
 
 
 # -------------------- what the agent reads

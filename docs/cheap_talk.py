@@ -14,8 +14,8 @@ import numpy as np
 
 from decisions import EFFORTS, LINKS
 from experts import RULES
-from games import GAMES, KINDS, Decision, Game, Kind, Observation, State
-from prompts import PromptStyle, tell_short
+from games import GAMES, KINDS, Decision, Game, Kind, State
+from prompts import Observation, PromptStyle, tell_short
 from rewards import Target
 
 LONGEST = 60  # characters of a line

@@ -9,8 +9,8 @@ import re
 
 import numpy as np
 
-from decisions import EFFORTS, LINKS, row_payoffs
-from games import State, own_rows
+from decisions import EFFORTS, LINKS, own_rows, row_payoffs
+from games import State
 from play.metrics import METRICS, Episode, mean_interval, tell_interval
 from prompts import NUMBER, PromptStyle, last_line, messages, read_reply, tell_links, tell_numbers
 from run import ranks

@@ -24,7 +24,8 @@ from functools import cache, cached_property
 import numpy as np
 
 from decisions import LINKS
-from games import KINDS, Decision, Game, State, empty_graph, history_to_text
+from games import KINDS, Decision, Game, State, empty_graph
+from play.expert_games import history_to_text
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.errors import InputError, library_errors
 from run.files import read_json

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, own_rows
 from experts import Expert
-from games import Decision, State, own_rows
+from games import Decision, State
 from play.metrics import METRICS, Episode, Turn
 from play.players import sample_texts
 from policy import Policy

@@ -3,8 +3,9 @@
 prompt that is asked for the first time a line of prompts.jsonl (the conversation as the model reads it and,
 as text, what all agents did before and what their experts do now)."""
 
-from games import KINDS, history_to_text
+from games import KINDS
 from play.dataset import Prompt
+from play.expert_games import history_to_text
 from prompts import read_reply
 from rewards import TERMS, Sample
 from run import ranks

@@ -20,10 +20,11 @@ import lora
 import train_rft
 import train_sft
 from experts import make_expert
-from games import game_from_json, history_from_text
+from games import game_from_json
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
+from play.expert_games import history_from_text
 from prompts import PromptStyle
 from rewards import Target, graph_likeness, likeness
 from tools import merge

@@ -18,14 +18,14 @@ from itertools import product
 import numpy as np
 
 import settings as flags
-from decisions import LINKS
+from decisions import LINKS, own_rows
 from eval import instances, make_cast, play_held_out
 from experts import Expert, Partners, make_expert
-from games import State, observe, own_rows
+from games import State
 from play import human
 from play.metrics import Episode, Turn, format_table, mean_interval
 from play.players import Ask, Player, expert_player
-from prompts import PromptStyle, format_reply, messages, news, parse_reply, read_belief
+from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
 from run.errors import InputError, reports_errors
 from run.files import refuse_existing, write_json

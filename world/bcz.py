@@ -25,8 +25,8 @@ from functools import cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
-from prompts import tell_numbers, tell_short
+from games import Game, GameError, complete_graph, empty_graph, register, solved_once
+from prompts import Observation, tell_numbers, tell_short
 
 
 @register

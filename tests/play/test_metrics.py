@@ -13,8 +13,9 @@ from tables import TRIO, TRIO_2, constant, expert, play
 import eval as evaluation
 from decisions import EFFORTS, LINKS
 from experts import make_expert
-from games import Decision, State, complete_graph, empty_graph, history_from_text
+from games import Decision, State, complete_graph, empty_graph
 from play import metrics
+from play.expert_games import history_from_text
 from play.metrics import METRICS, Episode, Turn, mean_interval, paired_difference, per_instance, summarise
 from run.files import write_json
 from world.bcz import BCZ

@@ -9,9 +9,9 @@ from tables import expert, play
 from whole_runs import interrupted, lines_of, rft_flags, run_rft
 
 import train_rft
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, own_rows
 from experts import Partners, make_expert
-from games import Decision, Kind, State, complete_graph, form_links, game_from_json, own_rows
+from games import Decision, Kind, State, complete_graph, form_links, game_from_json
 from play.dataset import check_seats, simulate_many, targets
 from play.expert_games import label_decision
 from play.metrics import summarise

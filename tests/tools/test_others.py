@@ -11,8 +11,9 @@ from tables import STYLE
 from tiny import make_tiny_model
 
 import settings as flags
+from decisions import own_rows
 from experts import Exact, make_expert
-from games import State, form_links, own_rows
+from games import State, form_links
 from models.load import load_policy
 from play.players import policy_player
 from prompts import messages

@@ -19,10 +19,10 @@ import train_rft
 from decisions import payoffs_with_row, row_payoffs
 from eval import play_among_experts
 from experts import make_expert
-from games import game_from_json, history_from_text
+from games import game_from_json
 from play import rft_log
 from play.dataset import Prompt, targets
-from play.expert_games import simulate
+from play.expert_games import history_from_text, simulate
 from play.metrics import METRICS, summarise
 from prompts import Reply, format_reply, parse_reply
 from rewards import WEIGHTS, Memory, Sample, expert_rewards

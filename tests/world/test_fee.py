@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from brute import all_graphs, random_graph
 
-from decisions import EFFORTS, LINKS
-from games import GameError, State, complete_graph, empty_graph, form_links, own_rows
+from decisions import EFFORTS, LINKS, own_rows
+from games import GameError, State, complete_graph, empty_graph, form_links
 from prompts import PromptStyle, messages
 from world.draws import Family, draw_game, families_of
 
