@@ -68,12 +68,13 @@ class Target:
 class Sample:
     """One sampled reply to a prompt, and what training makes of it. (No game is played on from it.)
     decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
-    name, A^S and A^G too; advantage: A_i."""
+    name, A^S and A^G too; advantage: A_i; weight: w_i, that of each of its tokens in J."""
 
     reply: Reply
     decision: Decision | None
     rewards: dict[str, Any] = field(default_factory=dict)
     advantage: float = 0.0
+    weight: float = 0.0
 
 
 # -------------------- likeness to the expert

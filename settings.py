@@ -16,7 +16,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import lora
-import tompo
 from experts import Expert, Partners, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
@@ -33,7 +32,7 @@ from run.flags import add_flags, flag, from_flags, parse_run
 from teachers import language
 from teachers.asking import asking, with_record
 from variants import credit, game, joint
-from variants.objective import choose
+from variants.objective import TABLES, choose
 from world.draws import TYPE_PATTERNS, Family, families_of, patterns_and_types
 
 YES_NO = argparse.BooleanOptionalAction
@@ -41,7 +40,7 @@ YES_NO = argparse.BooleanOptionalAction
 kind_names = lambda: [kind.name for kind in KINDS.values()]
 kind_letters = lambda: ", ".join(f"{kind.letter} {kind.noun}" for kind in KINDS.values())
 fixable = lambda: "; ".join(f"{name}: {', '.join(game.fixable)}" for name, game in GAMES.items())
-table_names = lambda: "; ".join(f"{name}: {', '.join(table)}" for name, table in tompo.TABLES.items())
+table_names = lambda: "; ".join(f"{name}: {', '.join(table)}" for name, table in TABLES.items())
 
 
 @dataclass(frozen=True)
@@ -251,13 +250,15 @@ class Objective:
     title = "reward and objective"
     reward: Callable  # writes r^S and R^G into the samples of a step
     next_batch: Callable  # the prompts of a step
-    advantage: Callable  # this and the next four are functions of tompo.TABLES
+    advantage: Callable  # this and the next four are functions of variants/objective.py
     aggregation: Callable
     loss: Callable
     ratio: Callable
     kl: Callable
     w_sample: float  # the weight of A^S
     w_graph: float  # the weight of A^G
+    seed: int  # this and the next are those of the run
+    micro_batch: int
     reward_from: str = flag(
         "--reward-from",
         "expert",
@@ -289,7 +290,7 @@ class RFT(Objective):
     """The second stage: sample, reward, compare within groups, step."""
 
     title = "reinforcement"
-    algo: str = flag("--algo", "tompo", "grpo is the sample level alone", choices=tompo.ALGORITHMS)
+    algo: str = flag("--algo", "tompo", "grpo is the sample level alone", choices=("tompo", "grpo"))
     sft_adapter: str | None = flag(
         "--sft-adapter FOLDER",
         None,
@@ -349,6 +350,8 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
         next_batch=joint.next_batch if args.reward_from == "joint" else dataset.next_batch,
         w_sample=w_sample,
         w_graph=w_graph,
+        seed=args.seed,
+        micro_batch=args.micro_batch,
         **choose(args.objective),
     )
 

@@ -22,6 +22,7 @@ from models import adapters as adapters_on_disk
 from play import expert_games
 from play.metrics import Episode, Turn
 from play.repair import repair_reply
+from play.sampling import sample_texts
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply
 from run import ranks
@@ -45,16 +46,6 @@ class Ask:
 
 Player = Callable[[list[Ask]], list[str]]
 BATCH = 64  # conversations that a policy continues at once
-
-
-def sample_texts(policy, prompts: list[list[int]], uniforms_P1S: torch.Tensor, temperature: float):
-    """One reply to each prompt, [P]. policy: a Policy, or a session of one. Processes share the prompts."""
-
-    def sample(mine):
-        groups = policy.sample([prompts[i] for i in mine], uniforms_P1S[mine], temperature)
-        return [reply.text for (reply,) in groups]
-
-    return ranks.split(range(len(prompts)), sample)
 
 
 def policy_player(
@@ -89,9 +80,8 @@ def policy_player(
             for start in range(0, len(prompts), batch):
                 part = prompts[start : start + batch]
                 generator = torch_generator(seed, stream, len(asks[0].replies), start)
-                uniforms_P1S = torch.rand(len(part), 1, limit, generator=generator)
                 sampler = sessions[start] if start < 2 * batch else policy
-                texts += sample_texts(sampler, part, uniforms_P1S, temperature)
+                texts += sample_texts(sampler, part, limit, temperature, generator)
         return [ask.begin + text for ask, text in zip(asks, texts, strict=True)]
 
     return answer

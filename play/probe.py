@@ -7,13 +7,12 @@ the same questions each time with the same uniform random numbers (those of the 
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from decisions import EFFORTS, LINKS, own_rows
 from experts import Expert
 from games import Decision, State
 from play.metrics import METRICS, Episode, Turn
-from play.players import sample_texts
+from play.sampling import sample_texts
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply
 from rewards import Target
@@ -120,8 +119,7 @@ class Probe:
         """Returns the newest values as text."""
         if step not in self.asked and (step % self.every == 0 or self.stage.finished):
             generator = torch_generator(self.seed, Stream.PROBE_REPLIES)
-            uniforms_P1S = torch.rand(len(self.prompts), 1, self.limit, generator=generator)
-            texts = sample_texts(self.policy, self.prompts, uniforms_P1S, 1.0)
+            texts = sample_texts(self.policy, self.prompts, self.limit, 1.0, generator)
             pairs = zip(texts, self.targets, strict=True)
             values = measure([parse_reply(text, t.state, t.seat) for text, t in pairs], self.targets)
             self.text = f", probe: row {values['row']:.2f}, U2 {values['U2']:.2f}"

@@ -12,7 +12,6 @@ import pytest
 from whole_runs import parsed
 
 import settings
-import tompo
 import train_rft
 import train_sft
 from experts import Expert
@@ -20,6 +19,7 @@ from prompts import PromptStyle
 from rewards import TERMS, expert_rewards, welfare
 from run.errors import InputError
 from run.values import named_numbers
+from variants import objective
 from world.draws import TYPE_PATTERNS, Family
 
 # The fields of settings that are only words, of which a property or another field makes what is used.
@@ -107,7 +107,7 @@ def test_the_defaults():
 def test_what_flags_stand_for():
     argv = "--objective advantage=loo ratio=sequence --algo grpo --clip-eps 0.1 0.3 --seat all"
     _, s = parsed(argv.split())
-    assert (s.rft.advantage, s.rft.ratio) == (tompo.ADVANTAGES["loo"], tompo.RATIOS["sequence"])
+    assert (s.rft.advantage, s.rft.ratio) == (objective.ADVANTAGES["loo"], objective.RATIOS["sequence"])
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip) == (1.0, 0.0, (0.9, 1.3)) and s.evaluation.seat == 0
     _, s = parsed("--weights A_S=0.5 A_G=2 local=3 --reward-from welfare --prompts 0 4 --agents 2-5".split())
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.prompts) == (0.5, 2.0, {"G": 0, "E": 4})

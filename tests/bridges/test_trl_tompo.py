@@ -26,6 +26,7 @@ from policy import Policy  # noqa: E402
 from prompts import format_reply  # noqa: E402
 from rewards import Memory, Sample, expert_rewards  # noqa: E402
 from tools import merge  # noqa: E402
+from variants import objective
 
 M = 4
 BRIDGE = dict(games=4, agents=3, noise=0.3, seat="all", seed=3, rank=4, lora_alpha=8, steps=2, prompts=[3, 2])
@@ -157,9 +158,9 @@ def test_the_gradient_of_a_step_is_that_of_our_objective(run):
         for p, value in zip(parameters, run["recorder"].start, strict=True):
             p.copy_(value)
     logp_T = torch.cat(Policy(model, trainer.processing_class, "", (2,)).token_logps(*texts))
-    weights = tompo.AGGREGATIONS["sequence"](lengths, 14)
+    weights = objective.AGGREGATIONS["sequence"](lengths, 14)
     A_T, w_T = (torch.tensor(v).repeat_interleave(torch.tensor(lengths)) for v in (advantages, weights))
-    J_T = tompo.clipped((logp_T - logp_T.detach()).exp(), logp_T, A_T, 0.8, 1.2)
+    J_T = tompo.clipped((logp_T - logp_T.detach()).exp(), A_T, 0.8, 1.2)
     mine = torch.autograd.grad(-(w_T * J_T).sum(), parameters)
     assert torch.cat([g.flatten() for g in mine]).norm() > 1e-3
     for g, theirs in zip(mine, run["gradients"], strict=True):
