@@ -11,6 +11,7 @@ self-play s and row compare with what --expert would play in all seats.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
+import argparse
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,9 +31,10 @@ from policy import Policy
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import refuse_existing, write_json
+from run.flags import add_flags
 from run.seeds import Stream, numpy_generator
-from run.values import positive_int
-from settings import Evaluation, Games, Settings
+from run.values import number_or_word, positive_int
+from settings import Evaluation, Games, Model, Players, Playing, Settings
 from teachers.language import print_report
 from world.draws import held_out_games
 
@@ -226,10 +228,22 @@ def evaluate_table(settings: Settings, names: list[str]) -> dict[str, dict]:
     return results
 
 
+def playing_parser(description: str, *words: str) -> argparse.ArgumentParser:
+    """The flags that the scripts which only play games share. Seats are theirs alone, since a training run is
+    evaluated as it was trained. words: for --seat."""
+    parser = argparse.ArgumentParser(description=description)
+    add_flags(parser, Model, Games, Players, Playing)
+    kinds = {"random": "one drawn for each game", "all": "self-play", "rotate": "0, 1, ... over the games"}
+    text = "; ".join(["the policy's seat, from 0 [source: 0]", *(f"{word}: {kinds[word]}" for word in words)])
+    seat, metavar = number_or_word(*words), "|".join(["SEAT", *words])
+    parser.add_argument("--seat", type=seat, metavar=metavar, default=0, help=text)
+    return parser
+
+
 @reports_errors
 def main(argv=None) -> None:
     text = "Play held-out games with policies and experts in the seats."
-    parser = flags.playing_parser(text, "random", "all")
+    parser = playing_parser(text, "random", "all")
     add = parser.add_argument
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)

@@ -36,7 +36,7 @@ from run.errors import reports_errors
 from run.files import StopSignal, Stopwatch, print_times, run_folder
 from run.seeds import Stream, torch_generator
 from run.stage import Stage
-from settings import RFT, Objective, Settings, add_evaluation_flags, parse_training, training_parser
+from settings import RFT, Evaluation, Settings, parse_training, training_parser
 from teachers.language import print_report
 from tompo import diagnostics
 from tools import diagnose, view
@@ -230,13 +230,12 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
 def main(argv=None) -> None:
     ranks.start()
     text = "ToMPO: SFT, reinforcement and evaluation in one run."
-    parser = training_parser(text, "runs/tompo", RFT, Objective)
-    add_evaluation_flags(parser, fewest=0)
+    parser = training_parser(text, "runs/tompo", RFT, Evaluation)
     settings = parse_training(parser, "train_rft.py", argv)
     clock, algo = Stopwatch(), settings.rft.algo
     with clock("load"):
         policy, records, pool = prepare(settings)
-    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+    with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:
             finished = True
             if not settings.rft.sft_adapter:

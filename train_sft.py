@@ -200,8 +200,9 @@ def run_sft(
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
     held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
-    test = make_conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS), cfg.format_only)
-    train = make_conversations(policy, labels, cfg.kinds, cfg.format_only)
+    held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
+    test = make_conversations(policy, held_out, tuple(KINDS), format_only)
+    train = make_conversations(policy, labels, cfg.kinds, format_only)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
@@ -247,7 +248,7 @@ def main(argv=None) -> None:
     settings = parse_training(parser, "train_sft.py", argv)
     records = settings.data.load(settings.games, settings.players)
     policy = settings.model.load()
-    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+    with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:
             finished = run_sft(settings, policy, records, folder, stop)
     print_report()

@@ -19,7 +19,7 @@ import sys
 from itertools import chain
 
 from fast.cpu import prepare_cpu
-from models.load import load_policy
+from models.load import default_device, load_policy
 from play.dataset import Prompt, make_prompts, trained_seats
 from policy import Policy
 from prompts import Reply, parse_reply
@@ -27,7 +27,7 @@ from rewards import Memory, Sample, Target
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import run_folder
-from settings import RFT, Objective, Settings, parse_training, training_parser
+from settings import RFT, Settings, parse_training, training_parser
 from train_sft import MAX_GRAD_NORM, learning_rate
 
 try:
@@ -115,7 +115,7 @@ def make_config(settings: Settings) -> GRPOConfig:
     pairs = (text.partition("=") for text in flags["trl"] or ())
     with library_errors("--trl"):
         return GRPOConfig(**dict(
-            output_dir=settings.run.out, seed=settings.run.seed, use_cpu=settings.model.device == "cpu",
+            output_dir=settings.run.out, seed=settings.run.seed, use_cpu=default_device() == "cpu",
             bf16=settings.model.dtype == "bfloat16", max_steps=rft.steps, shuffle_dataset=False,
             per_device_train_batch_size=rft.m * micro_batch, num_generations=rft.m,
             gradient_accumulation_steps=groups // (world * micro_batch),
@@ -128,7 +128,7 @@ def make_config(settings: Settings) -> GRPOConfig:
 
 def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
     config = make_config(settings)  # before the model, whose loading DeepSpeed and FSDP change
-    if settings.model.device == "cpu":
+    if default_device() == "cpu":
         prepare_cpu()  # TRL frees and asks for its activations at every step, as our fast engine does
     rft, data, players, seed = settings.rft, settings.data, settings.players, settings.run.seed
     policy, records = load_policy(settings.model.name, engine="plain"), data.load(settings.games, players)
@@ -151,10 +151,10 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
 def parse(argv=None) -> Settings:
     """Raises InputError for flags that the bridge cannot follow."""
     text = "ToMPO's prompts and rewards in TRL's GRPOTrainer."
-    parser = training_parser(text, "runs/trl", RFT, Objective)
+    parser = training_parser(text, "runs/trl", RFT)
     parser.add_argument("--trl", nargs="+", metavar="NAME=VALUE", help="fields of TRL's GRPOConfig")
     settings = parse_training(parser, "bridges.trl_tompo", argv)
-    if settings.run.resumed:
+    if settings.run.resume:
         raise InputError("the bridge has no --resume: it is train_rft.py's alone")
     for name, values in FIXED.items():
         value = settings.flags[name]

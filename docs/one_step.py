@@ -183,7 +183,7 @@ The loss is minus the mean of the J_i: {second_loss:.5f}.
 @reports_errors
 def main(argv=None) -> None:
     text = "Write one step of RFT as a page of numbers."
-    parser = flags.training_parser(text, "docs/one-step.md", flags.RFT, flags.Objective)
+    parser = flags.training_parser(text, "docs/one-step.md", flags.RFT)
     settings = flags.parse_training(parser, "docs.one_step", argv)
     blocks = page(settings).split("\n\n")
     prose = [block if block[:1] in "|# " else textwrap.fill(block, 110) for block in blocks]

@@ -100,7 +100,7 @@ def test_the_defaults():
     assert s.games.families == (Family(),) and s.players.style == PromptStyle()
     assert s.data == settings.Data(0, 126, (4, 4), 0, 0.15) and s.rft.prompts == {"G": 8, "E": 2}
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip, s.rft.beta) == (0.8, 0.2, (0.8, 1.2), 0.04)
-    assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resumed
+    assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resume
     assert s.flags["script"] == "train_rft.py" and parsed([], train_sft)[1].rft is None
 
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_has_its_own_settings(script, argv, tmp_path, monkeypatch,
     other = ["--seed", "99", "--sft-lr", "0.5", "--preset", "paper", "--no-belief"]
     _, again = parsed([*other, "--resume", str(tmp_path)], script)
     assert again.run == dataclasses.replace(first.run, resume=str(tmp_path))
-    assert again.run.resumed and not first.run.resumed
+    assert again.run.resume and not first.run.resume
     a, b = (described(dataclasses.replace(s, run=None, flags={})) for s in (first, again))
     assert a == b and json.dumps(first.flags) == json.dumps(again.flags)
     said = f"continuing {tmp_path} with the settings in its config.json (other flags do not count)\n"

@@ -19,7 +19,7 @@ import numpy as np
 
 import settings as flags
 from decisions import LINKS, own_rows
-from eval import instances, make_cast, play_held_out
+from eval import instances, make_cast, play_held_out, playing_parser
 from experts import Expert, Partners, make_expert
 from games import State
 from play import human
@@ -275,7 +275,7 @@ def check(args) -> None:
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = flags.playing_parser("Does a player read the others?")
+    parser = playing_parser("Does a player read the others?")
     add = parser.add_argument
     add("--policy", nargs="+", default=["base"], help="as in eval.py")
     add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")

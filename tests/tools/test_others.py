@@ -12,6 +12,7 @@ from tiny import make_tiny_model
 
 import settings as flags
 from decisions import own_rows
+from eval import playing_parser
 from experts import Exact, make_expert
 from games import State, form_links
 from models.load import load_policy
@@ -26,7 +27,7 @@ FLAGS = ["--rounds", "3", "--fix", "fee=0.05", "--eval-games", "12", "--partners
 
 
 def play_of(*argv, partners=None):
-    settings = flags.resolve(flags.playing_parser("").parse_args([*FLAGS, *argv]))
+    settings = flags.resolve(playing_parser("").parse_args([*FLAGS, *argv]))
     return others.Play(settings, partners or settings.players.partners)
 
 
