@@ -1,19 +1,11 @@
-"""What is measured in played games, and the tables that show it. No language model is needed.
+"""What is measured in games that are over, and the tables that show it. No language model is needed.
 
-    U1      share of the policy's replies that are compliant
-    s       likeness of the formed graph to the experts', as in training
-    row     share of the other agents whom a link decision treats as the expert does
-    U2      1 - (u_best - u) / (u_best - u_worst): the own payoff of a decision, given what the others play
-    U3      welfare of the game / welfare W* of the first best
-    belief  how well the Belief line foresees the others
-
-The metrics are a [choice] where the paper only names them; docs/settings.md explains them at length. The
-unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
-compliant plays no links or effort 0, which U2 and U3 measure; in s and row it counts as 0. Where the policy
+Each metric is a function of a Turn (one decision of the policy) or of an Episode (one game); METRICS names
+them, and a new one is one entry there. They are a [choice] where the paper only names them; docs/settings.md
+explains them at length. A reply that is not compliant plays no links or effort 0, which U2 and U3 measure; in
+s, row and belief it counts as 0. Where a metric does not exist, as s for efforts, it is None and left out of
+means. The unit of analysis is the game instance: means over instances with 95 % t intervals. Where the policy
 sits in several seats, the value of a game is the mean over its seats.
-
-A new metric is one entry of METRICS. Where a metric does not exist, as U3 where the first best is 0 or s for
-efforts, it is None and left out of means.
 """
 
 import math
@@ -47,7 +39,8 @@ class Turn:
 
     @cached_property
     def U2(self) -> float | None:
-        """1 - (u_best - u) / (u_best - u_worst) given what the others actually play (see decisions.py)."""
+        """1 - (u_best - u) / (u_best - u_worst): u is the own payoff of the decision given what the others
+        play, u_best and u_worst that of the best and the worst choice in its place (decisions.py)."""
         return self.state.kind.efficiency(self.state, self.seat, self.actions)
 
 
@@ -61,31 +54,31 @@ class Episode:
     history: tuple[np.ndarray, ...] = ()
 
 
+# -------------------- the metrics
+
+
 def compliant(turn: Turn) -> float:
+    """U1: whether the reply is compliant, so the mean is the share of compliant replies."""
     return float(turn.decision is not None)
 
 
 def graph_score(turn: Turn) -> float | None:
-    """As in training (rewards.graph_likeness); 0 if not compliant."""
+    """s: 1 - Hamming(G, G_expert) / (N (N-1)), where the experts' proposals with the policy's row in them
+    form G, as in training (rewards.graph_likeness). Links alone."""
     return graph_likeness(turn.played, Target(turn.state, turn.seat, turn.expert_actions))
 
 
 def row_agreement(turn: Turn) -> float | None:
-    """Share of the others whom a link decision treats as the expert does; 0 if not compliant. Unlike the
-    graph score it sees proposals that nobody answers."""
+    """row: the share of the other agents whom a decision about links treats as the expert does. Unlike s it
+    sees proposals that nobody answers. Links alone."""
     if turn.state.kind is not LINKS:
         return None
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
 def efficiency(turn: Turn) -> float | None:
-    """U2 of the decision."""
+    """U2: see Turn.U2."""
     return turn.U2
-
-
-def belief(turn: Turn) -> float | None:
-    """Of the Belief line; 0 without a compliant reply that states one."""
-    return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
 
 
 @cache
@@ -96,7 +89,7 @@ def welfare_bounds(game: Game) -> tuple[float, float]:
 
 
 def welfare_share(episode: Episode) -> float | None:
-    """Cooperative outcome: realised welfare W / W*."""
+    """U3: W / W*, the welfare of a round (mean over rounds) as a share of that of the first best."""
     first_best, _ = welfare_bounds(episode.game)
     return float(np.mean(episode.welfares)) / first_best if first_best > 1e-9 else None
 
@@ -108,9 +101,9 @@ def welfare_gain(episode: Episode) -> float | None:
     return gain / (first_best - empty) if first_best - empty > 1e-9 else None
 
 
-def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
-    """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
-    return lambda episode: mean_interval(metric(t) for t in episode.turns if where(t))["mean"]
+def belief(turn: Turn) -> float | None:
+    """How well the Belief line foresees the others, in [0, 1] (rewards.belief_accuracy)."""
+    return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
 
 
 def gap(turn: Turn) -> float | None:
@@ -119,6 +112,11 @@ def gap(turn: Turn) -> float | None:
     stakes, game = turn.state.kind.stakes(turn.state, turn.seat, turn.actions), turn.state.game
     first_best, _ = welfare_bounds(game)
     return (stakes.best - stakes.chosen) * game.N / first_best if stakes and first_best > 1e-9 else None
+
+
+def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
+    """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
+    return lambda episode: mean_interval(metric(t) for t in episode.turns if where(t))["mean"]
 
 
 METRICS: dict[str, Callable[[Episode], float | None]] = {
