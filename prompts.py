@@ -29,7 +29,7 @@ import numpy as np
 
 from games import GAMES, KINDS, Decision, Kind, State
 
-EFFORT_DIGITS = 2  # efforts stand in prompts, and experts play them, with two decimals
+EFFORT_DIGITS = 2  # prompts show efforts, and experts play them, with two decimals
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def read_number(text: str) -> float | None:
 
 
 def last_line(reply: str, label: str) -> str:
-    """What stands behind the label in the last line that begins with it; "" without such a line."""
+    """What follows the label in the last line that begins with it; "" without such a line."""
     lines = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
     return lines[-1][len(label) :].strip() if lines else ""
 

@@ -191,9 +191,9 @@ def group_rewards(
     likenesses: list[float],
     scores: list[float | None],
 ) -> None:
-    """Writes all terms of one group into its samples: `compliance`, `sample`, the optional ones by name,
-    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`.
-    likenesses, scores: of each reply the likeness, or what replaces it, and s_i."""
+    """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness, or what replaces
+    it), the optional ones by name, and `r_S`, their weighted sum; with a graph level also `s`, `local`,
+    `global`, `R_G`. likenesses, scores: what `sample` and `s` become for each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
     for o, likeness_i, s in zip(group, likenesses, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}

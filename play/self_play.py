@@ -24,7 +24,7 @@ from world.draws import Family, draw_game
 
 class Itself(Expert):
     """The policy as a player of expert games. A reply that is not compliant plays no links or effort 0, and
-    stands in the history as if it had said so."""
+    the others read it so."""
 
     name = "self"
 

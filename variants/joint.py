@@ -2,7 +2,7 @@
 
 In the paper only the agent's own row varies within a group; the other rows of the graph are the experts'.
 Here every decision about links is asked for in all seats of its game (`--seat all`), and the i-th replies
-of these seats stand in one graph:
+of these seats form one graph:
 
     G_i = form(P_expert with the rows of those seats := their i-th replies),  s_i as in rewards.py
 
