@@ -127,18 +127,17 @@ WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 # -------------------- graph level
 
 
-def graph_likeness(
-    decision: Decision | None, target: Target, proposals_NN: np.ndarray | None = None
-) -> float | None:
-    """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen. proposals_NN:
-    other proposals than the experts' with this row among them (variants/joint.py)."""
+def graph_likeness(decision: Decision | None, target: Target) -> float | None:
+    """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen."""
     if target.kind.letter != "G":
         return None
-    if decision is None:
-        return 0.0
-    game, proposals_NN = target.game, target.with_own(decision) if proposals_NN is None else proposals_NN
-    wrong = (form_links(proposals_NN) != form_links(target.actions)).sum()
-    return float(1 - wrong / (game.N * (game.N - 1)))
+    return hamming_score(target.with_own(decision), target) if decision else 0.0
+
+
+def hamming_score(proposals_NN: np.ndarray, target: Target) -> float:
+    """1 - Hamming(G, G_expert) / (N (N-1)) of the graph G that these proposals form."""
+    N, wrong = target.game.N, (form_links(proposals_NN) != form_links(target.actions)).sum()
+    return float(1 - wrong / (N * (N - 1)))
 
 
 def welfare(decision: Decision | None, target: Target) -> float | None:

@@ -149,14 +149,14 @@ class Data:
     seat: int | str = flag(
         "--seat SEAT|random|all",
         0,
-        "random: one for each game",
+        "the policy's, from 0 [source: 0]; random: one drawn for each game; all: every seat",
         values.number_or_word("random", "all"),
     )
     noise: float = flag("--noise", 0.15, "share of random decisions (without partners)", values.share)
 
     def __post_init__(self):
         too_high, fewest = isinstance(self.seat, int) and self.seat >= self.agents[0], self.agents[0]
-        refuse(too_high, f"--seat {self.seat} must be below the number of agents, at times {fewest}")
+        refuse(too_high, f"--seat {self.seat} must be below the number of agents, {fewest} in some games")
 
     def load(self, games: Games, players: Players) -> list[dataset.Record]:
         """The records of all seats."""
@@ -239,7 +239,9 @@ class RFT:
     beta: float = flag("--beta", 0.04, "weight of KL(pi, pi_ref); 0 skips the reference", values.non_negative)
     objective: Words | None = flag("--objective NAME=CHOICE ...", None, lambda: f"variants: {table_names()}")
     algo: str = flag("--algo", "tompo", "grpo is the sample level alone", choices=("tompo", "grpo"))
-    sft_adapter: str | None = flag("--sft-adapter FOLDER", None, "to start from", adapters.whole_paths)
+    sft_adapter: str | None = flag(
+        "--sft-adapter FOLDER", None, "to start from, not from a new one (A+B: a chain)", adapters.whole_paths
+    )
     steps: int = flag("--steps", 20, "optimizer steps (sampling rounds)", values.positive_int)
     prompt_counts: Counts = flag("--prompts N ...", (8, 2), lambda: f"per step: {nouns()}", values.count)
     m: int = flag("--m", 8, "replies per prompt: the group", values.number(int, 2))
@@ -312,17 +314,9 @@ class Playing(Evaluation):
     temperature: float = flag("--eval-temperature", 1.0, "0 is greedy; 1 as in training", values.non_negative)
     seed: int = flag("--eval-seed", 0, "of sampling and of the experts' draws", values.seed_int)
 
-
-def resolve_evaluation(args: argparse.Namespace, players: Players) -> Evaluation:
-    """Of a script that only plays, or of a training run, which is evaluated with the fewest agents that it
-    trains with; one that trains on every seat, in seat 0, or in self-play if it was trained so."""
-    players.check_seat(args.seat)
-    if not hasattr(args, "eval_seed"):
-        seat = 0 if args.seat == "all" and not args.partners else args.seat
-        return from_flags(Evaluation, args, agents=max(3, args.agents[0]), seat=seat)
-    too_high = isinstance(args.seat, int) and args.seat >= args.agents
-    refuse(too_high, f"--seat {args.seat} must be below --agents, which is {args.agents}")
-    return from_flags(Playing, args, seat=args.seat)
+    def __post_init__(self):
+        too_high = isinstance(self.seat, int) and self.seat >= self.agents
+        refuse(too_high, f"--seat {self.seat} must be below --agents, which is {self.agents}")
 
 
 @dataclass(frozen=True)
@@ -387,7 +381,12 @@ def resolve(args: argparse.Namespace, script: str = "", resume: str | None = Non
     groups |= {"model": from_flags(Model, args), "games": from_flags(Games, args)}
     _ = players.expert, players.partners, groups["games"].families  # complain of their flags now, not in use
     if hasattr(args, "eval_games"):
-        groups["evaluation"] = resolve_evaluation(args, players)
+        players.check_seat(args.seat)
+    if hasattr(args, "eval_seed"):
+        groups["evaluation"] = from_flags(Playing, args, seat=args.seat)
+    elif hasattr(args, "eval_games"):  # with the fewest agents that the run trains with, and in its seat
+        seat = 0 if args.seat == "all" and not players.self_play else args.seat
+        groups["evaluation"] = from_flags(Evaluation, args, agents=max(3, args.agents[0]), seat=seat)
     if hasattr(args, "train_on"):
         groups |= {"data": from_flags(Data, args, seed=args.seed), "lora": from_flags(LoRA, args)}
         groups |= {"sft": from_flags(SFT, args), "run": from_flags(Run, args, resume=resume)}

@@ -80,7 +80,7 @@ class Messages(Kind):
     def from_text(self, text: str) -> np.ndarray:
         return np.array(json.loads(text))
 
-    # Experts and rewards. There is no `efficiency`, because a message pays nothing by itself.
+    # Experts and rewards. There are no `stakes`, because a message pays nothing by itself.
 
     def expert_actions(self, expert: str, state: State) -> np.ndarray:
         """What each seat is about to do in the next stage of links or efforts, if all play by this rule."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from play import dataset
 from play.dataset import Prompt
-from rewards import Memory, Sample, Target, graph_likeness, group_rewards, likeness
+from rewards import Memory, Sample, Target, group_rewards, hamming_score, likeness
 
 
 def moment(target: Target) -> tuple[int, int]:
@@ -47,7 +47,9 @@ def joint_rewards(
             for P_NN, o in zip(graphs, group, strict=True):
                 P_NN[target.seat] = o.decision.action if o.decision else 0
     for target, group in zip(targets, groups, strict=True):
-        graphs = proposals.get(moment(target), [None] * len(group))
-        scores = [graph_likeness(o.decision, target, P_NN) for o, P_NN in zip(group, graphs, strict=True)]
+        scores: list[float | None] = [None] * len(group)
+        if is_links(target):
+            pairs = zip(group, proposals[moment(target)], strict=True)
+            scores = [hamming_score(P_NN, target) if o.decision else 0.0 for o, P_NN in pairs]
         likenesses = [likeness(o.decision, target) for o in group]
         group_rewards(group, target, memory, weights, likenesses, scores)
