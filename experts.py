@@ -139,6 +139,8 @@ class Exact(Expert):
 
 
 class Random(Expert):
+    """Draws its decisions and its beliefs (Kind.random)."""
+
     name = "random"
 
     def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
@@ -146,6 +148,8 @@ class Random(Expert):
 
 
 class Switch(Expert):
+    """Plays `first` in the first half of the rounds, then `then`."""
+
     def __init__(self, first: Expert, then: Expert):
         self.first, self.then, self.name = first, then, f"switch:{first.name}:{then.name}"
 

@@ -194,6 +194,7 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 
 
 def format_reply(decision: Decision, style: PromptStyle) -> str:
+    """The compliant reply that says this: the text that read_reply reads."""
     lines = [f"Decision: {decision.kind.write(decision.action)}"]
     if style.belief and decision.belief is not None:
         lines.insert(0, f"Belief: {decision.kind.write_belief(decision.belief)}")

@@ -261,6 +261,7 @@ class RFT:
 
 
 def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
+    """The flags of RFT and the functions that they name. Raises InputError for what does not go together."""
     weights = KNOWN_WEIGHTS | values.named_numbers(args.weights, "--weights", {**KNOWN_WEIGHTS, **TERMS})
     source = args.reward_from
     for term in TERMS:

@@ -233,6 +233,7 @@ def make_probe(settings: Settings, policy: Policy, stage: Stage, name: str, ever
 
 
 def log_reply_loss(stage: Stage, policy: Policy, test: list[Conversation]) -> None:
+    """Writes the reply loss of the held-out conversations to metrics.jsonl, and prints it."""
     if ranks.first():
         losses = reply_loss(policy, test)
         named = {f"held_out_loss_{kind}": loss for kind, loss in losses.items()}
