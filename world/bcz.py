@@ -153,7 +153,7 @@ class BCZ(Game):
 
     @classmethod
     def make(cls, types_N, u, v, fixed, stages, rounds) -> "BCZ":
-        """The instance with alpha = types_N, (N,), these u and v, and the `fixed` delta or c (see Game.make)."""
+        """The instance with alpha = types_N, (N,), and delta and c, fixed or from u and v; see Game.make."""
         alpha_N = np.asarray(types_N, float)
         delta = fixed.get("delta", round(float(u) / (len(alpha_N) - 1), 3))
         c = fixed.get("c", round(float(v * delta * alpha_N.mean() ** 2), 3))
