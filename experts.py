@@ -101,6 +101,7 @@ RULES = {
     "never-link": (lambda s: games.empty_graph(s.game.N), _nash),
     "reciprocal": (_reciprocal_proposals, _nash),
 }
+NAMES = (*RULES, "random")
 
 
 # -------------------- experts

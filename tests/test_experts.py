@@ -135,7 +135,7 @@ def test_bad_names_are_one_line(name):
     assert repr(name) in str(caught.value) or repr(inner) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [*experts.RULES, "random", "noisy:myopic:0.5"])
+@pytest.mark.parametrize("name", [*experts.NAMES, "noisy:myopic:0.5"])
 @pytest.mark.parametrize("game", ["bcz", "pgg"])
 def test_every_named_expert_plays_whole_games_compliantly(name, game):
     drawn, rng = sample_games(2, N=5, seed=8, family=Family(game, "GE", 2)), np.random.default_rng(8)
