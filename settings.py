@@ -33,7 +33,7 @@ from variants import credit, game, joint
 from variants.objective import TABLES, choose
 from world.draws import TYPE_PATTERNS, Family, families_of, patterns_and_types
 
-Words = tuple[str, ...]
+Words = tuple[str, ...]  # of a flag that takes several
 Counts = tuple[int, ...]
 YES_NO = argparse.BooleanOptionalAction
 # What --help says of tables to which a file of your own may add: functions, called when a parser is made.
