@@ -12,16 +12,29 @@ from games import (
     Decision,
     Game,
     Kind,
-    Observation,
-    Range,
+    Stakes,
     State,
     form_links,
-    own_rows,
 )
-from prompts import EFFORT_DIGITS, PromptStyle, read_list, read_number, tell_links, tell_numbers, tell_short
+from prompts import (
+    EFFORT_DIGITS,
+    Observation,
+    PromptStyle,
+    read_list,
+    read_number,
+    tell_links,
+    tell_numbers,
+    tell_short,
+)
 from rewards import Target, accuracy, effort_score, f1
 
 # -------------------- what every choice is worth
+
+
+def own_rows(N: int, seat: int) -> np.ndarray:
+    """All 2^(N-1) rows an agent can propose, (2^(N-1), N): 0/1 with a 0 in its own position."""
+    bits = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1
+    return np.insert(bits, seat, 0, axis=1)
 
 
 @lru_cache(maxsize=2**16)
@@ -43,7 +56,7 @@ def payoffs_with_row(
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
     """What the seat earns with each of the 2^(N-1) rows that it could have proposed, in the order of
-    `games.own_rows`, at Nash efforts."""
+    `own_rows`, at Nash efforts."""
     rows = own_rows(state.game.N, seat)
     return np.array([payoffs_with_row(state, seat, proposals_NN, row_N)[seat] for row_N in rows])
 
@@ -134,16 +147,14 @@ class Links(Kind):
         others = np.arange(target.game.N) != target.seat
         return float((belief_N == target.actions[:, target.seat])[others].mean())
 
-    def payoff_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
-        """Of all own rows, at the Nash efforts of the graphs that would form."""
-        all_u = row_payoffs(state, seat, actions)
-        return payoffs_with_row(state, seat, actions, actions[seat])[seat], all_u.max(), all_u.min()
-
-    def welfare_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
-        """At the efforts that `Game.scored_at` names: in PGG nobody contributes at Nash efforts."""
-        rows, solution = [actions[seat], *own_rows(state.game.N, seat)], state.game.scored_at
-        W, *all_W = (payoffs_with_row(state, seat, actions, row_N, solution).sum() for row_N in rows)
-        return W, max(all_W), min(all_W)
+    def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
+        """Of all own rows. The own payoff is that at the Nash efforts on the graph that would form, the
+        welfare that at the efforts that `Game.scored_at` names: in PGG nobody gives at Nash efforts."""
+        solution = state.game.scored_at if common else "nash"
+        rows = actions[seat], *own_rows(state.game.N, seat)
+        payoffs = (payoffs_with_row(state, seat, actions, row_N, solution) for row_N in rows)
+        chosen, *others = (pi_N.sum() if common else pi_N[seat] for pi_N in payoffs)
+        return Stakes(chosen, max(others), min(others))
 
 
 class Efforts(Kind):
@@ -213,20 +224,15 @@ class Efforts(Kind):
         error_N = np.abs(belief_N - actions) / np.maximum(actions, 0.05 * target.game.caps)
         return float(np.maximum(0, 1 - error_N)[others].mean())
 
-    def payoff_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
-        """Of all efforts in [0, cap]. The own payoff is concave in the own effort, so that the worst effort
-        is one of the two ends."""
-        best_reply = state.game.best_response(state.links, actions)[seat]
-        choices = actions[seat], best_reply, 0.0, state.game.caps[seat]
-        u, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x)[seat] for x in choices)
-        return u, best, min(nothing, cap)
-
-    def welfare_range(self, state: State, seat: int, actions: np.ndarray) -> Range:
-        """The welfare, too, is concave in the own effort."""
-        best_effort = state.game.planner_response(state.links, actions)[seat]
-        choices = actions[seat], best_effort, 0.0, state.game.caps[seat]
-        W, best, nothing, cap = (payoffs_with_effort(state, seat, actions, x).sum() for x in choices)
-        return W, best, min(nothing, cap)
+    def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
+        """Of all efforts in [0, cap]. The own payoff and the welfare are concave in the own effort, so the
+        worst effort is 0 or the cap."""
+        game = state.game
+        best_effort = (game.planner_response if common else game.best_response)(state.links, actions)[seat]
+        efforts = actions[seat], best_effort, 0.0, game.caps[seat]
+        payoffs = (payoffs_with_effort(state, seat, actions, x) for x in efforts)
+        chosen, best, *ends = (pi_N.sum() if common else pi_N[seat] for pi_N in payoffs)
+        return Stakes(chosen, best, min(ends))
 
 
 LINKS, EFFORTS = Links(), Efforts()

@@ -11,6 +11,7 @@ self-play s and row compare with what --expert would play in all seats.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
+import argparse
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,15 +25,16 @@ from models import adapters
 from models.load import put_adapter
 from play import human
 from play.expert_games import simulate
-from play.metrics import Played, format_table, mean_over_seats, report, report_seeds, summarise
+from play.metrics import Episode, format_table, mean_over_seats, report, report_seeds, summarise
 from play.players import Player, adapter_on, expert_examples, expert_player, play_tables, policy_player
 from policy import Policy
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import refuse_existing, write_json
+from run.flags import add_flags
 from run.seeds import Stream, numpy_generator
-from run.values import positive_int
-from settings import Evaluation, Games, Settings
+from run.values import number_or_word, positive_int
+from settings import Evaluation, Games, Model, Players, Playing, Settings
 from teachers.language import print_report
 from world.draws import held_out_games
 
@@ -71,13 +73,13 @@ def check_lengths(settings: Settings, policy: Policy) -> None:
 
 def play_held_out(
     settings: Settings, seat: int | str, makers: dict, names: list[str], place=None, repair=False
-) -> list[Played]:
+) -> list[Episode]:
     """Plays the held-out games, together those that have the same stages and rounds, and measures the
     players in these seats. makers: functions that make the players of one play, that of the measured seats
     under True and that of the others under False, or, with a list `place`, under the name that is in it for
     each seat. names: of all players. A person plays one game after the other and may leave after any; then
     the games that were over are returned."""
-    games, seed, played = instances(settings.games, settings.evaluation), settings.evaluation.seed, {}
+    games, seed, episodes = instances(settings.games, settings.evaluation), settings.evaluation.seed, {}
     watched, seats = seats_in(games, seat, seed), range(settings.evaluation.agents)
     try:
         for stages in dict.fromkeys((game.stages, game.rounds) for game in games):
@@ -88,16 +90,16 @@ def play_held_out(
                 tables = [[cast[place[j] if place else j in watched[i]] for j in seats] for i in now]
                 given = [games[i] for i in now], tables, [watched[i] for i in now], settings.players.expert
                 finished = play_tables(*given, seed, " among ".join(names), repair, first)
-                played |= zip(now, finished, strict=True)
+                episodes |= zip(now, finished, strict=True)
     except human.Left:
-        if not played:
+        if not episodes:
             raise
-    return [played[i] for i in sorted(played)]
+    return [episodes[i] for i in sorted(episodes)]
 
 
 def play_among_experts(
     settings: Settings, name: str, make_player, seat: int | str | None = None, repair: bool = False
-) -> list[Played]:
+) -> list[Episode]:
     """The player of this name among experts. seat: another than that of the settings."""
     players, evaluation = settings.players, settings.evaluation
     make_expert = partial(expert_player, players.others, players.style, evaluation.seed)
@@ -203,11 +205,11 @@ def evaluate_by_seat(settings: Settings, names: list[str]) -> dict[str, dict]:
     results = {}
     for name, make_player in make_cast(settings, names).items():
         seats = range(settings.evaluation.agents)
-        played = [play_among_experts(settings, name, make_player, i) for i in seats]
-        own = {f"{name} seat {i}": summarise(games) for i, games in enumerate(played)}
+        episodes = [play_among_experts(settings, name, make_player, i) for i in seats]
+        own = {f"{name} seat {i}": summarise(part) for i, part in enumerate(episodes)}
         tables = {row.removeprefix(f"{name} "): summary["all rounds"] for row, summary in own.items()}
         print("\n" * bool(results) + f"{name} in each seat, {settings.players.others.name} in the others")
-        print(format_table(tables | {"mean": mean_over_seats(played)}), flush=True)
+        print(format_table(tables | {"mean": mean_over_seats(episodes)}), flush=True)
         results |= own
     return results
 
@@ -218,18 +220,30 @@ def evaluate_table(settings: Settings, names: list[str]) -> dict[str, dict]:
     makers, results = make_cast(settings, names, "--table"), {}
     for k, (name, make) in enumerate(makers.items()):
         makers[name] = partial(make, stream=Stream.PLAYERS + k)
-    played = play_held_out(settings, "all", makers, names, names)
+    episodes = play_held_out(settings, "all", makers, names, names)
     for i, name in enumerate(names):
-        own = [replace(p, turns=[t for t in p.turns if t.seat == i]) for p in played]
+        own = [replace(p, turns=[t for t in p.turns if t.seat == i]) for p in episodes]
         results[f"seat {i} {name}"] = summarise(own)
     print(format_table({row: summary["all rounds"] for row, summary in results.items()}))
     return results
 
 
+def playing_parser(description: str, *words: str) -> argparse.ArgumentParser:
+    """The flags that the scripts which only play games share. Seats are theirs alone, since a training run is
+    evaluated as it was trained. words: for --seat."""
+    parser = argparse.ArgumentParser(description=description)
+    add_flags(parser, Model, Games, Players, Playing)
+    kinds = {"random": "one drawn for each game", "all": "self-play", "rotate": "0, 1, ... over the games"}
+    text = "; ".join(["the policy's seat, from 0 [source: 0]", *(f"{word}: {kinds[word]}" for word in words)])
+    seat, metavar = number_or_word(*words), "|".join(["SEAT", *words])
+    parser.add_argument("--seat", type=seat, metavar=metavar, default=0, help=text)
+    return parser
+
+
 @reports_errors
 def main(argv=None) -> None:
     text = "Play held-out games with policies and experts in the seats."
-    parser = flags.playing_parser(text, "random", "all")
+    parser = playing_parser(text, "random", "all")
     add = parser.add_argument
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)

@@ -31,7 +31,7 @@ from functools import lru_cache
 import numpy as np
 
 import games
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, own_rows
 from games import Decision, Game, State
 from run.errors import InputError
 from run.seeds import Stream, numpy_generator
@@ -47,7 +47,7 @@ def _selfish_row(game: Game, seat: int) -> tuple[int, ...]:
         links_NN = games.form_links(proposals_NN)
         return game.payoffs(links_NN, game.nash_efforts(links_NN))[seat]
 
-    return tuple(max(games.own_rows(game.N, seat).tolist(), key=own_payoff))
+    return tuple(max(own_rows(game.N, seat).tolist(), key=own_payoff))
 
 
 def _myopic_proposals(state: State) -> np.ndarray:
@@ -69,6 +69,20 @@ def _reciprocal_proposals(state: State) -> np.ndarray:
     return games.complete_graph(state.game.N) if proposals_NN is None else proposals_NN.T
 
 
+def nash_graph(game: Game) -> np.ndarray:
+    """Starts from the complete graph and repeats "keep a link iff neither end gains without it", at
+    Nash efforts. Links are only removed, so the loop terminates; then no agent wants to drop a link. In
+    BCZ this is the greatest such graph, because dropping links lowers efforts, which drops more
+    links."""
+    links_NN = games.complete_graph(game.N)
+    while True:
+        wanted_NN = game.link_gains(links_NN, game.nash_efforts(links_NN)) >= 0
+        remaining_NN = links_NN * (wanted_NN & wanted_NN.T)
+        if (remaining_NN == links_NN).all():
+            return links_NN
+        links_NN = remaining_NN
+
+
 def _nash(state: State) -> np.ndarray:
     return state.game.nash_efforts(state.links)
 
@@ -80,7 +94,7 @@ RULES = {
         lambda s: s.game.efficient_graph("planner")[0],
         lambda s: s.game.planner_efforts(s.links),
     ),
-    "nash": (lambda s: s.game.nash_graph(), _nash),
+    "nash": (lambda s: nash_graph(s.game), _nash),
     "myopic": (_myopic_proposals, _myopic_efforts),
     "selfish": (lambda s: np.array([_selfish_row(s.game, i) for i in range(s.game.N)]), _nash),
     "always-link": (lambda s: games.complete_graph(s.game.N), _nash),
@@ -126,6 +140,8 @@ class Exact(Expert):
 
 
 class Random(Expert):
+    """Draws its decisions and its beliefs (Kind.random)."""
+
     name = "random"
 
     def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
@@ -133,6 +149,8 @@ class Random(Expert):
 
 
 class Switch(Expert):
+    """Plays `first` in the first half of the rounds, then `then`."""
+
     def __init__(self, first: Expert, then: Expert):
         self.first, self.then, self.name = first, then, f"switch:{first.name}:{then.name}"
 

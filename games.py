@@ -1,19 +1,19 @@
-"""What all games have in common: rules, stages, states, and what a seat observes. NumPy only, no language
-models. Read world/bcz.py first: it is one whole game, and this file is the interface that covers all games.
+"""What all games have in common, in NumPy alone. Read world/bcz.py first: it is one whole game.
 
-Agents choose links, then efforts. A game is one file with a `@register`ed subclass of Game: world/bcz.py, the
-default, is the network game of Ballester, Calvo-Armengol and Zenou; docs/your-own-game.md writes another.
-A kind of decision is an object too, a Kind: decisions.py defines links and efforts.
-[source] is fixed by the ToMPO paper (arXiv 2509.21134), [choice] by this project.
+A round is a string of stages, such as `GE`; in each of them all agents decide at once, in G about links and
+in E about efforts. Below are a Game, its rules and solutions (docs/your-own-game.md adds one); a Kind of
+decision (decisions.py defines links and efforts); and the State of a game that is played. [source] is fixed
+by the ToMPO paper (arXiv 2509.21134), [choice] by this project.
 
-Shapes: N agents. `links_NN` (the paper's G) and `proposals_NN` (P) are 0/1 integer arrays with a zero
-diagonal, `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
+Shapes: N agents. An agent's row says whom it proposes a link to; the rows of all are `proposals_NN` (the
+paper's P). The links that form are the graph, `links_NN` (G). Both are 0/1 integer arrays with a zero
+diagonal; `efforts_N` (x) are floats. Row i belongs to agent (seat) i, counted from 0.
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, wraps
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -40,22 +40,15 @@ def empty_graph(N: int) -> np.ndarray:
     return np.zeros((N, N), int)
 
 
-def own_rows(N: int, seat: int) -> np.ndarray:
-    """All 2^(N-1) rows an agent can propose, (2^(N-1), N): 0/1 with a 0 in its own position."""
-    bits = (np.arange(2 ** (N - 1))[:, None] >> np.arange(N - 1)) & 1
-    return np.insert(bits, seat, 0, axis=1)
-
-
 # -------------------- rules
 
 
 class Game:
     """One instance of a game: a frozen, hashable dataclass, so that its solutions can be cached.
 
-    A subclass declares its parameters, `c`, `stages`, `rounds` and `fee` as fields. It must define everything
-    under the three headings "Each game" that has no default. [choice] A later stage of the same kind revises
-    the earlier one (in GEE the second efforts replace the first); the round pays once, at its end, from the
-    last graph and the last efforts."""
+    A subclass declares its parameters, `c`, `stages`, `rounds` and `fee` as fields, and defines all that has
+    no default under the three headings "Each game". [choice] A later stage of the same kind revises the
+    earlier one (in GEE the second efforts replace the first); the round pays once, at its end."""
 
     # Each game: its rules. Efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
@@ -99,6 +92,7 @@ class Game:
         raise NotImplementedError
 
     def nash_efforts(self, links_NN: np.ndarray) -> np.ndarray:
+        """Efforts that are best responses to each other on this graph, (N,)."""
         raise NotImplementedError
 
     def planner_efforts(self, links_NN: np.ndarray) -> np.ndarray:
@@ -114,20 +108,19 @@ class Game:
         """[i, j]: what i gains from the link ij at these efforts, all other links as they are; (N, N)."""
         raise NotImplementedError
 
-    # Each game: its words, of which prompts.py makes what an agent reads, from what the seat observes alone.
+    # Each game: its words, of which prompts.py makes what an agent reads. seen: a prompts.Observation.
     payoff_rule: ClassVar[str]  # one sentence
     type_name: ClassVar[str]  # what `types` are called, such as alpha
     parameter_format: ClassVar[str] = "g"
 
     @classmethod
-    def link_hint(cls, seen: "Observation") -> str:
+    def link_hint(cls, seen) -> str:
         """A worked number beside the question about links, "" for none."""
         return ""
 
     @classmethod
-    def effort_facts(cls, seen: "Observation", hints: bool) -> str:
-        """What the links mean for the agent, beside the question about efforts; with a worked number if
-        `hints`."""
+    def effort_facts(cls, seen, hints: bool) -> str:
+        """What the links mean for the agent, beside the question about efforts. hints: a number too."""
         return ""
 
     # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
@@ -166,10 +159,8 @@ class Game:
         return f"{self.name.upper()}-{self.stages}"
 
     def to_json(self) -> dict:
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        if not self.fee:
-            values.pop("fee", None)
-        return {"game": self.name} | values
+        values = {k: v for k, v in asdict(self).items() if k != "fee" or v}
+        return {"game": self.name} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @property
     def link_cost(self) -> float:
@@ -191,19 +182,6 @@ class Game:
         """Nash or planner efforts on this graph, (N,). solution: `nash` or `planner`."""
         return {"nash": self.nash_efforts, "planner": self.planner_efforts}[solution](links_NN)
 
-    def nash_graph(self) -> np.ndarray:
-        """Starts from the complete graph and repeats "keep a link iff neither end gains without it", at
-        Nash efforts. Links are only removed, so the loop terminates; then no agent wants to drop a link. In
-        BCZ this is the greatest such graph, because dropping links lowers efforts, which drops more
-        links."""
-        links_NN = complete_graph(self.N)
-        while True:
-            wanted_NN = self.link_gains(links_NN, self.nash_efforts(links_NN)) >= 0
-            remaining_NN = links_NN * (wanted_NN & wanted_NN.T)
-            if (remaining_NN == links_NN).all():
-                return links_NN
-            links_NN = remaining_NN
-
 
 def solved_once(efficient_graph):
     """Decorator of a game's efficient_graph: every instance is solved once, and each caller gets a copy."""
@@ -222,7 +200,7 @@ GAMES: dict[str, type[Game]] = {}  # by name, as in --game
 
 
 def register(game: type[Game]) -> type[Game]:
-    """Class decorator: from now on --game, data sets and prompts know this game by its name."""
+    """Class decorator: --game, data sets and prompts know this game by its name."""
     GAMES[game.name] = game
     return game
 
@@ -237,38 +215,44 @@ def game_from_json(d: dict) -> Game:
         raise GameError(f"not a game instance ({type(e).__name__}: {e})") from None
 
 
-def check_stages(stages: str) -> None:
-    """GameError for stages that no game can have: a round needs links and efforts, other kinds may be
-    added."""
-    if not isinstance(stages, str) or not {"G", "E"} <= set(stages) <= set(KINDS):
-        letters = ", ".join(f"{kind.letter} ({kind.noun})" for kind in KINDS.values())
-        raise GameError(f"stages must be a string of {letters}, such as GE, got {stages!r}")
-
-
 # -------------------- decisions
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """One agent's decision. action: for links a row (N,) of {0, 1}, for efforts a float. belief: what is
-    expected of the others, (N,), with 0 in the own position; None where nothing is stated."""
+    """Of one agent. action: for links a row (N,) of {0, 1}, for efforts a float. belief: what is expected of
+    the others, (N,), with 0 in the own position; None where nothing is stated."""
 
     kind: "Kind"
     action: Any
     belief: np.ndarray | None = None
 
 
+class Stakes(NamedTuple):
+    """What a choice is worth, and what the best and the worst choice would be worth in its place."""
+
+    chosen: float
+    best: float
+    worst: float
+
+    @property
+    def share(self) -> float:
+        """1 - (best - chosen) / (best - worst), from 0 to 1; 1 where the choice makes no difference."""
+        spread = self.best - self.worst
+        return 1.0 if spread < 1e-12 else 1 - (self.best - self.chosen) / spread
+
+
 class Kind:
     """A kind of decision: how it is asked for, answered, played, rewarded and measured. The two kinds of the
     paper are in decisions.py; docs/your-own-stage.md adds a third in one file.
 
-    `actions` are those of all agents in one stage: an array of N rows. `seen` is an Observation, `target` a
-    rewards.Target, `style` a prompts.PromptStyle."""
+    actions: those of all agents in one stage, an array of N rows; seen: a prompts.Observation; style: a
+    prompts.PromptStyle; target: a rewards.Target."""
 
     letter: str  # in --stages and in files
     name: str  # in logs and flags
     noun: str  # in prompts: what is chosen
-    answer: str  # in prompts: the form of what stands behind `Decision:`
+    answer: str  # in prompts: the form of what follows `Decision:`
     beliefs = True  # whether a reply states what is expected of the others
 
     # The rules.
@@ -287,19 +271,19 @@ class Kind:
 
     # The text.
 
-    def result(self, seen: "Observation") -> str:
+    def result(self, seen) -> str:
         """What everybody reads when the next stage begins: the result of this one. "" if nothing is said."""
         return ""
 
-    def question(self, seen: "Observation", style) -> str:
+    def question(self, seen, style) -> str:
         raise NotImplementedError
 
     def write(self, action) -> str:
-        """The action as it stands behind `Decision:`."""
+        """The action as the text that follows `Decision:`."""
         raise NotImplementedError
 
     def read(self, text: str, seat: int, N: int, cap: float) -> tuple[Any, str | None]:
-        """(action, None), or (None, the rule that the text behind `Decision:` breaks)."""
+        """(action, None), or (None, the rule that the text after `Decision:` breaks)."""
         raise NotImplementedError
 
     def write_belief(self, belief_N: np.ndarray) -> str:
@@ -334,32 +318,25 @@ class Kind:
         """How well the belief predicts the target's actions, in [0, 1]."""
         return None
 
-    def payoff_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
-        """The own payoff with what `seat` chose among these actions, and with its best and its worst choice
-        instead. None for a kind that pays nothing."""
-        return None
-
-    def welfare_range(self, state: "State", seat: int, actions: np.ndarray) -> "Range | None":
-        """The same of the welfare: of what is best and worst for all."""
+    def stakes(self, state: "State", seat: int, actions: np.ndarray, common: bool = False) -> Stakes | None:
+        """What depends on the choice of `seat` among these actions, if all others choose as they do: its own
+        payoff or, if `common`, the welfare. None for a kind that pays nothing."""
         return None
 
     def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:
-        """U2 = 1 - (u_best - u) / (u_best - u_worst) of the decision of `seat`."""
-        return share_of_range(self.payoff_range(state, seat, actions))
-
-
-Range = tuple[float, float, float]  # of a choice, of the best one, of the worst one
-
-
-def share_of_range(values: Range | None) -> float | None:
-    """0 for the worst choice, 1 for the best; 1 where the choice makes no difference."""
-    if values is None:
-        return None
-    u, best, worst = values
-    return 1.0 if best - worst < 1e-12 else 1 - (best - u) / (best - worst)
+        """U2 of the decision of `seat`: the share of its own stakes."""
+        stakes = self.stakes(state, seat, actions)
+        return stakes.share if stakes else None
 
 
 KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it
+
+
+def check_stages(stages: str) -> None:
+    """GameError for stages that no game can have: a round needs links and efforts."""
+    if not isinstance(stages, str) or not {"G", "E"} <= set(stages) <= set(KINDS):
+        letters = ", ".join(f"{kind.letter} ({kind.noun})" for kind in KINDS.values())
+        raise GameError(f"stages must be a string of {letters}, such as GE, got {stages!r}")
 
 
 # -------------------- play
@@ -367,8 +344,7 @@ KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.p
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What has happened so far: the actions of every finished stage, for example proposals (N, N) or efforts
-    (N,)."""
+    """A game that is played. history: the actions of every finished stage, such as proposals (N, N)."""
 
     game: Game
     history: tuple[np.ndarray, ...] = ()
@@ -388,19 +364,17 @@ class State:
         return self.kind_of(len(self.history))
 
     def kind_of(self, stage: int) -> Kind:
-        """The kind of the stage-th decision of the game, from 0."""
+        """The kind of a stage, counted from 0 over the whole game."""
         return KINDS[self.game.stages[stage % len(self.game.stages)]]
 
     def last(self, letter: str) -> np.ndarray | None:
         """The latest actions of a kind, None before there were any."""
-        for stage in reversed(range(len(self.history))):
-            if self.kind_of(stage).letter == letter:
-                return self.history[stage]
-        return None
+        stages = reversed(range(len(self.history)))
+        return next((self.history[k] for k in stages if self.kind_of(k).letter == letter), None)
 
     @property
     def links(self) -> np.ndarray:
-        """The graph as it stands, (N, N): nobody is linked before the first links."""
+        """The latest graph, (N, N): nobody is linked before the first links."""
         proposals_NN = self.last("G")
         return empty_graph(self.game.N) if proposals_NN is None else form_links(proposals_NN)
 
@@ -409,7 +383,7 @@ class State:
         return self.last("E")
 
     def before(self, stage: int) -> "State":
-        """The state in which the stage-th decision of the game (from 0) was taken."""
+        """The state at the beginning of a stage, counted from 0 over the whole game."""
         return State(self.game, self.history[:stage])
 
     def step(self, actions: Sequence | np.ndarray) -> "State":
@@ -422,79 +396,4 @@ class State:
         """(links_NN, efforts_N, payoffs_N) at the end of every finished round."""
         per_round = len(self.game.stages)
         ends = [self.before(k) for k in range(per_round, len(self.history) + 1, per_round)]
-        rounds = [(s.last("G"), s.last("E")) for s in ends]
-        return [
-            (form_links(P), x, self.game.round_payoffs(P, x))
-            for P, x in rounds
-            if P is not None and x is not None
-        ]
-
-
-def history_to_text(state: State) -> list[str]:
-    """A text for each finished stage, for files, such as `0110 1000 1000 0000` or `1.33 1.2 1.0 1.0`."""
-    return [state.kind_of(stage).to_text(actions) for stage, actions in enumerate(state.history)]
-
-
-def history_from_text(game: Game, texts: list[str]) -> State:
-    """The state after these stages. Raises ValueError for actions that the game does not allow."""
-    state = State(game)
-    for text in texts:
-        state = state.step(state.kind.from_text(text))
-    return state
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What one seat knows when it decides: a function of (state, seat) and of nothing else."""
-
-    # The game.
-    game: str
-    N: int
-    seat: int
-    own_type: float
-    types: tuple[float, ...] | None  # everybody's, None under `local` information
-    parameters: dict[str, float]
-    fee: float
-    cap: float
-    stages: str
-    rounds: int
-    # The position in it.
-    round: int
-    stage: int  # of the round, from 0
-    kind: Kind
-    previous: Kind | None  # the kind of the previous stage, whose result is reported now
-    # The results so far.
-    links: np.ndarray
-    efforts: np.ndarray | None
-    last_payoff: float | None  # own, of the last finished round
-    last_actions: np.ndarray | None  # everybody's, of the previous stage
-
-
-def observe(state: State, seat: int, information: str = "full") -> Observation:
-    """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
-    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
-    if information not in ("full", "local"):
-        raise ValueError(f"information must be full or local, got {information!r}")
-    game, per_round, stage = state.game, len(state.game.stages), len(state.history)
-    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
-    P, x = ended.last("G"), ended.efforts
-    return Observation(
-        game=game.name,
-        N=game.N,
-        seat=seat,
-        own_type=game.types[seat],
-        types=game.types if information == "full" else None,
-        parameters=game.parameters,
-        fee=game.fee,
-        cap=float(game.caps[seat]),
-        stages=game.stages,
-        rounds=game.rounds,
-        round=state.round,
-        stage=stage % per_round,
-        kind=state.kind,
-        previous=state.kind_of(stage - 1) if stage else None,
-        links=state.links,
-        efforts=state.efforts,
-        last_payoff=None if P is None or x is None else float(game.round_payoffs(P, x)[seat]),
-        last_actions=state.history[-1] if stage else None,
-    )
+        return [(s.links, s.efforts, s.game.round_payoffs(s.last("G"), s.efforts)) for s in ends]  # type: ignore

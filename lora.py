@@ -104,6 +104,7 @@ def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def require_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """As lora_layers; ValueError where there are none."""
     layers = lora_layers(model)
     if not layers:
         raise ValueError("this model has no adapter: call inject or load_adapter first")

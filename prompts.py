@@ -27,9 +27,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import GAMES, KINDS, Decision, Kind, Observation, State, observe
+from games import GAMES, KINDS, Decision, Kind, State
 
-EFFORT_DIGITS = 2  # efforts stand in prompts, and experts play them, with two decimals
+EFFORT_DIGITS = 2  # prompts show efforts, and experts play them, with two decimals
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,66 @@ class Reply:
     ids: list[int]
     logps: list[float]
     ended: bool
+
+
+# -------------------- what the agent knows
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What one seat knows when it decides: a function of (state, seat) and of nothing else."""
+
+    # The game.
+    game: str
+    N: int
+    seat: int
+    own_type: float
+    types: tuple[float, ...] | None  # everybody's, None under `local` information
+    parameters: dict[str, float]
+    fee: float
+    cap: float
+    stages: str
+    rounds: int
+    # The position in it.
+    round: int
+    stage: int  # of the round, from 0
+    kind: Kind
+    previous: Kind | None  # the kind of the previous stage, whose result is reported now
+    # The results so far.
+    links: np.ndarray
+    efforts: np.ndarray | None
+    last_payoff: float | None  # own, of the last finished round
+    last_actions: np.ndarray | None  # everybody's, of the previous stage
+
+
+def observe(state: State, seat: int, information: str = "full") -> Observation:
+    """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
+    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
+    if information not in ("full", "local"):
+        raise ValueError(f"information must be full or local, got {information!r}")
+    game, per_round, stage = state.game, len(state.game.stages), len(state.history)
+    ended = state.before(stage // per_round * per_round)  # the end of the last finished round
+    P, x = ended.last("G"), ended.efforts
+    return Observation(
+        game=game.name,
+        N=game.N,
+        seat=seat,
+        own_type=game.types[seat],
+        types=game.types if information == "full" else None,
+        parameters=game.parameters,
+        fee=game.fee,
+        cap=float(game.caps[seat]),
+        stages=game.stages,
+        rounds=game.rounds,
+        round=state.round,
+        stage=stage % per_round,
+        kind=state.kind,
+        previous=state.kind_of(stage - 1) if stage else None,
+        links=state.links,
+        efforts=state.efforts,
+        last_payoff=None if P is None or x is None else float(game.round_payoffs(P, x)[seat]),
+        last_actions=state.history[-1] if stage else None,
+    )
 
 
 # -------------------- what the agent reads
@@ -134,6 +194,7 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 
 
 def format_reply(decision: Decision, style: PromptStyle) -> str:
+    """The compliant reply that says this: the text that read_reply reads."""
     lines = [f"Decision: {decision.kind.write(decision.action)}"]
     if style.belief and decision.belief is not None:
         lines.insert(0, f"Belief: {decision.kind.write_belief(decision.belief)}")
@@ -164,7 +225,7 @@ def read_number(text: str) -> float | None:
 
 
 def last_line(reply: str, label: str) -> str:
-    """What stands behind the label in the last line that begins with it; "" without such a line."""
+    """What follows the label in the last line that begins with it; "" without such a line."""
     lines = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
     return lines[-1][len(label) :].strip() if lines else ""
 

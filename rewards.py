@@ -20,7 +20,7 @@ The paper calls the two bonuses prompt_best and memory_best and does not say whe
 subtracted as baselines. They are added here: a baseline that does not depend on the sampled reply leaves
 the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
 
-To add a term, write a function (rollout, target) -> float, which sees the reply's text and the decision,
+To add a term, write a function (sample, target) -> float, which sees the reply's text and the decision,
 and put it into TERMS; `--weights NAME=WEIGHT` switches it on, and it is logged under its name. Other reward
 functions: variants/credit.py and variants/joint.py.
 """
@@ -65,15 +65,16 @@ class Target:
 
 
 @dataclass
-class Rollout:
+class Sample:
     """One sampled reply to a prompt, and what training makes of it. (No game is played on from it.)
     decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
-    name, A^S and A^G too; advantage: A_i."""
+    name, A^S and A^G too; advantage: A_i; weight: w_i, that of each of its tokens in J."""
 
     reply: Reply
     decision: Decision | None
     rewards: dict[str, Any] = field(default_factory=dict)
     advantage: float = 0.0
+    weight: float = 0.0
 
 
 # -------------------- likeness to the expert
@@ -117,8 +118,8 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float | None:
 
 # Optional terms of r^S, for both kinds of decisions, and their weights, which --weights changes. A term that
 # WEIGHTS does not name has weight 0.
-TERMS: dict[str, Callable[[Rollout, Target], float | None]] = {
-    "belief": lambda rollout, target: belief_accuracy(rollout.decision, target),
+TERMS: dict[str, Callable[[Sample, Target], float | None]] = {
+    "belief": lambda sample, target: belief_accuracy(sample.decision, target),
 }
 WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 
@@ -126,18 +127,17 @@ WEIGHTS = {"local": 0.5, "global": 0.5, "belief": 0.0}
 # -------------------- graph level
 
 
-def graph_likeness(
-    decision: Decision | None, target: Target, proposals_NN: np.ndarray | None = None
-) -> float | None:
-    """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen. proposals_NN:
-    other proposals than the experts' with this row among them (variants/joint.py)."""
+def graph_likeness(decision: Decision | None, target: Target) -> float | None:
+    """s_i: 1 if the graph with this row is the expert graph; None where no links are chosen."""
     if target.kind.letter != "G":
         return None
-    if decision is None:
-        return 0.0
-    game, proposals_NN = target.game, target.with_own(decision) if proposals_NN is None else proposals_NN
-    wrong = (form_links(proposals_NN) != form_links(target.actions)).sum()
-    return float(1 - wrong / (game.N * (game.N - 1)))
+    return hamming_score(target.with_own(decision), target) if decision else 0.0
+
+
+def hamming_score(proposals_NN: np.ndarray, target: Target) -> float:
+    """1 - Hamming(G, G_expert) / (N (N-1)) of the graph G that these proposals form."""
+    N, wrong = target.game.N, (form_links(proposals_NN) != form_links(target.actions)).sum()
+    return float(1 - wrong / (N * (N - 1)))
 
 
 def welfare(decision: Decision | None, target: Target) -> float | None:
@@ -171,7 +171,7 @@ class Memory:
         """Efforts have a graph level only in variants/game.py, and there a memory of their own."""
         return target.game.key + ("" if target.kind.letter == "G" else f" {target.kind.letter}")
 
-    def update(self, targets: list[Target], groups: list[list[Rollout]]) -> None:
+    def update(self, targets: list[Target], groups: list[list[Sample]]) -> None:
         """To be called after the step: within a step all groups see the same memory."""
         for target, group in zip(targets, groups, strict=True):
             scores = [o.rewards["s"] for o in group if "s" in o.rewards]
@@ -183,22 +183,22 @@ class Memory:
 
 
 def group_rewards(
-    group: list[Rollout],
+    group: list[Sample],
     target: Target,
     memory: Memory,
     weights: dict[str, float],
-    sample: list[float],
+    likenesses: list[float],
     scores: list[float | None],
 ) -> None:
-    """Writes all terms of one group into its rollouts: `compliance`, `sample`, the optional ones by name,
-    `r_S` (their weighted sum); with a graph level also `s`, `local`, `global`, `R_G`. sample,
-    scores: the likeness, or what stands in its place, and s_i of each reply."""
+    """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness, or what replaces
+    it), the optional ones by name, and `r_S`, their weighted sum; with a graph level also `s`, `local`,
+    `global`, `R_G`. likenesses, scores: what `sample` and `s` become for each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
-    for o, sample_i, s in zip(group, sample, scores, strict=True):
+    for o, likeness_i, s in zip(group, likenesses, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}
         bonus = sum(weights.get(name, 0.0) * (value or 0.0) for name, value in optional.items())
-        o.rewards = {"compliance": compliance(o.decision), "sample": sample_i} | optional
-        o.rewards["r_S"] = o.rewards["compliance"] + sample_i + bonus
+        o.rewards = {"compliance": compliance(o.decision), "sample": likeness_i} | optional
+        o.rewards["r_S"] = o.rewards["compliance"] + likeness_i + bonus
         if s is not None:
             local = weights["local"] * (o.decision is not None and s == best)
             globally = weights["global"] * (o.decision is not None and s >= memory.get(target))
@@ -207,14 +207,14 @@ def group_rewards(
 
 def expert_rewards(
     targets: list[Target],
-    groups: list[list[Rollout]],
+    groups: list[list[Sample]],
     memory: Memory,
     *,
     weights: dict[str, float] = WEIGHTS,
     score: Callable[[Decision | None, Target], float | None] = graph_likeness,
 ) -> None:
-    """Writes the rewards of a step's groups, one for each target, into their rollouts. score: s_i."""
+    """Writes the rewards of a step's groups, one for each target, into their samples. score: s_i."""
     for target, group in zip(targets, groups, strict=True):
-        sample = [likeness(o.decision, target) for o in group]
+        likenesses = [likeness(o.decision, target) for o in group]
         scores = [score(o.decision, target) for o in group]
-        group_rewards(group, target, memory, weights, sample, scores)
+        group_rewards(group, target, memory, weights, likenesses, scores)

@@ -1,5 +1,4 @@
-"""ToMPO (arXiv 2509.21134): advantages on two levels, and the parts of the clipped objective with a KL
-penalty.
+"""ToMPO (arXiv 2509.21134): the formulas of the advantages on two levels and of the clipped objective.
 
 Pure functions in the paper's symbols; train_rft.rft puts them together. Dimensions: M replies to a prompt (a
 group), T reply tokens.
@@ -13,17 +12,11 @@ group), T reply tokens.
     E: the mean over the prompts of a step whose replies do not all have A = 0 [choice]
     rho = pi_theta / pi_old,  k3 = exp(l_ref - l) - (l_ref - l) - 1,  l = log pi_theta, l_ref = log pi_ref
 
-A variant is one function and one line in a table (ADVANTAGES, ...), here or in variants/objective.py.
+variants/objective.py has other forms of each part, and the tables that `--objective` chooses from.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-ALGORITHMS = ("tompo", "grpo")  # grpo: the weights of A^S and A^G are 1 and 0 (settings.resolve_rft)
-
-# -------------------- advantages
 
 
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
@@ -34,47 +27,16 @@ def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
     return (rewards_M - rewards_M.mean()) / (rewards_M.std(unbiased=False) + eps)
 
 
-def per_group(advantage: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
-    """From the advantage within one group, (M,) -> (M,), to that of all groups of a step."""
-    return lambda rewards: [advantage(rewards_M) for rewards_M in rewards]
-
-
-# The rewards of all groups of a step, (M,) each -> their advantages. A function that is not `per_group` may
-# look at the whole step.
-ADVANTAGES = {"std": per_group(group_normalise)}
-
-# -------------------- the objective
-
-
-def mean_of_replies(lengths: list[int], limit: int) -> list[float]:
-    """The weight of every token of each reply in J: the mean over replies of the mean over their tokens."""
+def mean_of_replies(lengths: list[int]) -> list[float]:
+    """The weight of every token of each reply in J: the mean over replies of the mean over their tokens.
+    lengths: of all replies of an optimizer step, in tokens, so the gradient depends neither on --micro-batch
+    nor on the number of processes."""
     return [1 / (len(lengths) * n) for n in lengths]
 
 
-def mean_of_tokens(lengths: list[int], limit: int) -> list[float]:
-    """The mean over all tokens of the step."""
-    return [1 / sum(lengths)] * len(lengths)
-
-
-# (lengths of all replies of an optimizer step, the longest reply allowed) -> the weight of each reply's
-# tokens. The weights are normalised over the whole step, so the gradient does not depend on --micro-batch
-# or on the number of processes.
-AGGREGATIONS = {"sequence": mean_of_replies, "token": mean_of_tokens}
-
-
-def clipped(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
-    """PPO's min(rho A, clip(rho, low, high) A), (T,)."""
-    return torch.minimum(ratio_T * advantage_T, ratio_T.clamp(low, high) * advantage_T)
-
-
-def token_ratio(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
-    """log rho of every token by itself, (T,)."""
-    return log_ratio_T
-
-
-# All functions of a table take the same arguments, also where only some of them use all.
-LOSSES = {"clip": clipped}  # (rho, log pi, A, ends of the clip range) -> what J sums, to be maximised, (T,)
-RATIOS = {"token": token_ratio}  # (log pi_theta - log pi_old, reply lengths) -> log rho, (T,)
+def clipped(rho_T: Tensor, A_T: Tensor, low: float, high: float) -> Tensor:
+    """PPO's min(rho A, clip(rho, low, high) A), (T,), to be maximised."""
+    return torch.minimum(rho_T * A_T, rho_T.clamp(low, high) * A_T)
 
 
 def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
@@ -84,21 +46,9 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-KL_ESTIMATORS = {"k3": k3}  # (log pi, log pi_ref) -> (T,)
-
-# What --objective chooses from; the first of each is the default. variants/objective.py adds to them.
-TABLES: dict[str, dict[str, Callable]] = {
-    "advantage": ADVANTAGES,
-    "aggregation": AGGREGATIONS,
-    "loss": LOSSES,
-    "ratio": RATIOS,
-    "kl": KL_ESTIMATORS,
-}
-
-
 @torch.no_grad()
 def diagnostics(
-    logp_T: Tensor, old_T: Tensor, ref_T: Tensor | None, ratio_T: Tensor, A_T: Tensor, low: float, high: float
+    logp_T: Tensor, old_T: Tensor, ref_T: Tensor | None, rho_T: Tensor, A_T: Tensor, low: float, high: float
 ) -> dict[str, float | None]:
     """Sums over the tokens of a pass, for the log (play/rft_log.py). `kl` is k3 whatever estimator is
     trained."""
@@ -106,6 +56,6 @@ def diagnostics(
         "tokens": logp_T.numel(),
         "kl": None if ref_T is None else float(k3(logp_T, ref_T).sum()),
         "approx_kl": float(k3(old_T, logp_T).sum()),
-        "clipped": int((ratio_T.clamp(low, high) * A_T < ratio_T * A_T).sum()),
-        "max_ratio_error": float((ratio_T - 1).abs().max()),
+        "clipped": int((rho_T.clamp(low, high) * A_T < rho_T * A_T).sum()),
+        "max_ratio_error": float((rho_T - 1).abs().max()),
     }

@@ -10,7 +10,7 @@ step 0. RUN/adapter holds both adapters as one, for the plain base model.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,17 +25,18 @@ from models.load import put_adapter
 from play import metrics
 from play.dataset import Prompt, make_prompts, trained_seats
 from play.rft_log import RFTLog
-from play.self_play import Table
+from play.sampling import sample_replies
+from play.self_play import SelfPlay
 from policy import Policy
-from prompts import Reply, parse_reply
-from rewards import Memory, Rollout
+from prompts import parse_reply
+from rewards import Memory, Sample
 from run import ranks
 from run.curves import plot_curves
 from run.errors import reports_errors
 from run.files import StopSignal, Stopwatch, print_times, run_folder
 from run.seeds import Stream, torch_generator
 from run.stage import Stage
-from settings import RFT, Objective, Settings, add_evaluation_flags, parse_training, training_parser
+from settings import RFT, Evaluation, Settings, parse_training, training_parser
 from teachers.language import print_report
 from tompo import diagnostics
 from tools import diagnose, view
@@ -52,52 +53,37 @@ from train_sft import (
 PROBE_EVERY = 5  # steps
 
 
-def rft(
-    policy: Policy,
-    cfg: RFT,
-    conversations: list[list[Prompt]],
-    optimizer: torch.optim.Optimizer,
-    stage: Stage,
-    *,
-    reply_limit: int,
-    seed: int,
-    micro_batch: int,
-) -> None:
-    """The training loop. cfg holds what the flags chose (settings.resolve_rft): by default reward is
-    rewards.expert_rewards, next_batch is dataset.next_batch, the other functions are the first of each
-    table in tompo.py, and with `--algo grpo` w_sample, w_graph are 1, 0. reply_limit: the longest reply in
-    tokens; micro_batch: see Policy.batches. M: the replies of a group; T: the reply tokens of a pass."""
+def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimizer, stage: Stage) -> None:
+    """The training loop. cfg: what the flags chose; by default its functions are rewards.expert_rewards,
+    dataset.next_batch and those of tompo.py, and `--algo grpo` sets w_sample, w_graph to 1, 0. pool: all
+    prompts, by conversation; limit: the longest reply in tokens; M: the replies of a group; T: the reply
+    tokens of a pass."""
     memory = Memory(stage.state.setdefault("memory", {}))  # the checkpoints hold stage.state
     log = RFTLog(stage)
     for step in stage.steps():
         # 1. Prompts q: decisions of one agent in expert games.
-        prompts = cfg.next_batch(conversations, cfg.prompts, step, seed)
+        prompts = cfg.next_batch(pool, cfg.prompts, step, cfg.seed)
         targets = [q.target for q in prompts]
         # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
-        generator = torch_generator(seed, Stream.RFT_REPLIES, step)
-        groups = sample(policy, prompts, cfg.m, reply_limit, cfg.temperature, generator)
+        generator = torch_generator(cfg.seed, Stream.RFT_REPLIES, step)
+        groups = sample(policy, prompts, cfg.m, limit, cfg.temperature, generator)
         sample_s = stage.elapsed
         # 3. r^S of every reply, and R^G where links are chosen: all terms are in rewards.py.
         cfg.reward(targets, groups, memory)
-        with_graph = [k for k, group in enumerate(groups) if "R_G" in group[0].rewards]
-        r_S = [reward_tensor(group, "r_S") for group in groups]
-        R_G = [reward_tensor(groups[k], "R_G") for k in with_graph]
         # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise); without
         # R^G, A = A^S.
-        A_S = cfg.advantage(r_S)
-        A_G = dict(zip(with_graph, cfg.advantage(R_G), strict=True))
-        A = [cfg.w_sample * A_M + cfg.w_graph * A_G[k] if k in A_G else A_M for k, A_M in enumerate(A_S)]
+        A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
+        A = [cfg.w_sample * A_S[k] + cfg.w_graph * A_G[k] if k in A_G else A_S[k] for k in A_S]
         note_advantages(groups, A, A_S, A_G)
         # 5. [choice] A group whose rewards are all equal has A = 0, and so no policy gradient. It is left
         # out of E, its KL term too. w_i = 1 / (replies in all live groups * |o_i|), so that sum_i sum_t w_i
         # (...) over the whole step is E[ (1/m) sum_i (1/|o_i|) sum_t (...) ] (tompo.mean_of_replies).
-        live = [(q, group, A_M) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
-        lengths = [len(o.reply.ids) for _, group, _ in live for o in group]
-        w = cfg.aggregation(lengths, reply_limit) if live else []
+        live = [(q, group) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
+        weigh([o for _, group in live for o in group], cfg.aggregation, limit)
         # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
         for _ in range(cfg.inner_epochs):
             passes = []  # for the log
-            for b in batches(policy, live, w, micro_batch):
+            for b in batches(policy, live, cfg.micro_batch):
                 ref_T = torch.cat(policy.reference_logps(*b.texts, cfg.temperature)) if cfg.beta else None
                 logp_T = torch.cat(policy.token_logps(*b.texts, cfg.temperature))
                 rho_T = cfg.ratio(logp_T - b.old_T, b.lengths).exp()  # pi_theta / pi_old
@@ -122,38 +108,46 @@ def rft(
 
 def sample(
     policy: Policy, prompts: list[Prompt], M: int, S: int, temperature: float, generator: torch.Generator
-) -> list[list[Rollout]]:
-    """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them. Several
-    processes share the prompts; every token of every reply has a random number of its own."""
-    uniforms_PMS = torch.rand(len(prompts), M, S, generator=generator)
-
-    def sample_own(indices: list[int]) -> list[list[Reply]]:
-        own = [prompts[i] for i in indices]
-        labels = [policy.encode_reply(q.record.label) for q in own]
-        return policy.sample([q.ids for q in own], uniforms_PMS[indices], temperature, labels)
-
-    replies = ranks.split([q.conversation for q in prompts], sample_own)
+) -> list[list[Sample]]:
+    """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them. They are
+    drawn from pi_theta alone: the labels only tell the engine how replies look."""
+    ids, keys = [q.ids for q in prompts], [q.conversation for q in prompts]
+    labels = [policy.encode_reply(q.record.label) for q in prompts]
+    replies = sample_replies(policy, ids, labels, M, S, temperature, generator, keys)
     return [
-        [Rollout(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
+        [Sample(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
         for q, group in zip(prompts, replies, strict=True)
     ]
 
 
-def reward_tensor(group: list[Rollout], name: str) -> Tensor:
+def advantages(groups: list[list[Sample]], name: str, advantage: Callable) -> dict[int, Tensor]:
+    """One level of advantage: the groups that have a reward of this name, by their numbers -> (M,)."""
+    rewards = {k: reward_tensor(group, name) for k, group in enumerate(groups) if name in group[0].rewards}
+    return dict(zip(rewards, advantage(list(rewards.values())), strict=True))
+
+
+def reward_tensor(group: list[Sample], name: str) -> Tensor:
     """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single."""
     rewards_M = torch.tensor([o.rewards[name] for o in group])
     return rewards_M if rewards_M.is_floating_point() else rewards_M.float()
 
 
 def note_advantages(
-    groups: list[list[Rollout]], A: list[Tensor], A_S: list[Tensor], A_G: dict[int, Tensor]
+    groups: list[list[Sample]], A: list[Tensor], A_S: dict[int, Tensor], A_G: dict[int, Tensor]
 ) -> None:
-    """Writes the advantages, (M,) for each group, into the rollouts, for the log. A_G: by group."""
+    """Writes the advantages, (M,) for each group, into the samples, for the log."""
     for k, group in enumerate(groups):
         A_G_M = A_G.get(k, torch.zeros(len(group)))
         for o, a, a_S, a_G in zip(group, A[k].tolist(), A_S[k].tolist(), A_G_M.tolist(), strict=True):
             o.advantage = a
             o.rewards |= {"A_S": a_S, "A_G": a_G}
+
+
+def weigh(samples: list[Sample], aggregation: Callable, limit: int) -> None:
+    """Writes w_i, the weight of each of a reply's tokens in J, into all replies that J sums over."""
+    lengths = [len(o.reply.ids) for o in samples]
+    for o, w in zip(samples, aggregation(lengths, limit) if samples else (), strict=True):
+        o.weight = w
 
 
 @dataclass
@@ -169,22 +163,16 @@ class Batch:
     w_T: Tensor
 
 
-def batches(
-    policy: Policy, live: list[tuple[Prompt, list[Rollout], Tensor]], weights: list[float], size: int
-) -> Iterator[Batch]:
-    """The live groups (prompt, replies, A), pass by pass; several processes share them. weights: w_i of all
-    replies, group by group."""
-    weight = iter(weights)
-    groups = [(q, group, A_M.tolist(), [next(weight) for _ in group]) for q, group, A_M in live]
-    own = [groups[k] for k in ranks.share([q.conversation for q, *_ in live])]
-    ids, replies = [q.ids for q, *_ in own], [[o.reply.ids for o in group] for _, group, *_ in own]
+def batches(policy: Policy, live: list[tuple[Prompt, list[Sample]]], size: int) -> Iterator[Batch]:
+    """The live groups, pass by pass; several processes share them. size: see Policy.batches."""
+    own = [live[k] for k in ranks.share([q.conversation for q, _ in live])]
+    ids, replies = [q.ids for q, _ in own], [[o.reply.ids for o in group] for _, group in own]
     for indices in policy.batches(ids, replies, size):
-        part = [own[i] for i in indices]
-        rollouts = [o for _, group, *_ in part for o in group]
-        lengths = torch.tensor([len(o.reply.ids) for o in rollouts])
-        old_T = torch.tensor([logp for o in rollouts for logp in o.reply.logps])
-        A_T = torch.tensor([a for _, _, A_M, _ in part for a in A_M]).repeat_interleave(lengths)
-        w_T = torch.tensor([w for *_, w_M in part for w in w_M]).repeat_interleave(lengths)
+        samples = [o for i in indices for o in own[i][1]]
+        lengths = torch.tensor([len(o.reply.ids) for o in samples])
+        old_T = torch.tensor([logp for o in samples for logp in o.reply.logps])
+        A_T = torch.tensor([o.advantage for o in samples]).repeat_interleave(lengths)
+        w_T = torch.tensor([o.weight for o in samples]).repeat_interleave(lengths)
         texts = [ids[i] for i in indices], [replies[i] for i in indices]
         yield Batch(texts, lengths.tolist(), *(values.to(policy.device) for values in (old_T, A_T, w_T)))
 
@@ -192,32 +180,22 @@ def batches(
 # -------------------- the run
 
 
-def run_rft(settings: Settings, policy: Policy, conversations, folder: Path, stop: StopSignal) -> bool:
+def run_rft(settings: Settings, policy: Policy, pool, folder: Path, stop: StopSignal) -> bool:
     """Trains a new adapter on the SFT policy; continues from a checkpoint in FOLDER if there is one.
     Returns False if it was stopped before the end, after saving a checkpoint."""
-    cfg, seed, data, style = settings.rft, settings.run.seed, settings.data, settings.players.style
-    N = max(q.target.game.N for conversation in conversations for q in conversation)
+    cfg, data, style = settings.rft, settings.data, settings.players.style
+    N = max(q.target.game.N for conversation in pool for q in conversation)
     if settings.players.self_play:
-        played = Table(policy, style, cfg.temperature, settings.games.families, data.agents)
-        cfg, N = replace(cfg, next_batch=played.next_batch), max(N, data.agents[1])
-    adapter = new_adapter(policy, settings.lora, seed, Stream.RFT_ADAPTER)
+        fresh = SelfPlay(policy, style, cfg.temperature, settings.games.families, data.agents)
+        cfg, N = replace(cfg, next_batch=fresh.next_batch), max(N, data.agents[1])
+    adapter = new_adapter(policy, settings.lora, cfg.seed, Stream.RFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
     with Stage(folder, cfg.algo.upper(), cfg.steps, parameters, optimizer, stop, settings.flags) as stage:
         stage.probe = make_probe(settings, policy, stage, cfg.algo.upper(), PROBE_EVERY)
         if stage.steps_done == 0 and ranks.first():
             tqdm.write("RFT: with one inner epoch the loss shows beta KL alone; its gradient holds A too")
-        limit, micro_batch = style.reply_limit(N), settings.run.micro_batch
-        rft(
-            policy,
-            cfg,
-            conversations,
-            optimizer,
-            stage,
-            reply_limit=limit,
-            seed=seed,
-            micro_batch=micro_batch,
-        )
+        rft(policy, cfg, pool, style.reply_limit(N), optimizer, stage)
     if stage.finished and ranks.first():
         save_both(policy, cfg.sft_adapter or folder / "sft" / "adapter", folder / "adapter", adapter)
     return stage.finished
@@ -245,22 +223,21 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     if settings.rft.sft_adapter:
         put_adapter(policy, settings.rft.sft_adapter)
     trained = trained_seats(records, data.seat, data.seed)
-    conversations = make_prompts(policy, records, trained, settings.rft.prompts, style)
+    pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
     check_lengths(settings, policy)
-    return policy, records, conversations
+    return policy, records, pool
 
 
 @reports_errors
 def main(argv=None) -> None:
     ranks.start()
     text = "ToMPO: SFT, reinforcement and evaluation in one run."
-    parser = training_parser(text, "runs/tompo", RFT, Objective)
-    add_evaluation_flags(parser, fewest=0)
+    parser = training_parser(text, "runs/tompo", RFT, Evaluation)
     settings = parse_training(parser, "train_rft.py", argv)
     clock, algo = Stopwatch(), settings.rft.algo
     with clock("load"):
-        policy, records, conversations = prepare(settings)
-    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+        policy, records, pool = prepare(settings)
+    with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:
             finished = True
             if not settings.rft.sft_adapter:
@@ -272,7 +249,7 @@ def main(argv=None) -> None:
             if finished:
                 lora.merge(policy.model)
                 with clock("RFT"):
-                    finished = run_rft(settings, policy, conversations, folder, stop)
+                    finished = run_rft(settings, policy, pool, folder, stop)
     if ranks.first():
         plot_curves(folder)
     if not finished:

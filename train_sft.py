@@ -73,7 +73,7 @@ def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool)
     return [float(k < start or not any(map(str.isdigit, text))) for k, text in enumerate(texts)]
 
 
-def conversations(
+def make_conversations(
     policy: Policy, records: list[Record], kinds: tuple[str, ...], format_only: bool = False
 ) -> list[Conversation]:
     """One for each agent of each game, with its decisions of these kinds (letters)."""
@@ -200,8 +200,9 @@ def run_sft(
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
     held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
-    test = conversations(policy, trained_seats(held_out, data.seat, seed), tuple(KINDS), cfg.format_only)
-    train = conversations(policy, labels, cfg.kinds, cfg.format_only)
+    held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
+    test = make_conversations(policy, held_out, tuple(KINDS), format_only)
+    train = make_conversations(policy, labels, cfg.kinds, format_only)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)
@@ -232,6 +233,7 @@ def make_probe(settings: Settings, policy: Policy, stage: Stage, name: str, ever
 
 
 def log_reply_loss(stage: Stage, policy: Policy, test: list[Conversation]) -> None:
+    """Writes the reply loss of the held-out conversations to metrics.jsonl, and prints it."""
     if ranks.first():
         losses = reply_loss(policy, test)
         named = {f"held_out_loss_{kind}": loss for kind, loss in losses.items()}
@@ -247,7 +249,7 @@ def main(argv=None) -> None:
     settings = parse_training(parser, "train_sft.py", argv)
     records = settings.data.load(settings.games, settings.players)
     policy = settings.model.load()
-    with run_folder(settings.run.out, None if settings.run.resumed else settings.flags) as folder:
+    with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:
             finished = run_sft(settings, policy, records, folder, stop)
     print_report()

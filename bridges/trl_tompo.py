@@ -19,15 +19,15 @@ import sys
 from itertools import chain
 
 from fast.cpu import prepare_cpu
-from models.load import load_policy
+from models.load import default_device, load_policy
 from play.dataset import Prompt, make_prompts, trained_seats
 from policy import Policy
 from prompts import Reply, parse_reply
-from rewards import Memory, Rollout, Target
+from rewards import Memory, Sample, Target
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import run_folder
-from settings import RFT, Objective, Settings, parse_training, training_parser
+from settings import RFT, Settings, parse_training, training_parser
 from train_sft import MAX_GRAD_NORM, learning_rate
 
 try:
@@ -54,21 +54,21 @@ class Rewards:
         self.targets = [prompt.target for prompt in prompts]
         self.decode, self.end_ids = policy.tokenizer.decode, policy.end_ids
 
-    def rewarded(self, completion_ids, prompt_index) -> tuple[list[Target], list[list[Rollout]]]:
+    def rewarded(self, completion_ids, prompt_index) -> tuple[list[Target], list[list[Sample]]]:
         """The targets of all groups and their m replies with all terms. TRL's texts lack special tokens, so
         the replies are decoded here, as in policy.py."""
         targets, groups = [], []
         for i in range(0, len(prompt_index), self.m):
             (index,) = set(prompt_index[i : i + self.m])  # an error if TRL has split a group
             targets.append(self.targets[index])
-            groups.append([self.rollout(ids, targets[-1]) for ids in completion_ids[i : i + self.m]])
+            groups.append([self.sample(ids, targets[-1]) for ids in completion_ids[i : i + self.m]])
         self.reward(targets, groups, self.memory)
         return targets, groups
 
-    def rollout(self, ids: list[int], target: Target) -> Rollout:
+    def sample(self, ids: list[int], target: Target) -> Sample:
         ended = ids[-1] in self.end_ids
         text = self.decode(ids[:-1] if ended else ids, skip_special_tokens=False)
-        return Rollout(Reply(text, ids, [], ended), parse_reply(text, target.state, target.seat))
+        return Sample(Reply(text, ids, [], ended), parse_reply(text, target.state, target.seat))
 
     def r_S(self, completion_ids, prompt_index, log_metric, **_) -> list[float]:
         targets, groups = self.rewarded(completion_ids, prompt_index)
@@ -115,7 +115,7 @@ def make_config(settings: Settings) -> GRPOConfig:
     pairs = (text.partition("=") for text in flags["trl"] or ())
     with library_errors("--trl"):
         return GRPOConfig(**dict(
-            output_dir=settings.run.out, seed=settings.run.seed, use_cpu=settings.model.device == "cpu",
+            output_dir=settings.run.out, seed=settings.run.seed, use_cpu=default_device() == "cpu",
             bf16=settings.model.dtype == "bfloat16", max_steps=rft.steps, shuffle_dataset=False,
             per_device_train_batch_size=rft.m * micro_batch, num_generations=rft.m,
             gradient_accumulation_steps=groups // (world * micro_batch),
@@ -128,15 +128,15 @@ def make_config(settings: Settings) -> GRPOConfig:
 
 def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
     config = make_config(settings)  # before the model, whose loading DeepSpeed and FSDP change
-    if settings.model.device == "cpu":
+    if default_device() == "cpu":
         prepare_cpu()  # TRL frees and asks for its activations at every step, as our fast engine does
     rft, data, players, seed = settings.rft, settings.data, settings.players, settings.run.seed
     policy, records = load_policy(settings.model.name, engine="plain"), data.load(settings.games, players)
     trained = trained_seats(records, data.seat, seed)
-    conversations = make_prompts(policy, records, trained, rft.prompts, players.style)
+    pool = make_prompts(policy, records, trained, rft.prompts, players.style)
     steps = range(config.max_steps)
-    prompts = [p for step in steps for p in rft.next_batch(conversations, rft.prompts, step, seed)]
-    N = max(p.target.game.N for p in chain(*conversations))
+    prompts = [p for step in steps for p in rft.next_batch(pool, rft.prompts, step, seed)]
+    N = max(p.target.game.N for p in chain(*pool))
     config.max_completion_length = players.style.reply_limit(N)
     chats, rewards = [p.record.prompt for p in prompts], Rewards(rft, policy, prompts)
     table = Dataset.from_dict({"prompt": chats, "prompt_index": range(len(prompts))})
@@ -151,10 +151,10 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
 def parse(argv=None) -> Settings:
     """Raises InputError for flags that the bridge cannot follow."""
     text = "ToMPO's prompts and rewards in TRL's GRPOTrainer."
-    parser = training_parser(text, "runs/trl", RFT, Objective)
+    parser = training_parser(text, "runs/trl", RFT)
     parser.add_argument("--trl", nargs="+", metavar="NAME=VALUE", help="fields of TRL's GRPOConfig")
     settings = parse_training(parser, "bridges.trl_tompo", argv)
-    if settings.run.resumed:
+    if settings.run.resume:
         raise InputError("the bridge has no --resume: it is train_rft.py's alone")
     for name, values in FIXED.items():
         value = settings.flags[name]

@@ -14,8 +14,8 @@ import numpy as np
 
 from decisions import EFFORTS, LINKS
 from experts import RULES
-from games import GAMES, KINDS, Decision, Game, Kind, Observation, State
-from prompts import PromptStyle, tell_short
+from games import GAMES, KINDS, Decision, Game, Kind, State
+from prompts import Observation, PromptStyle, tell_short
 from rewards import Target
 
 LONGEST = 60  # characters of a line
@@ -80,7 +80,7 @@ class Messages(Kind):
     def from_text(self, text: str) -> np.ndarray:
         return np.array(json.loads(text))
 
-    # Experts and rewards. There is no `efficiency`, because a message pays nothing by itself.
+    # Experts and rewards. There are no `stakes`, because a message pays nothing by itself.
 
     def expert_actions(self, expert: str, state: State) -> np.ndarray:
         """What each seat is about to do in the next stage of links or efforts, if all play by this rule."""

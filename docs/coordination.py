@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from games import Game, GameError, Observation, empty_graph, register, solved_once
-from prompts import tell_numbers, tell_short
+from games import Game, GameError, empty_graph, register, solved_once
+from prompts import Observation, tell_numbers, tell_short
 
 MAX_LABELLED = 5  # agents up to which all labelled graphs are enumerated: 1024 at 5
 

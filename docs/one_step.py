@@ -21,7 +21,7 @@ from rewards import Memory, accuracy, f1
 from run.errors import reports_errors
 from run.files import write_atomic
 from run.seeds import Stream, torch_generator
-from train_rft import batches, note_advantages, reward_tensor, sample
+from train_rft import advantages, batches, note_advantages, reward_tensor, sample, weigh
 from train_sft import clip_gradient, make_optimizer, new_adapter
 
 
@@ -43,23 +43,23 @@ def page(settings: flags.Settings) -> str:
     optimizer = make_optimizer(policy.model)
     records = settings.data.load(settings.games, settings.players)
     trained = trained_seats(records, settings.data.seat, seed)
-    conversations = make_prompts(policy, records, trained, cfg.prompts, style)
+    pool = make_prompts(policy, records, trained, cfg.prompts, style)
 
     # The first decision about links in which both levels say something and every reply is compliant.
     for step in range(100):
-        (q,) = next_batch(conversations, {"G": 1}, step, seed)
+        (q,) = next_batch(pool, {"G": 1}, step, seed)
         N, limit = q.target.game.N, style.reply_limit(q.target.game.N)
         generator = torch_generator(seed, Stream.RFT_REPLIES, step)
         (group,) = groups = sample(policy, [q], cfg.m, limit, cfg.temperature, generator)
         cfg.reward([q.target], groups, Memory())
         r_S, R_G = reward_tensor(group, "r_S"), reward_tensor(group, "R_G")
-        (A_S,), (A_G,) = cfg.advantage([r_S]), cfg.advantage([R_G])
-        A = cfg.w_sample * A_S + cfg.w_graph * A_G
-        if A_S.any() and A_G.any() and all(o.decision for o in group):
+        A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
+        A = cfg.w_sample * A_S[0] + cfg.w_graph * A_G[0]
+        if A_S[0].any() and A_G[0].any() and all(o.decision for o in group):
             break
-    note_advantages(groups, [A], [A_S], {0: A_G})
-    w = cfg.aggregation([len(o.reply.ids) for o in group], limit)
-    (batch,) = batches(policy, [(q, group, A)], w, 1)
+    note_advantages(groups, [A], A_S, A_G)
+    weigh(group, cfg.aggregation, limit)
+    (batch,) = batches(policy, [(q, group)], 1)
 
     def objective():
         """J of every token, rho and k3, (T,) each."""
@@ -98,10 +98,10 @@ def page(settings: flags.Settings) -> str:
         terms = [o.rewards[key] for key in ("s", "local", "global", "R_G")]
         rewards.append([i, o.rewards["compliance"], *map(number, likeness), number(o.rewards["r_S"]), graph])
         rewards[-1] += map(number, terms)
-    advantages = []
-    for i, (o, weight) in enumerate(zip(group, w, strict=True), 1):
+    levels_of = []
+    for i, o in enumerate(group, 1):
         levels = [o.rewards[key] for key in ("r_S", "A_S", "R_G", "A_G")]
-        advantages.append([i, *map(number, levels), number(o.advantage), f"{weight:.6f}"])
+        levels_of.append([i, *map(number, levels), number(o.advantage), f"{o.weight:.6f}"])
     columns = map(mean_of_replies, (rho_T, clipped_T, k3_T, J_T))
     moved = [
         [i, number(A_i), number(b), number(a), *(f"{v:.5f}" for v in values)]
@@ -158,7 +158,7 @@ A^G_i.
 The last column is the weight of a token of this reply in J: J is the mean over the replies of the mean over
 their tokens, so the weight is 1 / (m |o_i|).
 
-{table(["i", "r^S", "A^S", "R^G", "A^G", "A", "weight"], advantages)}
+{table(["i", "r^S", "A^S", "R^G", "A^G", "A", "weight"], levels_of)}
 
 ## 5. The gradient
 
@@ -183,7 +183,7 @@ The loss is minus the mean of the J_i: {second_loss:.5f}.
 @reports_errors
 def main(argv=None) -> None:
     text = "Write one step of RFT as a page of numbers."
-    parser = flags.training_parser(text, "docs/one-step.md", flags.RFT, flags.Objective)
+    parser = flags.training_parser(text, "docs/one-step.md", flags.RFT)
     settings = flags.parse_training(parser, "docs.one_step", argv)
     blocks = page(settings).split("\n\n")
     prose = [block if block[:1] in "|# " else textwrap.fill(block, 110) for block in blocks]

@@ -174,6 +174,7 @@ def targets(records: list[Record], wanted: list[Record]) -> list[tuple[Record, T
 
 
 def action(decision: Decision | None):
+    """What it chooses. InputError where a reply could not be read in the state that its record has led to."""
     if decision is None:
         raise InputError("the records of one game and stage are of different instances")
     return decision.action
@@ -184,7 +185,8 @@ def action(decision: Decision | None):
 
 @dataclass
 class Prompt:
-    """One decision of an expert game, as a prompt q of RFT. ids: its tokens."""
+    """One decision of an expert game, as a prompt q of RFT. ids: its tokens; target: its state, seat and what
+    the experts do there."""
 
     record: Record
     ids: list[int]
@@ -192,42 +194,43 @@ class Prompt:
 
     @property
     def conversation(self) -> tuple[int, int]:
-        """The prompts of one agent in one game share tokens."""
+        """Which one it belongs to: all prompts of one agent in one game are one conversation and share
+        tokens."""
         return self.record.game, self.record.seat
 
 
 def make_prompts(
     policy: Policy, records: list[Record], trained: list[Record], counts: dict[str, int], style: PromptStyle
 ) -> list[list[Prompt]]:
-    """The trained ones of the records, in a list for each conversation. counts: how many decisions of each
-    kind a step needs. Raises InputError if a game lacks one of these kinds or the model's context is too
-    short."""
+    """The pool from which RFT draws: the trained ones of the records, in a list for each conversation.
+    counts: how many decisions of each kind a step needs. Raises InputError if a game lacks one of these kinds
+    or the model's context is too short."""
     for letter, count in counts.items():
         if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
             lack = f"the data set has games without {KINDS[letter].name} decisions"
             raise InputError(f"{lack}; set their count in --prompts to 0")
-    conversations: dict[tuple[int, int], list[Prompt]] = {}
+    pool: dict[tuple[int, int], list[Prompt]] = {}
     for r, target in targets(records, trained):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
         policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
-        conversations.setdefault(prompt.conversation, []).append(prompt)
-    return list(conversations.values())
+        pool.setdefault(prompt.conversation, []).append(prompt)
+    return list(pool.values())
 
 
 def next_batch(
-    conversations: list[list[Prompt]],
+    pool: list[list[Prompt]],
     counts: dict[str, int],
     step: int,
     seed: int,
     order: list[int] | None = None,
 ) -> list[Prompt]:
     """The prompts of a step: so many decisions of each kind, from the same conversations where possible,
-    since these share tokens. All conversations are gone through once an epoch; order: another order."""
+    since these share tokens. An epoch goes through the whole pool; order: of the conversations, if given."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
-    order = order or shuffled(len(conversations), max(counts.values()), step, seed, Stream.RFT_ORDER)
+    order = order or shuffled(len(pool), max(counts.values()), step, seed, Stream.RFT_ORDER)
     for k, i in enumerate(order):
         for letter, count in counts.items():
             if k < count:
-                choices = [p for p in conversations[i] if p.target.kind.letter == letter]
+                choices = [p for p in pool[i] if p.target.kind.letter == letter]
                 batch.append(choices[rng.integers(len(choices))])
     return batch

@@ -89,3 +89,16 @@ def label_decision(record: Record) -> Decision:
     """The expert's decision, as written in the label."""
     game = game_from_json(record.instance)
     return read_reply(record.label, KINDS[record.kind], record.seat, game.N, game.caps[record.seat])[0]
+
+
+def history_to_text(state: State) -> list[str]:
+    """A text for each finished stage, for files, such as `0110 1000 1000 0000` or `1.33 1.2 1.0 1.0`."""
+    return [state.kind_of(stage).to_text(actions) for stage, actions in enumerate(state.history)]
+
+
+def history_from_text(game: Game, texts: list[str]) -> State:
+    """The state after these stages. Raises ValueError for actions that the game does not allow."""
+    state = State(game)
+    for text in texts:
+        state = state.step(state.kind.from_text(text))
+    return state

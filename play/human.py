@@ -9,9 +9,9 @@ import re
 
 import numpy as np
 
-from decisions import EFFORTS, LINKS, row_payoffs
-from games import State, own_rows
-from play.metrics import METRICS, Played, mean_interval, tell_interval
+from decisions import EFFORTS, LINKS, own_rows, row_payoffs
+from games import State
+from play.metrics import METRICS, Episode, mean_interval, tell_interval
 from prompts import NUMBER, PromptStyle, last_line, messages, read_reply, tell_links, tell_numbers
 from run import ranks
 from run.errors import InputError
@@ -99,5 +99,5 @@ def print_outcome(end: State, seats: list[int]) -> None:
     links_NN, W = game.efficient_graph("planner")
     efforts = tell_numbers(game.planner_efforts(links_NN))
     print(f"First best: links {tell_links(links_NN)}, efforts {efforts}, in all {W:.2f}")
-    U3 = mean_interval([METRICS["U3"](Played(game, [], [float(paid_N.sum()) for paid_N in payoffs]))])
+    U3 = mean_interval([METRICS["U3"](Episode(game, [], [float(paid_N.sum()) for paid_N in payoffs]))])
     print(f"U3, welfare of a round against the first best: {tell_interval(U3)}")

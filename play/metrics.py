@@ -1,19 +1,11 @@
-"""What is measured in played games, and the tables that show it. No language model is needed.
+"""What is measured in games that are over, and the tables that show it. No language model is needed.
 
-    U1      share of the policy's replies that are compliant
-    s       likeness of the formed graph to the experts', as in training
-    row     share of the other agents whom a link decision treats as the expert does
-    U2      1 - (u_best - u) / (u_best - u_worst): the own payoff of a decision, given what the others play
-    U3      welfare of the game / welfare W* of the first best
-    belief  how well the Belief line foresees the others
-
-The metrics are a [choice] where the paper only names them; docs/settings.md explains them at length. The
-unit of analysis is the game instance: means over instances with 95 % t intervals. A reply that is not
-compliant plays no links or effort 0, which U2 and U3 measure; in s and row it counts as 0. Where the policy
+Each metric is a function of a Turn (one decision of the policy) or of an Episode (one game); METRICS names
+them, and a new one is one entry there. They are a [choice] where the paper only names them; docs/settings.md
+explains them at length. A reply that is not compliant plays no links or effort 0, which U2 and U3 measure; in
+s, row and belief it counts as 0. Where a metric does not exist, as s for efforts, it is None and left out of
+means. The unit of analysis is the game instance: means over instances with 95 % t intervals. Where the policy
 sits in several seats, the value of a game is the mean over its seats.
-
-A new metric is one entry of METRICS. Where a metric does not exist, as U3 where the first best is 0 or s for
-efforts, it is None and left out of means.
 """
 
 import math
@@ -24,7 +16,8 @@ from functools import cache, cached_property
 import numpy as np
 
 from decisions import LINKS
-from games import KINDS, Decision, Game, State, empty_graph, history_to_text
+from games import KINDS, Decision, Game, State, empty_graph
+from play.expert_games import history_to_text
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.errors import InputError, library_errors
 from run.files import read_json
@@ -46,12 +39,13 @@ class Turn:
 
     @cached_property
     def U2(self) -> float | None:
-        """1 - (u_best - u) / (u_best - u_worst) given what the others actually play (see decisions.py)."""
+        """1 - (u_best - u) / (u_best - u_worst): u is the own payoff of the decision given what the others
+        play, u_best and u_worst that of the best and the worst choice in its place (decisions.py)."""
         return self.state.kind.efficiency(self.state, self.seat, self.actions)
 
 
 @dataclass(frozen=True, eq=False)
-class Played:
+class Episode:
     """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage."""
 
     game: Game
@@ -60,31 +54,31 @@ class Played:
     history: tuple[np.ndarray, ...] = ()
 
 
+# -------------------- the metrics
+
+
 def compliant(turn: Turn) -> float:
+    """U1: whether the reply is compliant, so the mean is the share of compliant replies."""
     return float(turn.decision is not None)
 
 
 def graph_score(turn: Turn) -> float | None:
-    """As in training (rewards.graph_likeness); 0 if not compliant."""
+    """s: 1 - Hamming(G, G_expert) / (N (N-1)), where the experts' proposals with the policy's row in them
+    form G, as in training (rewards.graph_likeness). Links alone."""
     return graph_likeness(turn.played, Target(turn.state, turn.seat, turn.expert_actions))
 
 
 def row_agreement(turn: Turn) -> float | None:
-    """Share of the others whom a link decision treats as the expert does; 0 if not compliant. Unlike the
-    graph score it sees proposals that nobody answers."""
+    """row: the share of the other agents whom a decision about links treats as the expert does. Unlike s it
+    sees proposals that nobody answers. Links alone."""
     if turn.state.kind is not LINKS:
         return None
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
 def efficiency(turn: Turn) -> float | None:
-    """U2 of the decision."""
+    """U2: see Turn.U2."""
     return turn.U2
-
-
-def belief(turn: Turn) -> float | None:
-    """Of the Belief line; 0 without a compliant reply that states one."""
-    return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
 
 
 @cache
@@ -94,33 +88,38 @@ def welfare_bounds(game: Game) -> tuple[float, float]:
     return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
 
 
-def welfare_share(played: Played) -> float | None:
-    """Cooperative outcome: realised welfare W / W*."""
-    first_best, _ = welfare_bounds(played.game)
-    return float(np.mean(played.welfares)) / first_best if first_best > 1e-9 else None
+def welfare_share(episode: Episode) -> float | None:
+    """U3: W / W*, the welfare of a round (mean over rounds) as a share of that of the first best."""
+    first_best, _ = welfare_bounds(episode.game)
+    return float(np.mean(episode.welfares)) / first_best if first_best > 1e-9 else None
 
 
-def welfare_gain(played: Played) -> float | None:
+def welfare_gain(episode: Episode) -> float | None:
     """(W - W_empty) / (W* - W_empty): 0 for nobody linking, 1 for the first best."""
-    first_best, empty = welfare_bounds(played.game)
-    gain = float(np.mean(played.welfares)) - empty
+    first_best, empty = welfare_bounds(episode.game)
+    gain = float(np.mean(episode.welfares)) - empty
     return gain / (first_best - empty) if first_best - empty > 1e-9 else None
 
 
-def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
-    """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
-    return lambda played: mean_interval(metric(t) for t in played.turns if where(t))["mean"]
+def belief(turn: Turn) -> float | None:
+    """How well the Belief line foresees the others, in [0, 1] (rewards.belief_accuracy)."""
+    return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
 
 
 def gap(turn: Turn) -> float | None:
     """What the agent would have gained by its best choice, as a share of W* / N. In self-play this is how
     much a best-replying seat exploits the policy."""
-    values, game = turn.state.kind.payoff_range(turn.state, turn.seat, turn.actions), turn.state.game
+    stakes, game = turn.state.kind.stakes(turn.state, turn.seat, turn.actions), turn.state.game
     first_best, _ = welfare_bounds(game)
-    return (values[1] - values[0]) * game.N / first_best if values and first_best > 1e-9 else None
+    return (stakes.best - stakes.chosen) * game.N / first_best if stakes and first_best > 1e-9 else None
 
 
-METRICS: dict[str, Callable[[Played], float | None]] = {
+def mean_of(metric: Callable[[Turn], float | None], where=lambda turn: True):
+    """The metric of a game that is the mean of a metric of decisions, over the turns that `where` selects."""
+    return lambda episode: mean_interval(metric(t) for t in episode.turns if where(t))["mean"]
+
+
+METRICS: dict[str, Callable[[Episode], float | None]] = {
     "U1": mean_of(compliant),  # its interval is Wilson's
     "s": mean_of(graph_score),
     "row": mean_of(row_agreement),
@@ -130,17 +129,17 @@ METRICS: dict[str, Callable[[Played], float | None]] = {
     "belief": mean_of(belief),
     "gap": mean_of(gap),
     "U2 | ok": mean_of(efficiency, compliant),
-    "U3 | ok": lambda played: welfare_share(played) if all(map(compliant, played.turns)) else None,
+    "U3 | ok": lambda episode: welfare_share(episode) if all(map(compliant, episode.turns)) else None,
 }
 DETAILS = ("U3 gain", "gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 
 
-def per_instance(played: Played) -> dict[str, float | None]:
+def per_instance(episode: Episode) -> dict[str, float | None]:
     """The metrics of one game; U2 also for each kind of decision."""
-    values = {name: metric(played) for name, metric in METRICS.items()}
-    for kind in (kind for letter, kind in KINDS.items() if letter in played.game.stages):
-        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(played)
+    values = {name: metric(episode) for name, metric in METRICS.items()}
+    for kind in (kind for letter, kind in KINDS.items() if letter in episode.game.stages):
+        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(episode)
     return values
 
 
@@ -189,43 +188,43 @@ def _intervals(rows: list[dict[str, float | None]], turns: list[Turn], seats: in
     return table | {"U1": wilson_interval(sum(map(compliant, turns)) / seats, len(turns) / seats)}
 
 
-def summarise(games_played: list[Played]) -> dict:
+def summarise(episodes: list[Episode]) -> dict:
     """{"all rounds" | "round 1" | ...: {metric: mean and interval}, "games": {game and stages: the same},
     "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
     in each stage), and all agents' "actions" by stage (as text); "repaired": how many replies}."""
-    seats = len({t.seat for t in games_played[0].turns})
+    seats = len({t.seat for t in episodes[0].turns})
 
     def table(pairs):  # of games with their metrics
         return _intervals([row for _, row in pairs], [t for p, _ in pairs for t in p.turns], seats)
 
-    def in_round(played: Played, r: int) -> Played:
-        turns = [t for t in played.turns if t.state.round == r]
-        return replace(played, turns=turns, welfares=played.welfares[r - 1 : r])
+    def in_round(episode: Episode, r: int) -> Episode:
+        turns = [t for t in episode.turns if t.state.round == r]
+        return replace(episode, turns=turns, welfares=episode.welfares[r - 1 : r])
 
-    rounds: dict[str, list[Played]] = {}
-    for p in games_played:
+    rounds: dict[str, list[Episode]] = {}
+    for p in episodes:
         for r in range(1, p.game.rounds + 1):
             rounds.setdefault(f"round {r}", []).append(in_round(p, r))
-    pairs = [(p, per_instance(p)) for p in games_played]
-    labels = dict.fromkeys(p.game.label for p in games_played)
+    pairs = [(p, per_instance(p)) for p in episodes]
+    labels = dict.fromkeys(p.game.label for p in episodes)
     return {
         "all rounds": table(pairs),
         **{name: table([(p, per_instance(p)) for p in part]) for name, part in rounds.items()},
         "games": {label: table([pair for pair in pairs if pair[0].game.label == label]) for label in labels},
         "instances": [{"instance": p.game.to_json()} | row for p, row in pairs],
-        "replies": [[t.reply for t in p.turns] for p in games_played],
-        "seats": [sorted({t.seat for t in p.turns}) for p in games_played],
-        "actions": [history_to_text(State(p.game, p.history)) for p in games_played],
-        "repaired": sum(bool(t.played and not t.decision) for p in games_played for t in p.turns),
+        "replies": [[t.reply for t in p.turns] for p in episodes],
+        "seats": [sorted({t.seat for t in p.turns}) for p in episodes],
+        "actions": [history_to_text(State(p.game, p.history)) for p in episodes],
+        "repaired": sum(bool(t.played and not t.decision) for p in episodes for t in p.turns),
     }
 
 
-def mean_over_seats(by_seat: list[list[Played]]) -> dict[str, dict]:
+def mean_over_seats(by_seat: list[list[Episode]]) -> dict[str, dict]:
     """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a
     game counts once, with its mean over the plays."""
     rows = []
     for plays in zip(*by_seat, strict=True):  # of one game
-        values = [per_instance(played) for played in plays]
+        values = [per_instance(episode) for episode in plays]
         rows.append({name: mean_interval(row[name] for row in values)["mean"] for name in values[0]})
     return _intervals(rows, [t for plays in by_seat for p in plays for t in p.turns], len(by_seat))
 

@@ -20,8 +20,9 @@ from experts import Expert
 from games import Decision, State
 from models import adapters as adapters_on_disk
 from play import expert_games
-from play.metrics import Played, Turn
+from play.metrics import Episode, Turn
 from play.repair import repair_reply
+from play.sampling import sample_texts
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
 from run import ranks
@@ -45,24 +46,6 @@ class Ask:
 
 Player = Callable[[list[Ask]], list[str]]
 BATCH = 64  # conversations that a policy continues at once
-
-
-def sample_texts(
-    policy,
-    prompts: list[list[int]],
-    uniforms_P1S: torch.Tensor,
-    temperature: float,
-    guesses: list[list[int]],
-) -> list[str]:
-    """One reply to each prompt, [P]. policy: a Policy, or a session of one; guesses: a text of the form of
-    each reply. Processes share the prompts."""
-
-    def sample(mine):
-        own = [guesses[i] for i in mine]
-        groups = policy.sample([prompts[i] for i in mine], uniforms_P1S[mine], temperature, own)
-        return [reply.text for (reply,) in groups]
-
-    return ranks.split(range(len(prompts)), sample)
 
 
 def policy_player(
@@ -99,10 +82,9 @@ def policy_player(
             for start in range(0, len(prompts), batch):
                 part = prompts[start : start + batch]
                 generator = torch_generator(seed, stream, len(asks[0].replies), start)
-                uniforms_P1S = torch.rand(len(part), 1, limit, generator=generator)
                 sampler = sessions[start] if start < 2 * batch else policy
                 own = guesses[start : start + batch]
-                texts += sample_texts(sampler, part, uniforms_P1S, temperature, own)
+                texts += sample_texts(sampler, part, own, limit, temperature, generator)
         return [ask.begin + text for ask, text in zip(asks, texts, strict=True)]
 
     return answer
@@ -160,7 +142,7 @@ def expert_examples(
 
 def play_tables(
     games, tables: list[list[Player]], watched, expert: Expert, seed: int, label="", repair=False, first=0
-) -> list[Played]:
+) -> list[Episode]:
     """Plays games of the same stages and rounds side by side, stage by stage. tables: of each game the player
     in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions in all
     seats a link decision is compared with; repair: of replies that are not compliant, play what can be read
@@ -199,4 +181,4 @@ def play_tables(
             game_over(state)
     welfares = [[float(pay.sum()) for _, _, pay in state.round_results()] for state in states]
     ends = zip(states, turns, welfares, strict=True)
-    return [Played(state.game, own, welfare, state.history) for state, own, welfare in ends]
+    return [Episode(state.game, own, welfare, state.history) for state, own, welfare in ends]

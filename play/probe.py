@@ -7,13 +7,12 @@ the same questions each time with the same uniform random numbers (those of the 
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, own_rows
 from experts import Expert
-from games import Decision, State, own_rows
-from play.metrics import METRICS, Played, Turn
-from play.players import sample_texts
+from games import Decision, State
+from play.metrics import METRICS, Episode, Turn
+from play.sampling import sample_texts
 from policy import Policy
 from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
 from rewards import Target
@@ -62,8 +61,8 @@ def measure(decisions: list[Decision | None], targets: list[Target]) -> dict[str
     for decision, t in zip(decisions, targets, strict=True):
         actions = t.with_own(decision or t.kind.fallback(t.game.N))
         turns.append(Turn(t.state, t.seat, "", decision, decision, actions, t.actions))
-    played = Played(targets[0].game, turns, [])
-    return {key: METRICS[key](played) for key in KEYS}
+    episode = Episode(targets[0].game, turns, [])
+    return {key: METRICS[key](episode) for key in KEYS}
 
 
 def levels(targets: list[Target]) -> dict[str, dict[str, float | None]]:
@@ -122,8 +121,7 @@ class Probe:
         """Returns the newest values as text."""
         if step not in self.asked and (step % self.every == 0 or self.stage.finished):
             generator = torch_generator(self.seed, Stream.PROBE_REPLIES)
-            uniforms_P1S = torch.rand(len(self.prompts), 1, self.limit, generator=generator)
-            texts = sample_texts(self.policy, self.prompts, uniforms_P1S, 1.0, self.guesses)
+            texts = sample_texts(self.policy, self.prompts, self.guesses, self.limit, 1.0, generator)
             pairs = zip(texts, self.targets, strict=True)
             values = measure([parse_reply(text, t.state, t.seat) for text, t in pairs], self.targets)
             self.text = f", probe: row {values['row']:.2f}, U2 {values['U2']:.2f}"

@@ -3,10 +3,11 @@
 prompt that is asked for the first time a line of prompts.jsonl (the conversation as the model reads it and,
 as text, what all agents did before and what their experts do now)."""
 
-from games import KINDS, history_to_text
+from games import KINDS
 from play.dataset import Prompt
+from play.expert_games import history_to_text
 from prompts import read_reply
-from rewards import TERMS, Rollout
+from rewards import TERMS, Sample
 from run import ranks
 from run.stage import Stage
 
@@ -17,10 +18,10 @@ LOGGED = set(
 )
 
 
-def step_metrics(prompts: list[Prompt], groups: list[list[Rollout]], sums: dict[str, float | None]) -> dict:
+def step_metrics(prompts: list[Prompt], groups: list[list[Sample]], sums: dict[str, float | None]) -> dict:
     """The values of one step; docs/settings.md explains them. sums: of tompo.diagnostics over the step."""
-    rollouts = [o for group in groups for o in group]
-    tokens = sum(len(o.reply.ids) for o in rollouts)
+    samples = [o for group in groups for o in group]
+    tokens = sum(len(o.reply.ids) for o in samples)
 
     def mean(values):
         values = [v for v in values if v is not None]
@@ -31,15 +32,15 @@ def step_metrics(prompts: list[Prompt], groups: list[list[Rollout]], sums: dict[
         return mean(o.rewards.get("r_S") for p, group in pairs if p.target.kind is kind for o in group)
 
     return {
-        "reward": mean(o.rewards.get("r_S") for o in rollouts),
+        "reward": mean(o.rewards.get("r_S") for o in samples),
         **{f"reward_{kind.name}": reward_of(kind) for kind in KINDS.values()},
-        **{name: mean(o.rewards.get(name) for o in rollouts) for name in ("s", "R_G", *TERMS)},
-        "U1": mean(o.decision is not None for o in rollouts),
+        **{name: mean(o.rewards.get(name) for o in samples) for name in ("s", "R_G", *TERMS)},
+        "U1": mean(o.decision is not None for o in samples),
         **update_metrics(sums),
         "zero_variance_groups": mean(all(o.advantage == 0 for o in group) for group in groups),
         "distinct_replies": mean(len({o.reply.text for o in group}) / len(group) for group in groups),
-        "reply_tokens": tokens / len(rollouts),
-        "entropy": -mean(sum(o.reply.logps) for o in rollouts) / (tokens / len(rollouts)),
+        "reply_tokens": tokens / len(samples),
+        "entropy": -mean(sum(o.reply.logps) for o in samples) / (tokens / len(samples)),
     }
 
 
@@ -66,7 +67,7 @@ class RFTLog:
         texts = [f"{name} {values[key]:.3f}" for name, key in shown.items() if values[key] is not None]
         self.stage.end_step(values, f"{', '.join(texts)}, {values['tokens_per_s']:.0f} reply tok/s")
 
-    def write(self, step: int, prompts: list[Prompt], groups: list[list[Rollout]]) -> None:
+    def write(self, step: int, prompts: list[Prompt], groups: list[list[Sample]]) -> None:
         for prompt, group in zip(prompts, groups, strict=True):
             r, t = prompt.record, prompt.target
             place = {"step": step, "game": r.game, "stage": r.stage, "kind": r.kind, "seat": r.seat}

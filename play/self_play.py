@@ -6,6 +6,8 @@ reply to every question, and then decisions of all seats are drawn, which become
 replies are sampled to each, and rewarded by what the others did in that game.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from experts import Expert
@@ -13,7 +15,7 @@ from games import Decision
 from play import dataset
 from play.dataset import Prompt, make_prompts
 from play.expert_games import simulate
-from play.players import sample_texts
+from play.sampling import sample_texts
 from policy import Policy
 from prompts import PromptStyle, messages, parse_reply, random_replies
 from run.seeds import Stream, numpy_generator, torch_generator
@@ -22,7 +24,7 @@ from world.draws import Family, draw_game
 
 class Itself(Expert):
     """The policy as a player of expert games. A reply that is not compliant plays no links or effort 0, and
-    stands in the history as if it had said so."""
+    the others read it so."""
 
     name = "self"
 
@@ -33,36 +35,30 @@ class Itself(Expert):
         chats = [messages(state, seat, past, self.style) for state, seat, _, past in calls]
         prompts = [self.policy.encode_prompt(chat) for chat in chats]
         limit = self.style.reply_limit(max(state.game.N for state, *_ in calls))
-        uniforms_P1S = torch.rand(len(prompts), 1, limit, generator=self.generator)
         places = [(state, seat) for state, seat, *_ in calls]
         guesses = [self.policy.encode_reply(text) for text in random_replies(places, self.style)]
-        texts = sample_texts(self.policy, prompts, uniforms_P1S, self.temperature, guesses)
+        texts = sample_texts(self.policy, prompts, guesses, limit, self.temperature, self.generator)
         return [
             parse_reply(text, state, seat) or state.kind.fallback(state.game.N)
             for text, (state, seat) in zip(texts, places, strict=True)
         ]
 
 
-class Table:
-    """Where the policy plays against itself."""
+@dataclass
+class SelfPlay:
+    """Where the prompts of self-play come from. families, agents: of the games, see dataset.simulate_many."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        style: PromptStyle,
-        temperature: float,
-        families: tuple[Family, ...],
-        agents: tuple[int, int],
-    ):
-        """families, agents: of the games, see dataset.simulate_many."""
-        self.policy, self.style, self.temperature = policy, style, temperature
-        self.families, self.agents = families, agents
+    policy: Policy
+    style: PromptStyle
+    temperature: float
+    families: tuple[Family, ...]
+    agents: tuple[int, int]
 
     def next_batch(
-        self, conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
+        self, pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
     ) -> list[Prompt]:
         """As dataset.next_batch, but from new games, one for each decision of a kind, so that a step meets as
-        many different games as with expert games. The conversations are not used."""
+        many different games as with expert games. The pool is not used."""
         rng, plays = numpy_generator(seed, Stream.SELF_PLAY, step), []
         while len(plays) < max(counts.values()):
             N = int(rng.integers(self.agents[0], self.agents[1] + 1))

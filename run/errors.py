@@ -10,6 +10,12 @@ class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line, which says what and how to mend it."""
 
 
+def refuse(applies: object, text: str) -> None:
+    """Raises InputError with this text where it applies."""
+    if applies:
+        raise InputError(text)
+
+
 def one_line(text, longest: int = 300) -> str:
     """The text of an error or of a server on one line of at most `longest` characters. Control characters,
     with which a file or a server could steer the user's terminal, become question marks."""

@@ -14,7 +14,7 @@ from experts import make_expert
 from games import Decision
 from play.players import expert_player, play_tables
 from prompts import PromptStyle, Reply
-from rewards import Rollout
+from rewards import Sample
 from settings import Evaluation, Players, Settings
 from world.bcz import BCZ
 from world.draws import Family
@@ -34,7 +34,7 @@ def effort(x):
 
 def group_of(decisions):
     """One reply for each of these decisions."""
-    return [Rollout(Reply("", [7], [-1.0], True), decision) for decision in decisions]
+    return [Sample(Reply("", [7], [-1.0], True), decision) for decision in decisions]
 
 
 def normalised(values):

@@ -8,7 +8,7 @@ import pytest
 from brute import bcz_payoffs
 
 import experts
-from experts import make_expert
+from experts import make_expert, nash_graph
 from games import State, complete_graph, empty_graph, form_links, game_from_json
 from play.dataset import simulate_many
 from play.expert_games import simulate
@@ -40,7 +40,7 @@ def rows(name, state, rng=None):
 def test_the_graphs_of_the_exact_solutions():
     """All believe that the others do the same. That these are solutions: tests/world."""
     for game in sample_games(15) + sample_games(5, N=3):
-        solutions = [game.efficient_graph("nash")[0], game.efficient_graph("planner")[0], game.nash_graph()]
+        solutions = [game.efficient_graph("nash")[0], game.efficient_graph("planner")[0], nash_graph(game)]
         solutions += [complete_graph(game.N), empty_graph(game.N)]
         names = ("second-best", "planner", "nash", "always-link", "never-link")
         for name, links_NN in zip(names, solutions, strict=True):

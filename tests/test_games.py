@@ -11,6 +11,7 @@ from brute import bcz_payoffs
 import games
 from decisions import EFFORTS, LINKS
 from games import GameError, State, complete_graph, game_from_json
+from play.expert_games import history_from_text, history_to_text
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 
@@ -142,10 +143,10 @@ def test_history_is_not_the_callers_array():
 
 def test_a_history_as_text_is_read_back_exactly():
     state = play(replace(TRIO, stages="GEE"), IN_VAIN, [1 / 3, 0.1 + 0.2, 9], [1.25, 0, 1e-9], HUB)
-    texts = games.history_to_text(state)
+    texts = history_to_text(state)
     assert texts[0] == "011 101 100" and texts[2] == "1.25 0.0 1e-09"
-    back = games.history_from_text(state.game, json.loads(json.dumps(texts)))
+    back = history_from_text(state.game, json.loads(json.dumps(texts)))
     assert len(back.history) == 4 and all(map(np.array_equal, back.history, state.history))
     for bad in (["011 101"], ["011 111 100"], ["abc"], [texts[0], "1 2"], [*texts, *texts]):
         with pytest.raises(ValueError):
-            games.history_from_text(state.game, bad)
+            history_from_text(state.game, bad)

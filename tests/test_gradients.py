@@ -9,16 +9,16 @@ import torch
 from reference import ENGINES, add_adapter, assert_close, engine, gradients, score, uniforms
 from whole_runs import lines_of, parsed, sft_flags
 
-import tompo
 import train_rft
 import train_sft
 from experts import make_expert
 from play import dataset
 from prompts import PromptStyle, Reply
-from rewards import Rollout
+from rewards import Sample
 from run import ranks
 from run.files import StopSignal
 from run.stage import Stage
+from variants import objective
 from world.draws import Family
 
 
@@ -83,10 +83,11 @@ def minus_J(policy, groups, cfg):
     low, high = cfg.clip
     each = [(GROUPS[k][0], *pair) for k in LIVE for pair in zip(groups[k], GROUPS[k][2], strict=True)]
     tokens, total, k3, above, below = sum(len(reply.ids) for _, reply, _ in each), 0.0, 0.0, 0, 0
+    (name,) = (name for name, f in objective.AGGREGATIONS.items() if f is cfg.aggregation)
     for prompt, reply, A in each:
         (logps,) = score(policy, [prompt], [[reply.ids]], cfg.temperature)
         (reference,) = score(policy, [prompt], [[reply.ids]], cfg.temperature, reference=True)
-        weights = dict(mean_of_replies=1 / len(each) / len(logps), mean_of_tokens=1 / tokens)
+        weights = dict(sequence=1 / len(each) / len(logps), token=1 / tokens)
         weights["constant"] = 1 / len(each) / LIMIT
         for logp, ref, old in zip(logps, reference, reply.logps, strict=True):
             rho, d = (logp - old).exp(), ref - logp
@@ -94,7 +95,7 @@ def minus_J(policy, groups, cfg):
             above, below, k3 = above + over, below + under, k3 + d.exp() - d - 1
             term = high * A if over else low * A if under else rho * A
             term = term - cfg.beta * (d.exp() - d - 1)
-            total = total + weights[cfg.aggregation.__name__] * term
+            total = total + weights[name] * term
     return -total, k3.item(), above, below, tokens
 
 
@@ -103,8 +104,8 @@ def prompts(model_dir):
     """A decision for each group, of different conversations."""
     policy, style = engine("plain", model_dir), PromptStyle()
     records = dataset.simulate_many(2, make_expert("second-best"), 0, style, (3, 3))
-    conversations = dataset.make_prompts(policy, records, records, {"G": 1}, style)
-    return [replace(p, ids=ids) for (p, _), (ids, _, _) in zip(conversations, GROUPS, strict=False)]
+    pool = dataset.make_prompts(policy, records, records, {"G": 1}, style)
+    return [replace(p, ids=ids) for (p, _), (ids, _, _) in zip(pool, GROUPS, strict=False)]
 
 
 ADVANTAGES = [torch.tensor(advantages) for _, _, advantages in GROUPS]
@@ -126,15 +127,15 @@ def one_step(monkeypatch, prompts, tmp_path):
         return norm
 
     def run(policy, cfg, groups, size, own=None, advantages=ADVANTAGES):
-        monkeypatch.setattr(train_rft, "sample", lambda *_: [[Rollout(o, None) for o in g] for g in groups])
+        monkeypatch.setattr(train_rft, "sample", lambda *_: [[Sample(o, None) for o in g] for g in groups])
         monkeypatch.setattr(train_rft, "clip_gradient", spy)
         monkeypatch.setattr(ranks, "share", lambda keys: list(range(len(keys))) if own is None else own)
         given = dict(next_batch=lambda *_: prompts, reward=no_rewards)
         given |= dict(advantage=lambda r_S: advantages if r_S else [], lr=0.0, steps=1)
+        given |= dict(micro_batch=size)
         folder, optimizer = tmp_path / str(len(gradients)), train_sft.make_optimizer(policy.model)
         with StopSignal() as stop, Stage(folder, "RFT", 1, {}, optimizer, stop, {"out": ""}) as stage:
-            how = dict(reply_limit=LIMIT, seed=0, micro_batch=size)
-            train_rft.rft(policy, replace(cfg, **given), [], optimizer, stage, **how)
+            train_rft.rft(policy, replace(cfg, **given), [], LIMIT, optimizer, stage)
         return gradients[-1], lines_of(folder / "metrics.jsonl")[0]
 
     return run
@@ -165,7 +166,7 @@ def test_rft_gradient_is_that_of_J(model_dir, one_step, name, flags):
     assert sum(line["loss"] for _, line in parts) == pytest.approx(expected_loss.item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("aggregation", tompo.AGGREGATIONS)
+@pytest.mark.parametrize("aggregation", objective.AGGREGATIONS)
 def test_without_live_groups_there_is_no_gradient(model_dir, one_step, aggregation):
     policy, cfg = engine("fast", model_dir), parsed(["--objective", f"aggregation={aggregation}"])[1].rft
     groups, nothing = sampled(policy, 1.0, 0.5), [torch.zeros(3)] * len(GROUPS)

@@ -141,7 +141,7 @@ def test_optional_terms_are_added_to_the_sample_level_only(monkeypatch):
     foresaw = Decision(LINKS, P[0], np.array([0, 1, 1, 1]))  # who chooses seat 0: 1, 2 and 3
     half = Decision(LINKS, P[0], np.array([0, 1, 0, 0]))
     assert belief_accuracy(foresaw, TARGET) == 1
-    monkeypatch.setitem(rewards.TERMS, "links", lambda rollout, t: float(rollout.decision.action.sum()))
+    monkeypatch.setitem(rewards.TERMS, "links", lambda sample, t: float(sample.decision.action.sum()))
     group = [foresaw, half, MORE]
     plain = rewards_of(group, TARGET)
     paid = rewards_of(group, TARGET, weights=rewards.WEIGHTS | {"belief": 0.3, "links": 0.1})

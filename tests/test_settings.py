@@ -12,7 +12,6 @@ import pytest
 from whole_runs import parsed
 
 import settings
-import tompo
 import train_rft
 import train_sft
 from experts import Expert
@@ -20,6 +19,7 @@ from prompts import PromptStyle
 from rewards import TERMS, expert_rewards, welfare
 from run.errors import InputError
 from run.values import named_numbers
+from variants import objective
 from world.draws import TYPE_PATTERNS, Family
 
 # The fields of settings that are only words, of which a property or another field makes what is used.
@@ -100,14 +100,14 @@ def test_the_defaults():
     assert s.games.families == (Family(),) and s.players.style == PromptStyle()
     assert s.data == settings.Data(0, 126, (4, 4), 0, 0.15) and s.rft.prompts == {"G": 8, "E": 2}
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip, s.rft.beta) == (0.8, 0.2, (0.8, 1.2), 0.04)
-    assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resumed
+    assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resume
     assert s.flags["script"] == "train_rft.py" and parsed([], train_sft)[1].rft is None
 
 
 def test_what_flags_stand_for():
     argv = "--objective advantage=loo ratio=sequence --algo grpo --clip-eps 0.1 0.3 --seat all"
     _, s = parsed(argv.split())
-    assert (s.rft.advantage, s.rft.ratio) == (tompo.ADVANTAGES["loo"], tompo.RATIOS["sequence"])
+    assert (s.rft.advantage, s.rft.ratio) == (objective.ADVANTAGES["loo"], objective.RATIOS["sequence"])
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip) == (1.0, 0.0, (0.9, 1.3)) and s.evaluation.seat == 0
     assert parsed(["--seat", "random"])[1].evaluation.seat == "random"
     _, s = parsed("--weights A_S=0.5 A_G=2 local=3 --reward-from welfare --prompts 0 4 --agents 2-5".split())
@@ -121,7 +121,7 @@ def test_what_flags_stand_for():
 
 
 def test_a_reward_term_of_ones_own_has_a_weight_unless_the_logs_use_its_name(monkeypatch):
-    monkeypatch.setitem(TERMS, "length", lambda rollout, target: 1.0)
+    monkeypatch.setitem(TERMS, "length", lambda sample, target: 1.0)
     rft = parsed(["--weights", "length=0.5"])[1].rft
     assert rft.reward.keywords["weights"]["length"] == 0.5
     monkeypatch.setitem(TERMS, "r_S", TERMS["length"])
@@ -174,7 +174,7 @@ def test_a_resumed_run_has_its_own_settings(script, argv, tmp_path, monkeypatch,
     other = ["--seed", "99", "--sft-lr", "0.5", "--preset", "paper", "--no-belief"]
     _, again = parsed([*other, "--resume", str(tmp_path)], script)
     assert again.run == dataclasses.replace(first.run, resume=str(tmp_path))
-    assert again.run.resumed and not first.run.resumed
+    assert again.run.resume and not first.run.resume
     a, b = (described(dataclasses.replace(s, run=None, flags={})) for s in (first, again))
     assert a == b and json.dumps(first.flags) == json.dumps(again.flags)
     newer = {"engine", "temperature", "micro_batch"}  # the run does not know them: they have their defaults

@@ -8,9 +8,7 @@ import torch
 from tables import normalised
 from whole_runs import lines_of, parsed
 
-import tompo
 import train_rft
-import variants.objective  # noqa: F401  (its import adds to the tables)
 from experts import make_expert
 from play.dataset import Prompt, simulate_many, targets
 from play.rft_log import add_sums, update_metrics
@@ -18,6 +16,7 @@ from prompts import PromptStyle, Reply
 from run.files import StopSignal
 from run.stage import Stage
 from tompo import diagnostics, group_normalise
+from variants import objective
 
 
 def tensor(*values):
@@ -42,10 +41,10 @@ def test_group_normalise_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, -0.5, 0.1 + 0.2, 1 / 3, 2.5, 1e-8, 1e8])
-@pytest.mark.parametrize("name", tompo.ADVANTAGES)
+@pytest.mark.parametrize("name", objective.ADVANTAGES)
 def test_a_group_of_one_or_of_equal_rewards_gets_exactly_zero(name, value, dtype):
     groups = [torch.full((m,), value, dtype=dtype) for m in (1, 2, 3, 7, 10)]
-    for rewards, advantages in zip(groups, tompo.ADVANTAGES[name](groups), strict=True):
+    for rewards, advantages in zip(groups, objective.ADVANTAGES[name](groups), strict=True):
         assert advantages.shape == rewards.shape and (advantages == 0).all()  # NaN == 0 is false
 
 
@@ -84,7 +83,7 @@ def first_step(tmp_path):
         cfg = replace(cfg, reward=reward, next_batch=lambda *_: prompts[: len(rewards)])
         optimizer = torch.optim.SGD([policy.theta], lr=0.0)
         with StopSignal() as stop, Stage(tmp_path, "RFT", 1, {}, optimizer, stop, {"out": ""}) as stage:
-            train_rft.rft(policy, cfg, [], optimizer, stage, reply_limit=8, seed=0, micro_batch=1)
+            train_rft.rft(policy, cfg, [], 8, optimizer, stage)
         samples = lines_of(tmp_path / "samples.jsonl")
         assert len(samples) == m * len(rewards)
         return samples
@@ -118,8 +117,8 @@ def test_two_levels_by_hand(first_step, flags, rewards, A_S, A_G, A):
 def test_aggregations_are_the_means_they_stand_for():
     lengths, values = [3, 1, 4], [tensor(1, 2, 6), tensor(5), tensor(0, 2, 2, 8)]  # sums 9, 5, 12
     means = {"sequence": (3 + 5 + 3) / 3, "token": 26 / 8, "constant": 26 / (3 * 13)}
-    assert set(tompo.AGGREGATIONS) == set(means)
-    for name, aggregation in tompo.AGGREGATIONS.items():
+    assert set(objective.AGGREGATIONS) == set(means)
+    for name, aggregation in objective.AGGREGATIONS.items():
         weights = aggregation(lengths, 13)
         close(sum(w * v.sum() for w, v in zip(weights, values, strict=True)), means[name])
 

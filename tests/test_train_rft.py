@@ -20,10 +20,11 @@ import lora
 import train_rft
 import train_sft
 from experts import make_expert
-from games import game_from_json, history_from_text
+from games import game_from_json
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
+from play.expert_games import history_from_text
 from prompts import PromptStyle
 from rewards import Target, graph_likeness, likeness
 from tools import merge
@@ -255,7 +256,7 @@ def test_inner_epochs_take_that_many_steps_on_the_same_samples(model_dir, sft_ad
 def test_the_reply_limit_is_that_of_the_largest_game(model_dir, sft_adapter, tmp_path, monkeypatch):
     """Which the constant denominator of Dr. GRPO is made of, too."""
     limits, changes = [], dict(agents="3-4", seed=0)
-    monkeypatch.setattr(train_rft, "rft", lambda *args, **more: limits.append(more["reply_limit"]))
+    monkeypatch.setattr(train_rft, "rft", lambda *args: limits.append(args[3]))
     for given in (14, None):
         with pytest.raises(SystemExit):  # no step was done
             runs.short_run(model_dir, sft_adapter, tmp_path / f"{given}", max_new_tokens=given, **changes)

@@ -44,11 +44,13 @@ def policy(model_dir):
 @pytest.fixture
 def records_of(monkeypatch, model_dir, tmp_path):
     """records_of(**changes) -> the records of the held-out games, and those that SFT trains on."""
-    real = train_sft.conversations
+    real = train_sft.make_conversations
 
     def run(**changes):
         seen = []
-        monkeypatch.setattr(train_sft, "conversations", lambda *args: seen.append(args[1]) or real(*args))
+        monkeypatch.setattr(
+            train_sft, "make_conversations", lambda *args: seen.append(args[1]) or real(*args)
+        )
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         train_sft.main(sft_flags(model_dir, out, sft_steps=1, **changes))
         held_out, trained = seen

@@ -12,7 +12,6 @@ from whole_runs import ROOT, fake_parse, flags, lines_of, parsed, run_rft
 
 import experts
 import rewards
-import tompo
 import train_rft
 from docs.coordination import Coordination
 from experts import make_expert
@@ -21,18 +20,20 @@ from play.dataset import simulate_many
 from play.expert_games import label_decision
 from prompts import PromptStyle, messages, parse_reply
 from rewards import Target, welfare
+from variants import objective
+from variants.objective import per_group
 from world.draws import Family, draw_game, held_out_grid, split_of
 
 # Importing the file registered it, and other tests expect the project's games.
 GAMES.pop(Coordination.name, None)
 
 
-def symmetry(rollout, target):
+def symmetry(sample, target):
     """Share of the others to whom the agent does what the experts do to it; as the tutorial writes a term."""
-    if rollout.decision is None or target.kind.letter != "G":
+    if sample.decision is None or target.kind.letter != "G":
         return 0.0
     others = np.arange(target.game.N) != target.seat
-    return float((rollout.decision.action == target.actions[:, target.seat])[others].mean())
+    return float((sample.decision.action == target.actions[:, target.seat])[others].mean())
 
 
 @pytest.fixture
@@ -165,8 +166,8 @@ def test_an_expert_is_one_line_of_the_table(monkeypatch):
 
 
 def test_an_advantage_and_a_loss_are_one_line_of_a_table(monkeypatch):
-    monkeypatch.setitem(tompo.ADVANTAGES, "rank", tompo.per_group(lambda r_M: r_M.argsort().argsort()))
-    monkeypatch.setitem(tompo.LOSSES, "plain", lambda ratio_T, logp_T, A_T, low, high: ratio_T * A_T)
+    monkeypatch.setitem(objective.ADVANTAGES, "rank", per_group(lambda r_M: r_M.argsort().argsort()))
+    monkeypatch.setitem(objective.LOSSES, "plain", lambda ratio_T, logp_T, A_T, low, high: ratio_T * A_T)
     cfg = parsed(["--objective", "advantage=rank", "loss=plain"])[1].rft
     (A_M,) = cfg.advantage([torch.tensor([1.0, 5.0, 3.0])])
     assert A_M.tolist() == [0, 2, 1]

@@ -89,7 +89,7 @@ def step(work: Namespace, policy: Policy, optimizer, prompts: list[list[int]]) -
             old_logps = [logp for i in part for reply in groups[i] for logp in reply.logps]
             logp_T, old_T = torch.cat(policy.token_logps(*texts)), torch.tensor(old_logps, device=DEVICE)
             A_T = A_PM[part].flatten().repeat_interleave(work.reply_tokens)
-            objective_T = tompo.clipped((logp_T - old_T).exp(), logp_T, A_T, 0.8, 1.2)
+            objective_T = tompo.clipped((logp_T - old_T).exp(), A_T, 0.8, 1.2)
             if work.beta:
                 objective_T = objective_T - work.beta * tompo.k3(logp_T, ref_T)
             (-objective_T.sum() / uniforms_PMS.numel()).backward()

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import product
 
 import settings as flags
-from eval import instances, make_cast, play_held_out
+from eval import instances, make_cast, play_held_out, playing_parser
 from play.metrics import format_table, mean_interval, per_instance
 from run import ranks
 from run.errors import InputError, reports_errors
@@ -25,7 +25,7 @@ SHOWN = {"U3": "U3, welfare of all against the first best", "U2": "U2 of the sea
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = flags.playing_parser("Every player against every other on the held-out games.", "rotate")
+    parser = playing_parser("Every player against every other on the held-out games.", "rotate")
     add = parser.add_argument
     add("--player", nargs="+", default=DEFAULT, help="as --policy of eval.py")
     add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")

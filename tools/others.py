@@ -18,14 +18,14 @@ from itertools import product
 import numpy as np
 
 import settings as flags
-from decisions import LINKS
-from eval import instances, make_cast, play_held_out
+from decisions import LINKS, own_rows
+from eval import instances, make_cast, play_held_out, playing_parser
 from experts import Expert, Partners, make_expert
-from games import State, observe, own_rows
+from games import State
 from play import human
-from play.metrics import Played, Turn, format_table, mean_interval
+from play.metrics import Episode, Turn, format_table, mean_interval
 from play.players import Ask, Player, expert_player
-from prompts import PromptStyle, format_reply, messages, news, parse_reply, read_belief
+from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
 from run.errors import InputError, reports_errors
 from run.files import refuse_existing, write_json
@@ -61,7 +61,7 @@ class Play:
     def player(self, expert: Expert) -> Make:
         return lambda: expert_player(expert, self.style, self.seed)
 
-    def played(self, name: str, make: Make) -> list[Played]:
+    def played(self, name: str, make: Make) -> list[Episode]:
         return play_held_out(self.settings, self.seat, {True: make, False: self.player(self.others)}, [name])
 
     def actions(self, state: State, own) -> np.ndarray:
@@ -81,11 +81,11 @@ def cell(values: Iterable[float | None]) -> Cell:
     return mean_interval(values) | {"games": values}
 
 
-def link_turns(played: Played) -> list[Turn]:
+def link_turns(played: Episode) -> list[Turn]:
     return [turn for turn in played.turns if turn.state.kind is LINKS]
 
 
-def by_round(played: list[Played], value: Callable[[Turn], float | None], name="round") -> dict[str, Cell]:
+def by_round(played: list[Episode], value: Callable[[Turn], float | None], name="round") -> dict[str, Cell]:
     rounds = range(played[0].game.rounds)
     return {f"{name} {r + 1}": cell(value(link_turns(p)[r]) for p in played) for r in rounds}
 
@@ -103,7 +103,7 @@ def with_other_history(ask: Ask, other: Ask, style: PromptStyle) -> Ask:
     return replace(ask, state=State(ask.state.game, other.state.history), chat=[system, *between, last])
 
 
-def regret(play: Play, make: Make, played: list[Played]) -> dict[str, Cell]:
+def regret(play: Play, make: Make, played: list[Episode]) -> dict[str, Cell]:
     columns, lost = by_round(played, lambda turn: turn.U2), []
     for r in range(1, played[0].game.rounds):
         turns = [link_turns(p)[r] for p in played]
@@ -117,7 +117,7 @@ def regret(play: Play, make: Make, played: list[Played]) -> dict[str, Cell]:
     return columns | {"lost": cell(np.mean(lost, 0))}
 
 
-def by_rule(others: Partners, played: list[Played], rule: str) -> dict[str, Cell]:
+def by_rule(others: Partners, played: list[Episode], rule: str) -> dict[str, Cell]:
     """Share of the others with this rule whom the player treats as the best reply does."""
 
     def share(turn: Turn) -> float | None:
@@ -129,7 +129,7 @@ def by_rule(others: Partners, played: list[Played], rule: str) -> dict[str, Cell
     return by_round(played, share)
 
 
-def beliefs(played: list[Played]) -> dict[str, Cell]:
+def beliefs(played: list[Episode]) -> dict[str, Cell]:
     def stated(turn: Turn) -> np.ndarray | None:
         return read_belief(turn.reply, LINKS, turn.seat, turn.state.game.N)
 
@@ -266,7 +266,7 @@ def check(args) -> None:
 
 @reports_errors
 def main(argv=None) -> None:
-    parser = flags.playing_parser("Does a player read the others?")
+    parser = playing_parser("Does a player read the others?")
     add = parser.add_argument
     add("--policy", nargs="+", default=["base"], help="as in eval.py")
     add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")

@@ -5,9 +5,9 @@ from itertools import product
 
 import numpy as np
 
-from decisions import LINKS, row_payoffs
+from decisions import LINKS, own_rows, row_payoffs
 from experts import Exact, Expert
-from games import Decision, Game, State, complete_graph, own_rows
+from games import Decision, Game, State, complete_graph
 from run.seeds import numpy_generator
 
 NO_DRAWS = numpy_generator(0)  # for rules that draw nothing

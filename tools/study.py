@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import settings
+from eval import playing_parser
 from run.errors import InputError, reports_errors
 from run.files import JsonLines, cpu_name, read_json, read_lines
 from run.values import positive_int
@@ -116,9 +117,8 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """What train_sft.py, train_rft.py and eval.py know."""
     sft = settings.training_parser("", "")
-    rft = settings.training_parser("", "", settings.RFT, settings.Objective)
-    settings.add_evaluation_flags(rft, fewest=0)
-    return {"sft": sft, "rft": rft, "eval": settings.playing_parser("", "random", "all")}
+    rft = settings.training_parser("", "", settings.RFT, settings.Evaluation)
+    return {"sft": sft, "rft": rft, "eval": playing_parser("", "random", "all")}
 
 
 def part(flags: str, script: str) -> list[str]:

@@ -1,6 +1,6 @@
 """Sequential credit (equations 4 to 6 of the paper): `--reward-from credit`.
 
-In the place of the likeness to the expert stands what the decision earns:
+What the decision earns replaces the likeness to the expert:
 
     [source] C_i = discounted return of the agent when decision i is played and experts then play on to the
              end: for an effort the return given the graph, for a decision about links V*(S_t+1) of its next
@@ -14,7 +14,7 @@ import numpy as np
 
 from experts import Expert
 from games import Decision, State
-from rewards import Memory, Rollout, Target, graph_likeness, group_rewards
+from rewards import Memory, Sample, Target, graph_likeness, group_rewards
 from run.seeds import Stream, numpy_generator
 
 WEIGHTS = {"gamma": 1.0, "zeta": 0.0}  # the discount per round, the weight of |C_G - C_E|; see --weights
@@ -52,7 +52,7 @@ def return_credits(
 
 def credit_rewards(
     targets: list[Target],
-    groups: list[list[Rollout]],
+    groups: list[list[Sample]],
     memory: Memory,
     *,
     weights: dict[str, float],
@@ -66,13 +66,13 @@ def credit_rewards(
     ]
     places = [((t.game_index, t.seat, t.state.round), t.kind.letter) for t in targets]
     compliant: dict[tuple, list[float]] = {}
-    for place, of_group in zip(places, credits, strict=True):
-        compliant.setdefault(place, []).extend(c for c in of_group if c is not None)
+    for place, own in zip(places, credits, strict=True):
+        compliant.setdefault(place, []).extend(c for c in own if c is not None)
     means = {place: sum(values) / len(values) for place, values in compliant.items() if values}
-    for (place, letter), target, group, of_group in zip(places, targets, groups, credits, strict=True):
+    for (place, letter), target, group, own in zip(places, targets, groups, credits, strict=True):
         other = means.get((place, OTHER.get(letter)))
         zeta = 0.0 if other is None else weights["zeta"]
-        sample = [0.0 if c is None else c - zeta * abs(c - (other or 0.0)) for c in of_group]
+        likenesses = [0.0 if c is None else c - zeta * abs(c - (other or 0.0)) for c in own]
         group_rewards(
-            group, target, memory, weights, sample, [graph_likeness(o.decision, target) for o in group]
+            group, target, memory, weights, likenesses, [graph_likeness(o.decision, target) for o in group]
         )

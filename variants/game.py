@@ -12,26 +12,26 @@ r^S = compliance + 2 U2, and R^G = s with both bonuses, as in rewards.py. The ro
 decisions.py. No decision of the expert in the agent's own seat is used. A kind of decision that pays nothing
 by itself has compliance alone."""
 
-from games import Range, share_of_range
-from rewards import Memory, Rollout, Target, group_rewards
+from games import Stakes
+from rewards import Memory, Sample, Target, group_rewards
 
 
 def game_rewards(
-    targets: list[Target], groups: list[list[Rollout]], memory: Memory, *, weights: dict[str, float]
+    targets: list[Target], groups: list[list[Sample]], memory: Memory, *, weights: dict[str, float]
 ) -> None:
     """As rewards.expert_rewards. target.actions: what the others do."""
     for target, group in zip(targets, groups, strict=True):
         kind, state, seat = target.kind, target.state, target.seat
         own: list[float] = []
         common: list[float | None] = []
-        pays = kind.welfare_range(state, seat, target.actions) is not None  # not every kind does
+        pays = kind.stakes(state, seat, target.actions) is not None  # not every kind does
         for o in group:
             actions = target.with_own(o.decision) if o.decision and pays else None
-            own.append(0.0 if actions is None else 2 * share(kind.payoff_range(state, seat, actions)))
-            common.append(share(kind.welfare_range(state, seat, actions)) if actions is not None else 0.0)
+            own.append(0.0 if actions is None else 2 * share(kind.stakes(state, seat, actions)))
+            common.append(0.0 if actions is None else share(kind.stakes(state, seat, actions, common=True)))
         group_rewards(group, target, memory, weights, own, common if pays else [None] * len(group))
 
 
-def share(values: Range | None) -> float:
+def share(stakes: Stakes) -> float:
     """Rounding errors must not decide which of two equally good replies gets a bonus."""
-    return round(share_of_range(values) or 0.0, 9)
+    return round(stakes.share, 9)

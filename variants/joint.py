@@ -2,7 +2,7 @@
 
 In the paper only the agent's own row varies within a group; the other rows of the graph are the experts'.
 Here every decision about links is asked for in all seats of its game (`--seat all`), and the i-th replies
-of these seats stand in one graph:
+of these seats form one graph:
 
     G_i = form(P_expert with the rows of those seats := their i-th replies),  s_i as in rewards.py
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from play import dataset
 from play.dataset import Prompt
-from rewards import Memory, Rollout, Target, graph_likeness, group_rewards, likeness
+from rewards import Memory, Sample, Target, group_rewards, hamming_score, likeness
 
 
 def moment(target: Target) -> tuple[int, int]:
@@ -23,13 +23,11 @@ def moment(target: Target) -> tuple[int, int]:
     return target.game_index, len(target.state.history)
 
 
-def next_batch(
-    conversations: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
-) -> list[Prompt]:
+def next_batch(pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int) -> list[Prompt]:
     """The prompts of a step, with each decision about links in all trained seats."""
-    batch = dataset.next_batch(conversations, counts, step, seed)
+    batch = dataset.next_batch(pool, counts, step, seed)
     seats: dict[tuple[int, int], list[Prompt]] = {moment(p.target): [] for p in batch if is_links(p.target)}
-    for p in sum(conversations, []):
+    for p in sum(pool, []):
         seats.get(moment(p.target), []).append(p)
     return sum(seats.values(), []) + [p for p in batch if not is_links(p.target)]
 
@@ -39,7 +37,7 @@ def is_links(target: Target) -> bool:
 
 
 def joint_rewards(
-    targets: list[Target], groups: list[list[Rollout]], memory: Memory, *, weights: dict[str, float]
+    targets: list[Target], groups: list[list[Sample]], memory: Memory, *, weights: dict[str, float]
 ) -> None:
     """As rewards.expert_rewards, with s_i of the graph of all seats' i-th replies."""
     proposals: dict[tuple[int, int], list[np.ndarray]] = {}  # of each moment, (N, N) for each i
@@ -49,7 +47,9 @@ def joint_rewards(
             for P_NN, o in zip(graphs, group, strict=True):
                 P_NN[target.seat] = o.decision.action if o.decision else 0
     for target, group in zip(targets, groups, strict=True):
-        graphs = proposals.get(moment(target), [None] * len(group))
-        scores = [graph_likeness(o.decision, target, P_NN) for o, P_NN in zip(group, graphs, strict=True)]
-        sample = [likeness(o.decision, target) for o in group]
-        group_rewards(group, target, memory, weights, sample, scores)
+        scores: list[float | None] = [None] * len(group)
+        if is_links(target):
+            pairs = zip(group, proposals[moment(target)], strict=True)
+            scores = [hamming_score(P_NN, target) if o.decision else 0.0 for o, P_NN in pairs]
+        likenesses = [likeness(o.decision, target) for o in group]
+        group_rewards(group, target, memory, weights, likenesses, scores)

@@ -1,7 +1,8 @@
-"""Other advantages, aggregations, losses, ratios and KL estimators: one function and one line each.
+"""What `--objective` chooses from: the parts of A and J as tompo.py defines them, and other forms of them.
 
-`--objective advantage=loo loss=cispo` chooses among them. With one inner epoch rho is 1, and then all
-ratios and losses have the gradient of GRPO with the same aggregation."""
+`--objective advantage=loo loss=cispo` chooses two; the first of each table is the default. A variant is one
+function and one line of a table. With one inner epoch rho is 1, and then all ratios and losses have the
+gradient of GRPO with the same aggregation."""
 
 from collections.abc import Callable, Iterable
 
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor
 
 from run.errors import InputError
-from tompo import ADVANTAGES, AGGREGATIONS, KL_ESTIMATORS, LOSSES, RATIOS, TABLES, per_group
+from tompo import clipped, group_normalise, k3, mean_of_replies
+
+
+def per_group(advantage: Callable[[Tensor], Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+    """From the advantage within one group, (M,) -> (M,), to that of all groups of a step."""
+    return lambda rewards: [advantage(rewards_M) for rewards_M in rewards]
 
 
 def centred(rewards_M: Tensor) -> Tensor:
@@ -23,16 +29,21 @@ def leave_one_out(rewards_M: Tensor) -> Tensor:
     return centred(rewards_M) * (len(rewards_M) / max(1, len(rewards_M) - 1))
 
 
+def mean_of_tokens(lengths: list[int]) -> list[float]:
+    """The mean over all tokens of the step."""
+    return [1 / sum(lengths)] * len(lengths)
+
+
 def constant(lengths: list[int], limit: int) -> list[float]:
     """The sum over tokens divided by the longest reply allowed, a denominator that does not depend on the
     replies (Dr. GRPO)."""
     return [1 / (len(lengths) * limit)] * len(lengths)
 
 
-def cispo(ratio_T: Tensor, logp_T: Tensor, advantage_T: Tensor, low: float, high: float) -> Tensor:
+def cispo(rho_T: Tensor, logp_T: Tensor, A_T: Tensor, low: float, high: float) -> Tensor:
     """log pi weighted by the clipped ratio, through which no gradient flows, (T,): CISPO (arXiv
     2506.13585)."""
-    return ratio_T.clamp(low, high).detach() * advantage_T * logp_T
+    return rho_T.clamp(low, high).detach() * A_T * logp_T
 
 
 def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
@@ -40,19 +51,41 @@ def sequence_mean(log_ratio_T: Tensor, lengths: list[int]) -> Tensor:
     return torch.cat([part.mean().expand(len(part)) for part in log_ratio_T.split(lengths)])
 
 
-ADVANTAGES |= {"mean": per_group(centred), "loo": per_group(leave_one_out)}
-AGGREGATIONS |= {"constant": constant}
-LOSSES |= {"cispo": cispo}
-RATIOS |= {"sequence": sequence_mean}
-KL_ESTIMATORS |= {  # Schulman, "Approximating KL divergence" (2020)
+# The rewards of all groups of a step, (M,) each -> their advantages. A function that is not `per_group` may
+# look at the whole step.
+ADVANTAGES = {
+    "std": per_group(group_normalise),
+    "mean": per_group(centred),
+    "loo": per_group(leave_one_out),
+}
+# (lengths of all replies of an optimizer step, the longest reply allowed) -> the weight of each one's tokens.
+AGGREGATIONS = {
+    "sequence": lambda lengths, limit: mean_of_replies(lengths),
+    "token": lambda lengths, limit: mean_of_tokens(lengths),
+    "constant": constant,
+}
+# (rho, log pi, A, ends of the clip range) -> what J sums, (T,).
+LOSSES = {"clip": lambda rho_T, logp_T, A_T, low, high: clipped(rho_T, A_T, low, high), "cispo": cispo}
+# (log pi_theta - log pi_old, lengths of the replies) -> log rho, (T,).
+RATIOS = {"token": lambda log_ratio_T, lengths: log_ratio_T, "sequence": sequence_mean}
+# (log pi, log pi_ref) -> (T,). Schulman, "Approximating KL divergence" (2020).
+KL_ESTIMATORS = {
+    "k3": k3,
     "k1": lambda logp_T, ref_logp_T: logp_T - ref_logp_T,
     "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2,
+}
+TABLES: dict[str, dict[str, Callable]] = {
+    "advantage": ADVANTAGES,
+    "aggregation": AGGREGATIONS,
+    "loss": LOSSES,
+    "ratio": RATIOS,
+    "kl": KL_ESTIMATORS,
 }
 
 
 def choose(given: Iterable[str] | None) -> dict[str, Callable]:
-    """["loss=cispo", ...] -> a function of every table of tompo.py, by the table's name: the first one where
-    nothing is given. Raises InputError."""
+    """["loss=cispo", ...] -> a function of every table, by its name: the first one where nothing is
+    given. Raises InputError."""
     chosen = {name: next(iter(table.values())) for name, table in TABLES.items()}
     for text in given or ():
         name, _, choice = text.partition("=")

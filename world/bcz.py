@@ -25,8 +25,8 @@ from functools import cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
-from prompts import tell_numbers, tell_short
+from games import Game, GameError, complete_graph, empty_graph, register, solved_once
+from prompts import Observation, tell_numbers, tell_short
 
 
 @register
@@ -153,6 +153,7 @@ class BCZ(Game):
 
     @classmethod
     def make(cls, types_N, u, v, fixed, stages, rounds) -> "BCZ":
+        """The instance with alpha = types_N, (N,), and delta and c, fixed or from u and v; see Game.make."""
         alpha_N = np.asarray(types_N, float)
         delta = fixed.get("delta", round(float(u) / (len(alpha_N) - 1), 3))
         c = fixed.get("c", round(float(v * delta * alpha_N.mean() ** 2), 3))

@@ -7,6 +7,7 @@ seats. With homogeneous types alone the efficient graph is almost always empty o
 have efficient graphs in between.
 """
 
+import itertools
 import math
 import zlib
 from collections.abc import Iterable, Sequence
@@ -127,10 +128,8 @@ def held_out_grid(N: int, family: Family = Family()) -> tuple[Game, ...]:
     us, vs = family.rules.grid
     games: dict[str, Game] = {}  # by key: instances that differ only in seats are one game
     for pattern in TYPE_PATTERNS:
-        for u, v in ((u, v) for u in us for v in vs):
-            types_N = rng.permutation(
-                types_of(pattern, N, family.game)
-            )  # also for a pattern that is left out
+        for u, v in itertools.product(us, vs):
+            types_N = rng.permutation(types_of(pattern, N, family.game))  # drawn for patterns left out, too
             if pattern in family.patterns:
                 game = family.make(types_N, u, v)
                 games.setdefault(game.key, game)

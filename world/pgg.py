@@ -23,8 +23,8 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from games import Game, GameError, Observation, complete_graph, empty_graph, register, solved_once
-from prompts import tell_numbers
+from games import Game, GameError, complete_graph, empty_graph, register, solved_once
+from prompts import Observation, tell_numbers
 
 MAX_CLASSES = 8  # agents up to which all graphs are enumerated up to isomorphism: 12346 at 8
 

@@ -24,8 +24,9 @@ from play.dataset import make_prompts, trained_seats  # noqa: E402
 from play.expert_games import label_decision  # noqa: E402
 from policy import Policy  # noqa: E402
 from prompts import format_reply  # noqa: E402
-from rewards import Memory, Rollout, expert_rewards  # noqa: E402
+from rewards import Memory, Sample, expert_rewards  # noqa: E402
 from tools import merge  # noqa: E402
+from variants import objective
 
 M = 4
 BRIDGE = dict(games=4, agents=3, noise=0.3, seat="all", seed=3, rank=4, lora_alpha=8, steps=2, prompts=[3, 2])
@@ -108,9 +109,9 @@ def test_two_steps_leave_an_adapter_that_eval_reads(run, merged, tmp_path):
 
 def test_a_step_has_the_prompts_of_ours(run, merged):
     policy, settings = load_policy(merged, engine="plain"), run["settings"]
-    rft, conversations = settings.rft, prompts_of(settings, policy)
+    rft, pool = settings.rft, prompts_of(settings, policy)
     for step in range(2):
-        batch = rft.next_batch(conversations, rft.prompts, step, settings.run.seed)
+        batch = rft.next_batch(pool, rft.prompts, step, settings.run.seed)
         prompts = run["recorder"].steps[step]["prompt"]
         assert prompts == [p.record.prompt for p in batch for _ in range(M)]
         assert run["trainer"]._tokenize_prompts(prompts)[0] == [p.ids for p in batch for _ in range(M)]
@@ -157,9 +158,9 @@ def test_the_gradient_of_a_step_is_that_of_our_objective(run):
         for p, value in zip(parameters, run["recorder"].start, strict=True):
             p.copy_(value)
     logp_T = torch.cat(Policy(model, trainer.processing_class, "", (2,)).token_logps(*texts))
-    weights = tompo.AGGREGATIONS["sequence"](lengths, 14)
+    weights = objective.AGGREGATIONS["sequence"](lengths, 14)
     A_T, w_T = (torch.tensor(v).repeat_interleave(torch.tensor(lengths)) for v in (advantages, weights))
-    J_T = tompo.clipped((logp_T - logp_T.detach()).exp(), logp_T, A_T, 0.8, 1.2)
+    J_T = tompo.clipped((logp_T - logp_T.detach()).exp(), A_T, 0.8, 1.2)
     mine = torch.autograd.grad(-(w_T * J_T).sum(), parameters)
     assert torch.cat([g.flatten() for g in mine]).norm() > 1e-3
     for g, theirs in zip(mine, run["gradients"], strict=True):
@@ -192,7 +193,7 @@ def test_all_groups_of_a_step_see_the_memory_of_the_steps_before(judge):
     poor = type(good[1])(good[1].kind, row_N)
     replies = [format_reply(d, style) for d in (good[0], good[0], poor, poor)]
     for best in (0.0, 1.0):  # in the second step the poor replies are below the best of the first
-        groups = [[Rollout(None, good[0]) for _ in range(2)], [Rollout(None, poor) for _ in range(2)]]
+        groups = [[Sample(None, good[0]) for _ in range(2)], [Sample(None, poor) for _ in range(2)]]
         expert_rewards(rewards.targets, groups, Memory({rewards.targets[0].game.key: best}))
         expected = [o.rewards for group in groups for o in group]
         r_S, R_G = ask(judge, replies)
@@ -239,8 +240,8 @@ def test_two_processes_have_one_memory_and_one_step(merged, tmp_path, monkeypatc
     assert done.returncode == 0, done.stderr[-2000:]
     one, other = (json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(2))
     policy, settings = load_policy(merged, engine="plain"), trl_tompo.parse(asked)
-    rft, conversations = settings.rft, prompts_of(settings, policy)
-    targets = [p.target for p in rft.next_batch(conversations, rft.prompts, 0, settings.run.seed)]
+    rft, pool = settings.rft, prompts_of(settings, policy)
+    targets = [p.target for p in rft.next_batch(pool, rft.prompts, 0, settings.run.seed)]
     parts = targets[:3], targets[3:]  # the first half is rank 0's
     halves = [{t.game.key for t in part if t.kind.letter == "G"} for part in parts]
     assert one["memory"] == other["memory"] and one["memory"].keys() == halves[0] | halves[1]

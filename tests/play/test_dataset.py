@@ -191,12 +191,12 @@ def test_a_random_seat_is_one_for_each_game_and_belongs_to_the_seed():
 def test_the_decisions_of_the_trained_seats_become_prompts_by_conversation(policy, seat):
     """Every prompt knows what the experts of all seats do, whoever is trained."""
     records = simulate_many(3, agents=(3, 3), families=TWO_ROUNDS, noise=0.6)
-    conversations = prompts_of(policy, records, seat)
-    assert len(conversations) == (9 if seat == "all" else 3)
-    for conversation in conversations:
+    pool = prompts_of(policy, records, seat)
+    assert len(pool) == (9 if seat == "all" else 3)
+    for conversation in pool:
         assert len({p.conversation for p in conversation}) == 1
         assert [p.record.stage for p in conversation] == [0, 1, 2, 3]
-    prompts = sum(conversations, [])
+    prompts = sum(pool, [])
     expected = [r for r in records if seat in ("all", r.seat)]
     assert sorted(map(id, expected)) == sorted(id(p.record) for p in prompts)
     for p in prompts:
@@ -210,10 +210,10 @@ def test_the_decisions_of_the_trained_seats_become_prompts_by_conversation(polic
 @pytest.mark.parametrize(("graph", "effort"), [(3, 3), (3, 1), (1, 2), (4, 0), (0, 2)])
 def test_a_batch_has_the_asked_decisions_of_as_few_conversations_as_possible(policy, graph, effort):
     """6 conversations of 2 rounds. An epoch draws each once, every decision has its turn."""
-    conversations = prompts_of(policy, simulate_many(2, agents=(3, 3), families=TWO_ROUNDS))
+    pool = prompts_of(policy, simulate_many(2, agents=(3, 3), families=TWO_ROUNDS))
     drawn, seen = [], set()
     for step in range(60):
-        batch = dataset.next_batch(conversations, {"G": graph, "E": effort}, step, 1)
+        batch = dataset.next_batch(pool, {"G": graph, "E": effort}, step, 1)
         kinds = [p.record.kind for p in batch]
         assert (kinds.count("G"), kinds.count("E")) == (graph, effort)
         drawn += dict.fromkeys(p.conversation for p in batch)

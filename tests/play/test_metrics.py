@@ -12,9 +12,10 @@ from tables import TRIO, TRIO_2, constant, expert, play
 import eval as evaluation
 from decisions import EFFORTS, LINKS
 from experts import make_expert
-from games import Decision, State, complete_graph, empty_graph, history_from_text
+from games import Decision, State, complete_graph, empty_graph
 from play import metrics
-from play.metrics import METRICS, Played, Turn, mean_interval, paired_difference, per_instance, summarise
+from play.expert_games import history_from_text
+from play.metrics import METRICS, Episode, Turn, mean_interval, paired_difference, per_instance, summarise
 from run.files import write_json
 from world.bcz import BCZ
 from world.draws import held_out_grid
@@ -84,7 +85,7 @@ def turn(round, action, belief=None, ok=True):
 def test_metrics_of_one_game_by_hand():
     turns = [turn(1, [0, 1, 0], [0, 1, 0]), turn(1, 2.0, [0, 1, 1])]
     turns += [turn(2, [0, 1, 1], ok=False), turn(2, 1.0)]
-    played = Played(TRIO_2, turns, [1.85, 2.2])
+    played = Episode(TRIO_2, turns, [1.85, 2.2])
     row, first = per_instance(played), summarise([played])["round 1"]
     first = {name: v["mean"] for name, v in first.items()}
     assert row.pop("U3 | ok") is None
@@ -103,18 +104,18 @@ def test_the_gap_by_hand():
     game, best = effort.state.game, effort.state.game.best_response(effort.state.links, effort.actions)[0]
     lost = (2.0 - best) ** 2 / 2  # the payoff is quadratic in the own effort, with second derivative -1
     first_best, _ = metrics.welfare_bounds(game)
-    assert METRICS["gap"](Played(game, [effort], [1.0])) == pytest.approx(lost * 3 / first_best)
+    assert METRICS["gap"](Episode(game, [effort], [1.0])) == pytest.approx(lost * 3 / first_best)
 
 
 def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_worth_nothing(monkeypatch):
     """And the tables show that as a dash."""
     turns = [turn(1, [0, 1, 1]), turn(1, 1.0)]
     game = BCZ((1.0, 1.0, 1.0), 0.1, 0.5, 3.0)  # c* = 0.1 / (1 - 0.4) = 1/6
-    row = per_instance(Played(game, turns, [1.2]))
+    row = per_instance(Episode(game, turns, [1.2]))
     assert row["U3 gain"] is None and row["U3"] == pytest.approx(0.8)
     assert metrics.welfare_bounds(game) == pytest.approx((1.5, 1.5))
     monkeypatch.setattr(metrics, "welfare_bounds", lambda game: (0.0, 0.0))
-    s = summarise([Played(TRIO, turns, [0.0])])
+    s = summarise([Episode(TRIO, turns, [0.0])])
     assert s["instances"][0]["U3"] is None and s["all rounds"]["U3"]["n"] == 0
     assert metrics.report({"a": s, "b": s}).endswith(" -")
 
@@ -122,7 +123,7 @@ def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_wo
 def test_summary_counts_decisions_and_averages_instances():
     a = [turn(1, [0, 1, 1]), turn(1, 1.0), turn(2, [0, 1, 1], ok=False), turn(2, 3.0)]
     b = [turn(r, action, ok=False) for r in (1, 2) for action in ([0, 1, 1], 1.0)]
-    s = summarise([Played(TRIO_2, a, [2.2, 2.2]), Played(TRIO_2, b, [1.1, 2.2])])
+    s = summarise([Episode(TRIO_2, a, [2.2, 2.2]), Episode(TRIO_2, b, [1.1, 2.2])])
     expected = {"all rounds": dict(U1=(3 / 8, 8), U2=(0.4375, 2), U3=(0.875, 2)) | {"U2 | ok": (2 / 3, 1)}}
     expected |= {"round 1": dict(U1=(1 / 2, 4), U2=(0.6875, 2), U3=(0.75, 2)) | {"U3 | ok": (1, 1)}}
     for part, values in expected.items():
@@ -167,7 +168,7 @@ def test_lines_fit_into_120_columns_and_long_names_have_their_own():
 
 
 def test_a_new_metric_is_one_entry_and_older_files_lack_it(monkeypatch, tmp_path, capsys):
-    game = Played(TRIO, [turn(1, [0, 1, 1]), turn(1, 1.0)], [2.2])
+    game = Episode(TRIO, [turn(1, [0, 1, 1]), turn(1, 1.0)], [2.2])
     write_json(tmp_path / "old.json", {"results": {"a": summarise([game])}})
     monkeypatch.setitem(METRICS, "links", metrics.mean_of(lambda t: t.actions[0].sum()))
     s = summarise([game, game])

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from whole_runs import interrupted, lines_of, rft_flags, run_rft
 
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, own_rows
 from experts import Partners, make_expert
-from games import Decision, Kind, State, complete_graph, form_links, game_from_json, own_rows
+from games import Decision, Kind, State, complete_graph, form_links, game_from_json
 from play.dataset import check_seats, simulate_many, targets
 from play.expert_games import label_decision
 from play.probe import probe_targets
 from prompts import PromptStyle, Reply, parse_reply
-from rewards import WEIGHTS, Memory, Rollout, Target
+from rewards import WEIGHTS, Memory, Sample, Target
 from run.errors import InputError
 from variants.game import game_rewards
 from world.draws import Family, draw_game, held_out_grid
@@ -32,9 +32,9 @@ def choice(rule, state, seat=0):
     return rule(state, seat, np.random.default_rng(0)).action
 
 
-def rollouts(kind, actions):
+def samples(kind, actions):
     decisions = [None if action is None else Decision(kind, action) for action in actions]
-    return [Rollout(Reply("", [7], [-1.0], True), decision) for decision in decisions]
+    return [Sample(Reply("", [7], [-1.0], True), decision) for decision in decisions]
 
 
 # --- who they are
@@ -120,7 +120,7 @@ def test_rewards_for_links_from_the_game_against_all_rows():
         return state.game.round_payoffs(proposals, state.game.nash_efforts(form_links(proposals)))
 
     own, common = (np.array([f(payoffs(row)) for row in rows]) for f in (lambda pi: pi[0], np.sum))
-    group = rollouts(LINKS, [*rows, None])
+    group = samples(LINKS, [*rows, None])
     game_rewards([target], [group], Memory(), weights=WEIGHTS)
     *r_S, refused = (o.rewards["r_S"] for o in group)
     np.testing.assert_allclose(r_S, 0.5 + 2 * (own - own.min()) / np.ptp(own))
@@ -129,7 +129,7 @@ def test_rewards_for_links_from_the_game_against_all_rows():
     assert refused == -0.5 and group[-1].rewards["R_G"] == 0
     P = P.copy()
     P[0] = 0  # what the expert would do in this seat
-    again = rollouts(LINKS, [*rows, None])
+    again = samples(LINKS, [*rows, None])
     game_rewards([Target(state, 0, P)], [again], Memory(), weights=WEIGHTS)
     assert [o.rewards for o in again] == [o.rewards for o in group]
 
@@ -142,7 +142,7 @@ def test_the_two_levels_of_an_effort_disagree_and_have_a_memory_of_their_own():
     )
     assert 0 < best < social < target.cap
     groups, memory = (
-        [rollouts(EFFORTS, [float(best), float(social)]), rollouts(LINKS, own_rows(4, 0))],
+        [samples(EFFORTS, [float(best), float(social)]), samples(LINKS, own_rows(4, 0))],
         Memory(),
     )
     game_rewards([target, first], groups, memory, weights=WEIGHTS)
@@ -159,7 +159,7 @@ def test_a_kind_that_pays_nothing_has_no_graph_level(order):
     kind.letter, kind.beliefs = "M", False
     target = SimpleNamespace(kind=kind, state=state, seat=0, game=state.game, actions=["", "", "", ""])
     target.with_own = lambda decision: target.actions
-    group = rollouts(kind, list(order))
+    group = samples(kind, list(order))
     game_rewards([target], [group], Memory(), weights=WEIGHTS)
     assert not any("R_G" in o.rewards for o in group)
     assert [o.rewards["r_S"] for o in group] == [0.5 if action else -0.5 for action in order]
@@ -169,7 +169,7 @@ def test_equally_good_rows_have_equal_rewards():
     """With homogeneous types the other agents can be exchanged, and rounding must not tell them apart."""
     for seed in range(20):
         state = State(draw_game(np.random.default_rng(seed), 4, family=Family(patterns=("homogeneous",))))
-        group = rollouts(LINKS, own_rows(4, 0))
+        group = samples(LINKS, own_rows(4, 0))
         game_rewards([Target(state, 0, complete_graph(4))], [group], Memory(), weights=WEIGHTS)
         by_size = {}
         for o in group:

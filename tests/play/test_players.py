@@ -29,7 +29,7 @@ VALUES = {name: METRICS[name] for name in ("s", "row", "U2", "belief")}
 
 def values_of(turn):
     """s, row, U2 and belief of one decision."""
-    return [metric(players.Played(turn.state.game, [turn], [])) for metric in VALUES.values()]
+    return [metric(players.Episode(turn.state.game, [turn], [])) for metric in VALUES.values()]
 
 
 def reference_play(instances, player, seat, others, seed):

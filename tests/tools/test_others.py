@@ -11,8 +11,10 @@ from tables import STYLE
 from tiny import make_tiny_model
 
 import settings as flags
+from decisions import own_rows
+from eval import playing_parser
 from experts import Exact, make_expert
-from games import State, form_links, own_rows
+from games import State, form_links
 from models.load import load_policy
 from play.players import policy_player
 from prompts import messages
@@ -25,7 +27,7 @@ FLAGS = ["--rounds", "3", "--fix", "fee=0.05", "--eval-games", "12", "--partners
 
 
 def play_of(*argv, partners=None):
-    settings = flags.resolve(flags.playing_parser("").parse_args([*FLAGS, *argv]))
+    settings = flags.resolve(playing_parser("").parse_args([*FLAGS, *argv]))
     return others.Play(settings, partners or settings.players.partners)
 
 

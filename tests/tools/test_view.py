@@ -19,13 +19,13 @@ import train_rft
 from decisions import payoffs_with_row, row_payoffs
 from eval import play_among_experts
 from experts import make_expert
-from games import game_from_json, history_from_text
+from games import game_from_json
 from play import rft_log
 from play.dataset import Prompt, targets
-from play.expert_games import simulate
+from play.expert_games import history_from_text, simulate
 from play.metrics import METRICS, summarise
 from prompts import Reply, format_reply, parse_reply
-from rewards import WEIGHTS, Memory, Rollout, expert_rewards
+from rewards import WEIGHTS, Memory, Sample, expert_rewards
 from run.files import JsonLines, write_json
 from tompo import group_normalise
 from tools import view
@@ -65,7 +65,7 @@ def made_run(folder, hostile=(), seed=0):
         for letter, count in (("G", 3), ("E", 1)):
             choices = [p for p in asked if p.target.kind.letter == letter]
             batch += [choices[k] for k in rng.permutation(len(choices))[:count]]
-        groups = [[rollout(p, rng, left) for _ in range(M)] for p in batch]
+        groups = [[sample(p, rng, left) for _ in range(M)] for p in batch]
         decided = [p.target for p in batch]
         expert_rewards(decided, groups, memory, weights=WEIGHTS | {"belief": 0.5})
         A_S, A_G = (
@@ -83,13 +83,13 @@ def made_run(folder, hostile=(), seed=0):
     return folder
 
 
-def rollout(prompt, rng, hostile):
+def sample(prompt, rng, hostile):
     t, text = prompt.target, prompt.record.label
     if rng.random() < 0.6:
         text = format_reply(t.kind.random(t.game, t.seat, rng), STYLE)
     if rng.random() < 0.1 or hostile:
         text = hostile.pop() if hostile else "Decision: perhaps"
-    return Rollout(Reply(text, [2, 3], [-1.0, -1.0], True), parse_reply(text, t.state, t.seat))
+    return Sample(Reply(text, [2, 3], [-1.0, -1.0], True), parse_reply(text, t.state, t.seat))
 
 
 def evaluated(folder, games=5):

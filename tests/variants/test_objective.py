@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-import tompo
-import variants.objective as variants
+from variants import objective
 
 
 def close(a, b):
@@ -15,17 +14,17 @@ def close(a, b):
 
 def test_advantages_by_hand():
     rewards = torch.tensor([1.0, 2.0, 6.0])
-    close(variants.centred(rewards), [-2.0, -1.0, 3.0])
-    close(variants.leave_one_out(rewards), [1 - 4.0, 2 - 3.5, 6 - 1.5])  # minus the mean of the other two
-    for name, function in (("mean", variants.centred), ("loo", variants.leave_one_out)):
-        first, second = tompo.ADVANTAGES[name]([rewards, rewards[:2]])  # each group by itself
+    close(objective.centred(rewards), [-2.0, -1.0, 3.0])
+    close(objective.leave_one_out(rewards), [1 - 4.0, 2 - 3.5, 6 - 1.5])  # minus the mean of the other two
+    for name, function in (("mean", objective.centred), ("loo", objective.leave_one_out)):
+        first, second = objective.ADVANTAGES[name]([rewards, rewards[:2]])  # each group by itself
         assert torch.equal(first, function(rewards)) and torch.equal(second, function(rewards[:2]))
 
 
 def test_cispo_by_hand():
     logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     ratio = torch.tensor([0.5, 1.1, 2.0])
-    value = variants.cispo(ratio, logp, torch.tensor([1.0, -1.0, 2.0]), 0.8, 1.2)
+    value = objective.cispo(ratio, logp, torch.tensor([1.0, -1.0, 2.0]), 0.8, 1.2)
     close(value, [0.8 * -1.0, 1.1 * 2.0, 1.2 * 2 * -0.5])
     (gradient,) = torch.autograd.grad(value.sum(), logp)
     close(gradient, [0.8, -1.1, 2.4])  # a clipped token still has a gradient, unlike PPO's
@@ -33,7 +32,7 @@ def test_cispo_by_hand():
 
 def test_the_sequence_ratio_is_the_geometric_mean_with_its_gradient():
     log_ratio = torch.tensor([0.1, 0.3, -0.2, 0.0, 0.5], requires_grad=True)
-    rho = variants.sequence_mean(log_ratio, [2, 3]).exp()
+    rho = objective.sequence_mean(log_ratio, [2, 3]).exp()
     first, second = math.exp(0.2), math.exp(0.1)
     close(rho, [first, first, second, second, second])
     (gradient,) = torch.autograd.grad(rho.sum(), log_ratio)
@@ -42,20 +41,20 @@ def test_the_sequence_ratio_is_the_geometric_mean_with_its_gradient():
 
 def test_kl_estimators_by_hand():
     logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
-    close(tompo.KL_ESTIMATORS["k1"](logp, ref), [0.5])
-    close(tompo.KL_ESTIMATORS["k2"](logp, ref), [0.125])
-    close(tompo.KL_ESTIMATORS["k3"](logp, ref), [math.exp(-0.5) + 0.5 - 1])
+    close(objective.KL_ESTIMATORS["k1"](logp, ref), [0.5])
+    close(objective.KL_ESTIMATORS["k2"](logp, ref), [0.125])
+    close(objective.KL_ESTIMATORS["k3"](logp, ref), [math.exp(-0.5) + 0.5 - 1])
 
 
-@pytest.mark.parametrize("loss", tompo.LOSSES)
-@pytest.mark.parametrize("ratio", tompo.RATIOS)
-@pytest.mark.parametrize("aggregation", tompo.AGGREGATIONS)
+@pytest.mark.parametrize("loss", objective.LOSSES)
+@pytest.mark.parametrize("ratio", objective.RATIOS)
+@pytest.mark.parametrize("aggregation", objective.AGGREGATIONS)
 def test_with_one_inner_epoch_every_ratio_and_loss_has_the_gradient_of_grpo(loss, ratio, aggregation):
     generator, lengths = torch.Generator().manual_seed(0), [3, 1, 5]
     logp, repeats = -torch.rand(9, generator=generator), torch.tensor(lengths)
-    weight = torch.tensor(tompo.AGGREGATIONS[aggregation](lengths, 8)).repeat_interleave(repeats)
+    weight = torch.tensor(objective.AGGREGATIONS[aggregation](lengths, 8)).repeat_interleave(repeats)
     advantage = torch.tensor([1.3, -0.4, 0.7]).repeat_interleave(repeats)
     own = logp.clone().requires_grad_()
-    rho = tompo.RATIOS[ratio](own - logp, lengths).exp()
-    J = (weight * tompo.LOSSES[loss](rho, own, advantage, 0.8, 1.2)).sum()
+    rho = objective.RATIOS[ratio](own - logp, lengths).exp()
+    J = (weight * objective.LOSSES[loss](rho, own, advantage, 0.8, 1.2)).sum()
     close(torch.autograd.grad(J, own)[0], advantage * weight)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from brute import random_graph
 
-from decisions import EFFORTS, LINKS
-from games import GameError, State, complete_graph, form_links, own_rows, share_of_range
+from decisions import EFFORTS, LINKS, own_rows
+from games import GameError, State, complete_graph, form_links
 from prompts import PromptStyle, messages
 from world.draws import Family, draw_game, families_of
 
@@ -53,7 +53,7 @@ def test_the_common_good_of_a_row_against_all_rows(name, fee):
         values = [W(row) for row in own_rows(4, 0)]
         span = max(values) - min(values)
         expected = 1.0 if span < 1e-12 else (W(P[0]) - min(values)) / span
-        assert share_of_range(LINKS.welfare_range(State(game), 0, P)) == pytest.approx(expected)
+        assert LINKS.stakes(State(game), 0, P, common=True).share == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ("bcz", "pgg"))
@@ -70,7 +70,7 @@ def test_the_common_good_of_an_effort_against_a_grid(name):
         grid = [W(own) for own in np.linspace(0, game.caps[seat], 4001)]
         best = W(game.planner_response(links, x)[seat])
         assert max(grid) <= best + 1e-9 and best == pytest.approx(max(grid), abs=1e-4)
-        share = share_of_range(EFFORTS.welfare_range(state, seat, x))
+        share = EFFORTS.stakes(state, seat, x, common=True).share
         assert share == pytest.approx(
             (W(x[seat]) - min(grid)) / (best - min(grid)) if best > min(grid) else 1
         )

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from decisions import EFFORTS, LINKS, payoffs_with_effort, row_payoffs
+from decisions import EFFORTS, LINKS, own_rows, payoffs_with_effort, row_payoffs
 from experts import Partners, make_expert
-from games import Game, State, game_from_json, history_from_text, own_rows
+from games import Game, State, game_from_json
+from play.expert_games import history_from_text
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
 

@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 from decisions import EFFORTS, LINKS
-from games import KINDS, game_from_json, history_from_text
+from games import KINDS, game_from_json
+from play.expert_games import history_from_text
 from prompts import read_reply
 from rewards import TERMS, WEIGHTS, Target, accuracy, f1
 from run.files import read_lines

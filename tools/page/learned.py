@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from decisions import LINKS
-from games import State, observe
-from prompts import parse_reply
+from games import State
+from prompts import observe, parse_reply
 from rewards import Target
 
 EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins of worked numbers
