@@ -31,7 +31,7 @@ import filelock
 import numpy as np
 import torch
 
-from models.template import Template
+from models.template import Template, with_fixed_day
 from run.errors import InputError, library_errors, one_line, reports_errors
 
 if TYPE_CHECKING:  # functions import transformers themselves, so that --help need not wait for it
@@ -71,6 +71,7 @@ def load(
 
         # The tokenizer comes first, so that a model without a template is refused before its download.
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer.chat_template = with_fixed_day(tokenizer.chat_template)
         if not tokenizer.chat_template:
             raise InputError(f"the tokenizer of {name} has no chat template: choose an instruct (chat) model")
         with library_errors(f"the chat template of {name} refuses a conversation"):

@@ -3,6 +3,7 @@
 What differs between templates is found by rendering small conversations. No template is known by name.
 """
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -11,6 +12,14 @@ from run.errors import InputError
 # [choice] Templates that print today's date print this one on every day: a run that is resumed after midnight
 # reads what it has read before. It is what Llama 3's own template takes where it knows no date.
 DAY = datetime(2024, 7, 26)
+
+
+def with_fixed_day(template: str | dict | None):
+    """A template, or several by name, with DAY in the place of its calls for today's date."""
+    if isinstance(template, dict):
+        return {name: with_fixed_day(text) for name, text in template.items()}
+    call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    return template and re.sub(call, lambda match: repr(DAY.strftime(match[2])), template)
 
 
 class Template:
@@ -23,7 +32,7 @@ class Template:
         for name in values or ():
             if name not in str(tokenizer.chat_template):
                 raise InputError(f"--template {name}: the model's chat template does not know this name")
-        self.tokenizer, self.values = tokenizer, {"strftime_now": DAY.strftime} | (values or {})
+        self.tokenizer, self.values = tokenizer, values or {}
         parts = [{"role": role, "content": f"{role} 7"} for role in ("system", "user", "assistant")]
         system, user, reply = parts
         self.folds = False

@@ -12,7 +12,7 @@ from whole_runs import parsed
 import train_sft
 from models import pretrained
 from models.load import load_policy
-from models.template import Template
+from models.template import DAY, Template
 from run.errors import InputError
 
 LOOP = "{% for m in messages %}"
@@ -112,7 +112,8 @@ def test_the_flag_reaches_the_template(model_dir, tmp_path):
         assert policy.tokenizer.decode(policy.encode_prompt(CHAT)).endswith(end)
 
 
-def test_a_template_that_prints_the_date_prints_the_same_on_every_day(monkeypatch):
+@pytest.mark.parametrize("text", ["%d %b %Y", "%B %d, %Y"])
+def test_a_template_that_prints_the_date_prints_the_same_on_every_day(model_dir, tmp_path, monkeypatch, text):
     """So a run that is resumed after midnight reads what it has read."""
 
     class Clock(chat_template_utils.datetime):
@@ -121,8 +122,12 @@ def test_a_template_that_prints_the_date_prints_the_same_on_every_day(monkeypatc
             return cls(year, 1, 2)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Clock)
-    tokenizer, prompts = tokenizer_with(DATED + make_tiny_tokenizer().chat_template), []
+    dated, folder = DATED.replace("%d %b %Y", text), shutil.copytree(model_dir, tmp_path / "model")
+    tokenizer = tokenizer_with(dated + make_tiny_tokenizer().chat_template)
+    tokenizer.save_pretrained(folder)
+    prompts = []
     for year in (2026, 2027):
-        assert f"02 Jan {year}" in tokenizer.apply_chat_template(CHAT, tokenize=False)
-        prompts.append(Template(tokenizer).text(CHAT))
-    assert prompts[0] == prompts[1] and "26 Jul 2024" in prompts[0]
+        assert str(year) in Clock.now().strftime(text)
+        assert Clock.now().strftime(text) in tokenizer.apply_chat_template(CHAT, tokenize=False)
+        prompts.append(load_policy(str(folder)).encode_prompt(CHAT))
+    assert prompts[0] == prompts[1] and DAY.strftime(text) in tokenizer.decode(prompts[0])
