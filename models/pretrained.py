@@ -54,10 +54,13 @@ def load(
     for its chat template. InputError: there is no such model, it is not whole, or it is not a chat model (it
     has no chat template, or one that refuses a conversation)."""
     name, local = str(name), True
-    if name == DEFAULT_MODEL:
+    path = Path(name).expanduser().absolute()
+    # An adapter names the folder of the default model, which another machine has in another place.
+    moved = Path(name).is_absolute() and path.name == DEFAULT_MODEL and not path.exists()
+    if name == DEFAULT_MODEL or moved:
         where, advice = install(), "delete that folder and try again"
-    elif (where := Path(name).expanduser().absolute()).is_dir():
-        advice = "does the folder hold a whole causal language model?"
+    elif path.is_dir():
+        where, advice = path, "does the folder hold a whole causal language model?"
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         _say(f"{name} is not a folder here: asking the Hugging Face hub for it")
         where, local = name, False

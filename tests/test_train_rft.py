@@ -58,7 +58,7 @@ def test_the_adapter_names_its_base_so_that_peft_finds_it(full, model_dir):
 
 
 def test_what_cannot_fit_into_memory_is_one_line_before_sft(model_dir, tmp_path, refused):
-    line = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", m=10**10))
+    line = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", m=10**13))
     assert "out of memory in RFT (" in line and "a smaller --micro-batch, --m or --prompts" in line
     assert not (tmp_path / "run").exists()
 

@@ -244,6 +244,9 @@ def test_install_gives_back_the_model_that_was_packed(cache, tiny_model_dir, cap
     assert (folder / "model.safetensors").stat() == before
     assert capfd.readouterr() == ("", "")  # the second call neither downloads nor converts
 
+    elsewhere = "/another/machine/" + pretrained.DEFAULT_MODEL  # as an adapter from there names its base
+    assert pretrained.load(elsewhere)[0].name_or_path == str(folder)
+
     with open(folder / "model.safetensors", "r+b") as f:  # what a disk may do: the same size, other bytes
         f.seek(-100_000, os.SEEK_END)
         f.write(b"other")
