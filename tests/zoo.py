@@ -211,7 +211,7 @@ def row(name: str, folder: Path) -> list[str]:
             engines = "both; fast within the window"
     share, wanted = targets(truth)
     said = [f"{error:.0e}" if error else "0" for error in found] + ["-"] * (2 - len(found))
-    wanted = f"`--targets {' '.join(wanted)}`" if wanted else ""
+    wanted = f"`--targets {' '.join(wanted)}`" if wanted else "" if share else "not possible: no nn.Linear"
     return [name, ZOO[name][2], engines, *said, f"{share:.0%}", wanted]
 
 
