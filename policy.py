@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
+from models.template import Template
 from prompts import Reply
 from run.errors import InputError
 
@@ -37,28 +38,39 @@ class Policy:
 
     layer = lora.LoRALinear  # the class that wraps the model's layers when an adapter is injected
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...]):
-        """end_ids: the tokens that end a reply; training teaches the first of them."""
+    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template: dict | None = None):
+        """end_ids: the tokens that end a reply; training teaches the first of them. template: values for the
+        chat template."""
         self.model, self.tokenizer, self.name, self.end_ids = model, tokenizer, name, end_ids
+        self.template = Template(tokenizer, template)
         self.device = next(model.parameters()).device
-        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
+        config = model.config.get_text_config()
+        self.context = getattr(config, "max_position_embeddings", None) or 2**31
+        self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens"  # where it is too short
         model.eval()  # no dropout anywhere: the distribution that is sampled is the one that is scored
 
     def encode_prompt(self, chat: list[dict]) -> list[int]:
         """The tokens of a prompt, up to where the reply begins."""
-        template = self.tokenizer.apply_chat_template
-        return template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self.template.render(chat, tokenize=True, return_dict=False)
 
     def encode_reply(self, text: str) -> list[int]:
         """The tokens of a reply with the end-of-turn token."""
-        return [*self.tokenizer.encode(text, add_special_tokens=False), self.end_ids[0]]
+        return [*self.template.encode_reply(text), self.end_ids[0]]
 
     def check_length(self, prompt_tokens: int, reply_tokens: int) -> None:
         """Raises InputError if the model's context is too short for both."""
         if prompt_tokens + reply_tokens > self.context:
             needed = f"a prompt of {prompt_tokens} tokens and {reply_tokens} reply tokens do not fit into"
-            advice = "take fewer agents or rounds, or a smaller --max-new-tokens"
-            raise InputError(f"{needed} the {self.context} tokens of {self.name}; {advice}")
+            raise InputError(f"{needed} the {self.context} tokens of {self.name}; {self.advice}")
+
+    @property
+    def window(self) -> int:
+        """How far back all of the model's layers see, by its config."""
+        config = self.model.config.get_text_config()
+        if set(getattr(config, "layer_types", None) or ["unknown"]) == {"full_attention"}:
+            return 2**31
+        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        return min((size for size in windows if size), default=2**31)
 
     # sampling
 
@@ -86,13 +98,15 @@ class Policy:
     def _sample_group(self, prompt: list[int], uniforms_MS: Tensor, temperature: float) -> list[Reply]:
         """The replies to one prompt, token by token. A reply that has ended is continued until all have
         ended; what follows its end is ignored."""
-        M, cache = len(uniforms_MS), None
+        M, cache, read = len(uniforms_MS), None, 0
         ids = torch.tensor([prompt] * M, device=self.device)
         replies: list[list[tuple[int, float]]] = [[] for _ in range(M)]  # (token, log pi) of each
         for uniforms_M in uniforms_MS.T:
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(ids[:, read:], past_key_values=cache, use_cache=True, logits_to_keep=1)
             token_M, logp_M = draw(out.logits[:, -1], uniforms_M.to(self.device), temperature)
-            ids, cache = token_M[:, None], out.past_key_values
+            cache = getattr(out, "past_key_values", None)
+            read = ids.shape[1] if cache is not None else 0  # a model without such a cache reads all anew
+            ids = torch.cat([ids, token_M[:, None]], 1)
             for reply, token, logp in zip(replies, token_M.tolist(), logp_M.tolist(), strict=True):
                 if not reply or reply[-1][0] not in self.end_ids:
                     reply.append((token, logp))
@@ -120,18 +134,21 @@ class Policy:
     def token_logps(
         self, prompts: list[list[int]], replies: list[list[list[int]]], temperature: float = 1.0
     ) -> list[Tensor]:
-        """log pi of the tokens of every reply, a (T,) for each in the order given, with gradients. One padded
-        batch, one pass. replies: of each prompt the token ids of any number of replies."""
-        sequences = [(p, r) for p, group in zip(prompts, replies, strict=True) for r in group]
-        ids_BL = pad_sequence([torch.tensor(p + r) for p, r in sequences], batch_first=True)
-        self.check_length(ids_BL.shape[1], 0)
-        # Padding stands behind every reply, where causal attention hides it from what is scored.
-        hidden = self.model.get_decoder()(ids_BL.to(self.device), use_cache=False).last_hidden_state
-        sources = [hidden[b, len(p) - 1 : len(p) + len(r) - 1] for b, (p, r) in enumerate(sequences)]
-        logits = self.model.get_output_embeddings()(torch.cat(sources)).float() / temperature
-        targets = torch.tensor([token for _, r in sequences for token in r], device=self.device)
-        logps = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
-        return list(logps.split([len(r) for _, r in sequences]))
+        """log pi of the tokens of every reply, a (T,) for each in the order given, with gradients. replies:
+        of each prompt the token ids of any number of replies; one pass reads those of one prompt."""
+        logps: list[Tensor] = []
+        for prompt, group in zip(prompts, replies, strict=True):
+            if not group:
+                continue
+            # Padding stands behind every reply, where causal attention hides it from what is scored.
+            ids_ML = pad_sequence([torch.tensor(prompt + reply) for reply in group], batch_first=True)
+            self.check_length(ids_ML.shape[1], 0)
+            ids_ML, S = ids_ML.to(self.device), ids_ML.shape[1] - len(prompt)
+            out = self.model(ids_ML, use_cache=False, logits_to_keep=S + 1)
+            logps_MSV = (out.logits[:, -S - 1 : -1].float() / temperature).log_softmax(-1)
+            logps_MS = logps_MSV.gather(-1, ids_ML[:, -S:, None])[:, :, 0]
+            logps += [logps_S[: len(reply)] for logps_S, reply in zip(logps_MS, group, strict=True)]
+        return logps
 
     @torch.no_grad()
     def reference_logps(

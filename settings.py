@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
+from importlib.metadata import version
 from typing import Any
 
 import lora
@@ -52,12 +53,16 @@ class Model:
     name: str = flag("--model", DEFAULT_MODEL, "Hugging Face id or folder of a causal chat model")
     dtype: str = flag("--dtype", "float32", "of the frozen weights", choices=("float32", "bfloat16"))
     engine: str = flag("--engine", "fast", "plain: policy.py itself, slow and short", choices=ENGINES)
+    template: tuple[str, ...] | None = flag(
+        "--template NAME=VALUE ...", None, "what the chat template is given, such as enable_thinking=false"
+    )
 
     def load(self) -> Policy:
         """The base model as a policy, on this process's device. The first process loads it first, because
         it may have to fetch and convert the default model."""
         with ranks.first_goes_first():
-            return load_policy(self.name, self.dtype, ranks.own_device(default_device()), self.engine)
+            device, template = ranks.own_device(default_device()), values.named_values(self.template)
+            return load_policy(self.name, self.dtype, device, self.engine, template)
 
 
 @dataclass(frozen=True)
@@ -395,4 +400,10 @@ def resolve(args: argparse.Namespace, script: str = "", resume: str | None = Non
         groups["rft"] = resolve_rft(args, players)
     if players.expert.language:  # the path of its record must hold in another folder, too
         args.ask = with_record(args.ask)
-    return Settings(**groups | {"flags": vars(args) | ({"script": script} if script else {})})
+    run = {"script": script, "versions": versions()} if script else {}
+    return Settings(**groups | {"flags": vars(args) | run})
+
+
+def versions() -> str:
+    """Of the libraries whose numbers may differ from version to version."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))

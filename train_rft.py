@@ -32,7 +32,7 @@ from prompts import parse_reply
 from rewards import Memory, Sample
 from run import ranks
 from run.curves import plot_curves
-from run.errors import reports_errors
+from run.errors import memory_errors, reports_errors
 from run.files import StopSignal, Stopwatch, print_times, run_folder
 from run.seeds import Stream, torch_generator
 from run.stage import Stage
@@ -225,6 +225,8 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     trained = trained_seats(records, data.seat, data.seed)
     pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
     check_lengths(settings, policy)
+    with memory_errors("RFT"):  # its random numbers are the least that it needs: known now, and not after SFT
+        torch.empty(sum(settings.rft.prompts.values()), settings.rft.m, style.reply_limit(data.agents[1]))
     return policy, records, pool
 
 

@@ -68,7 +68,7 @@ def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool)
     if not format_only:
         return [1.0] * len(ids)
     before, word, _ = label.rpartition("Decision:")
-    start = len(policy.encode_reply(before + word)) - 1
+    start = len(policy.template.encode_reply(before + word, whole=False))
     texts = [policy.tokenizer.decode([token]) for token in ids]
     return [float(k < start or not any(map(str.isdigit, text))) for k, text in enumerate(texts)]
 
@@ -156,7 +156,9 @@ def chunks(items: list, size: int) -> list[list]:
 def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora.LoRAConfig:
     """Injects a fresh adapter into the policy's model. stream: SFT and RFT draw A from different ones."""
     try:
-        adapter = lora.LoRAConfig(config.rank, config.alpha, config.targets, policy.name)
+        # Other libraries find the base by this name: a whole path, or the id on the hub.
+        base = policy.model.name_or_path
+        adapter = lora.LoRAConfig(config.rank, config.alpha, config.targets, base)
         lora.inject(policy.model, adapter, torch_generator(seed, stream), policy.layer)
         lora.require_untied(policy.model)  # now, and not when SFT is done and is to be merged
     except ValueError as e:

@@ -13,7 +13,6 @@ every step, parser, rewards, memory, learning rates, clipping and KL are ours. T
 3. There is no resume, no probe and no samples.jsonl. Replies are drawn with TRL's random numbers.
 """
 
-import json
 import os
 import sys
 from itertools import chain
@@ -27,6 +26,7 @@ from rewards import Memory, Sample, Target
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
 from run.files import run_folder
+from run.values import named_values
 from settings import RFT, Settings, parse_training, training_parser
 from train_sft import MAX_GRAD_NORM, learning_rate
 
@@ -34,6 +34,7 @@ try:
     from datasets import Dataset
     from peft import LoraConfig
     from torch.optim.lr_scheduler import LambdaLR
+    from transformers import GenerationConfig
     from trl import GRPOConfig, GRPOTrainer
 except ImportError as missing:
     print(f"error: {missing}; pip install -r requirements-bench.txt", file=sys.stderr)
@@ -97,14 +98,6 @@ class Trainer(GRPOTrainer):
         return self.lr_scheduler
 
 
-def read_value(text: str):
-    """true, 0.5, [1, 2] or null as JSON; anything else is a word."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def make_config(settings: Settings) -> GRPOConfig:
     """Our objective as TRL names it, changed by --trl. Every process gets whole groups. Raises InputError."""
     rft, micro_batch, flags = settings.rft, settings.run.micro_batch, settings.flags
@@ -112,7 +105,6 @@ def make_config(settings: Settings) -> GRPOConfig:
     if groups % (world * micro_batch):
         split = f"{world} processes with --micro-batch {micro_batch}"
         raise InputError(f"--prompts: the {groups} groups of a step cannot be shared evenly by {split}")
-    pairs = (text.partition("=") for text in flags["trl"] or ())
     with library_errors("--trl"):
         return GRPOConfig(**dict(
             output_dir=settings.run.out, seed=settings.run.seed, use_cpu=default_device() == "cpu",
@@ -123,7 +115,7 @@ def make_config(settings: Settings) -> GRPOConfig:
             loss_type="grpo", beta=rft.beta, epsilon=flags["clip_eps"][0], epsilon_high=flags["clip_eps"][-1],
             learning_rate=rft.lr, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM,
             temperature=rft.temperature, logging_steps=1, save_strategy="no", report_to="none",
-        ) | {name: read_value(text) for name, _, text in pairs})  # fmt: skip
+        ) | named_values(flags["trl"]))  # fmt: skip
 
 
 def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
@@ -131,14 +123,21 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
     if default_device() == "cpu":
         prepare_cpu()  # TRL frees and asks for its activations at every step, as our fast engine does
     rft, data, players, seed = settings.rft, settings.data, settings.players, settings.run.seed
-    policy, records = load_policy(settings.model.name, engine="plain"), data.load(settings.games, players)
+    template = named_values(settings.model.template)
+    policy = load_policy(settings.model.name, engine="plain", template=template)
+    records = data.load(settings.games, players)
     trained = trained_seats(records, data.seat, seed)
     pool = make_prompts(policy, records, trained, rft.prompts, players.style)
     steps = range(config.max_steps)
     prompts = [p for step in steps for p in rft.next_batch(pool, rft.prompts, step, seed)]
     N = max(p.target.game.N for p in chain(*pool))
     config.max_completion_length = players.style.reply_limit(N)
-    chats, rewards = [p.record.prompt for p in prompts], Rewards(rft, policy, prompts)
+    # Nothing of the model's own generation config (min_p, ...) may change what is sampled but its ends.
+    names = {name: getattr(policy.tokenizer, name) for name in ("bos_token_id", "pad_token_id")}
+    policy.model.generation_config = GenerationConfig(eos_token_id=list(policy.end_ids), **names)
+    config.chat_template_kwargs = policy.template.values | (config.chat_template_kwargs or {})
+    chats = [policy.template.folded(p.record.prompt) for p in prompts]
+    rewards = Rewards(rft, policy, prompts)
     table = Dataset.from_dict({"prompt": chats, "prompt_index": range(len(prompts))})
     rank, alpha, targets = settings.lora.rank, settings.lora.alpha, list(settings.lora.targets)
     others = dict(peft_config=LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets))

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from fast.drafts import Drafts
 from fast.lora_products import JointLoRALinear, linear
@@ -27,19 +28,22 @@ class _TargetLogps(torch.autograd.Function):
 
     Each value depends on its own h alone, so
     its gradient with respect to h is a single vector of size H, which is computed in the forward pass and
-    stored instead of the logits. The head, of weight W, is frozen."""
+    stored instead of the logits. The head, of weight W, is frozen. scale, cap: see after_head."""
 
     @staticmethod
-    def forward(ctx, hidden, targets, logits_of, W, temperature):
+    def forward(ctx, hidden, targets, logits_of, W, temperature, scale=1.0, cap=torch.inf):
         values, gradients = [], []
         for h, y in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-            logps = scaled(logits_of(h), temperature).log_softmax(-1)
+            logits = logits_of(h)
+            logps = scaled(logits, temperature).log_softmax(-1)
             values.append(logps.gather(-1, y[:, None])[:, 0])
             if ctx.needs_input_grad[0]:
                 # (onehot(y) - pi) W / temperature. The difference is taken in fp32, as bf16 would cancel it.
                 error = logps.exp_()
                 error[torch.arange(len(y), device=y.device), y] -= 1
-                gradients.append(error.to(h.dtype) @ W / -temperature)
+                if cap < torch.inf:
+                    error *= 1 - (logits / cap) ** 2  # the derivative of tanh
+                gradients.append(error.to(h.dtype) @ W / (-temperature / scale))
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(values)
@@ -47,12 +51,36 @@ class _TargetLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
-        return (grad[:, None] * gradient).to(gradient.dtype), None, None, None, None
+        return (grad[:, None] * gradient).to(gradient.dtype), *[None] * 6
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
     """The logits divided by the temperature, in fp32."""
     return logits.float() if temperature == 1 else logits.float() / temperature
+
+
+@torch.no_grad()
+def after_head(model) -> tuple[float, float]:
+    """What a model makes of the logits z of its head: cap tanh(scale z / cap), or scale z where cap is inf.
+    Both are measured: its own forward pass, without the decoder, is shown a small and a large z. Most models
+    have (1, inf)."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    z_11V = torch.zeros(1, 1, head.weight.shape[0], device=model.device)
+    z_11V[..., :2] = torch.tensor([2.0**-20, 2.0**20])
+    out = MoeModelOutputWithPast(
+        torch.zeros(1, 1, head.weight.shape[1], dtype=model.dtype, device=ids.device)
+    )
+    out.cross_attentions = None  # what the outputs of some decoders have besides
+    hook = head.register_forward_hook(lambda *_: z_11V)
+    decoder.forward = lambda *_, **__: out
+    try:
+        small, large = model(ids, use_cache=False).logits[0, -1, :2].tolist()
+    finally:
+        hook.remove()
+        del decoder.forward
+    scale = small * 2**20
+    return scale, torch.inf if large == scale * 2**20 else large
 
 
 def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> tuple[list[int], list[float]]:
@@ -89,10 +117,12 @@ class FastPolicy(Policy):
 
     layer = JointLoRALinear
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...]):
-        super().__init__(model, tokenizer, name, end_ids)
-        if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()):
-            self.context = min(self.context, model.config.sliding_window)
+    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template: dict | None = None):
+        super().__init__(model, tokenizer, name, end_ids, template)
+        if self.window < self.context:
+            self.context = self.window
+            self.advice = f"that is its attention window, and --engine plain reads on; {self.advice}"
+        self.scale, self.cap = after_head(model)
         self._float_head, self._float_head_version = None, None  # the head's weight in fp32, see _logits
         model.set_attn_implementation("shared_prefix")
 
@@ -194,9 +224,10 @@ class FastPolicy(Policy):
         hidden = self._hidden(tokens.ids, tokens.positions, tokens)[0].index_select(0, sources)
         head = self.model.get_output_embeddings()
         if type(head) is torch.nn.Linear:
-            logps = _TargetLogps.apply(hidden, targets, self._logits, head.weight, temperature)
+            how = temperature, self.scale, self.cap
+            logps = _TargetLogps.apply(hidden, targets, self._logits, head.weight, *how)
         else:  # an adapter on the head itself
-            logps = -F.cross_entropy(scaled(head(hidden), temperature), targets, reduction="none")
+            logps = -F.cross_entropy(scaled(self._logits(hidden), temperature), targets, reduction="none")
         logps = logps[torch.tensor(which, device=self.device)]
         order = [(i, k) for row in rows for i in row.prompts for k in range(len(replies[i]))]
         parts = dict(zip(order, logps.split([len(replies[i][k]) for i, k in order]), strict=True))
@@ -213,13 +244,17 @@ class FastPolicy(Policy):
         would round a logit of 20 by up to 0.06, which is more than all the rounding of the hidden states."""
         head = self.model.get_output_embeddings()
         if type(head) is not torch.nn.Linear:  # an adapter
-            return head(hidden).contiguous()
-        version = head.weight.data_ptr(), head.weight._version
-        if self._float_head_version != version:
-            with torch.inference_mode(False):
-                self._float_head, self._float_head_version = head.weight.detach().float(), version
-        bias = None if head.bias is None else head.bias.float()
-        return linear(hidden.float(), self._float_head, bias).contiguous()
+            logits = head(hidden)
+        else:
+            version = head.weight.data_ptr(), head.weight._version
+            if self._float_head_version != version:
+                with torch.inference_mode(False):
+                    self._float_head, self._float_head_version = head.weight.detach().float(), version
+            bias = None if head.bias is None else head.bias.float()
+            logits = linear(hidden.float(), self._float_head, bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return (logits if self.cap == torch.inf else self.cap * torch.tanh(logits / self.cap)).contiguous()
 
 
 def _roots(prompts: list[list[int]]) -> tuple[list[Row], list[tuple[int, int]]]:

@@ -172,8 +172,14 @@ def load_adapter(model: nn.Module, folder: Folder, layer: type[LoRALinear] = LoR
 
 
 def chain(name: Folder) -> list[str]:
-    """The folders of FOLDER+FOLDER. A folder with a "+" in its own name is one folder."""
-    return [str(name)] if os.path.isdir(name) else str(name).split("+")
+    """The folders of FOLDER+FOLDER. A "+" in the name of a folder that exists does not end it."""
+    folders, rest = [], str(name).split("+")
+    while rest:
+        lengths = [n for n in range(len(rest), 0, -1) if os.path.isdir("+".join(rest[:n]))]
+        n = lengths[0] if lengths else 1
+        folders.append("+".join(rest[:n]))
+        rest = rest[n:]
+    return folders
 
 
 def whole_paths(name: str) -> str:

@@ -1,12 +1,16 @@
 """From the values of --model, --engine and --dtype to a policy, and adapters onto it."""
 
 import os
+import sys
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lora import LoRAConfig
 from models import adapters, pretrained
+from models.template import Template
 from policy import Policy
+from run import ranks
 from run.errors import InputError, one_line
 
 ENGINES = ("fast", "plain")
@@ -17,17 +21,68 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load_policy(name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast") -> Policy:
-    """The base model as a policy. dtype: of the frozen weights. InputError: as in pretrained.load."""
-    policy_class = Policy
+def load_policy(
+    name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast", template: dict | None = None
+) -> Policy:
+    """The base model as a policy. dtype: of the frozen weights; template: values for the chat template. A
+    model that the fast engine does not compute rightly gets the plain one, which is said. InputError: as in
+    pretrained.load, or the plain engine is wrong too."""
+    engines: list[type[Policy]] = [Policy]
     if engine == "fast":
         from fast.cpu import prepare_cpu  # here: whoever runs the plain engine needs nothing of fast/
-        from fast.engine import FastPolicy as policy_class
+        from fast.engine import FastPolicy
 
+        engines.insert(0, FastPolicy)
         if torch.device(device).type == "cpu":
             prepare_cpu()
-    model, tokenizer = pretrained.load(name, getattr(torch, dtype), device)
-    return policy_class(model, tokenizer, name, pretrained.end_token_ids(model, tokenizer))
+    model, tokenizer = pretrained.load(name, getattr(torch, dtype), device, template)
+    ends = pretrained.end_token_ids(model, tokenizer, Template(tokenizer, template))
+    attention = model.config._attn_implementation
+    for policy_class in engines:
+        try:
+            with pretrained.quiet():
+                policy = policy_class(model, tokenizer, name, ends, template)
+                error = error_of(policy, attention)
+            if error < TOLERANCE[model.dtype]:
+                return policy
+            why = f"its log-probabilities would be {error:.2g} nats off"
+        except Exception as e:
+            why = one_line(e, 100)
+        model.set_attn_implementation(attention)
+        if policy_class is not Policy and ranks.first():
+            print(f"{name} does not fit --engine fast ({why}): going on with plain", file=sys.stderr)
+    raise InputError(f"{name} cannot be sampled and scored: {why}; choose another --model")
+
+
+# What rounding may leave of `error_of`; in bf16 it sends some tokens to other experts. A wrong mask gives 1.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
+LONG = 600  # the largest attention window that the plain engine is tried beyond
+
+
+@torch.no_grad()
+def error_of(policy: Policy, attention: str) -> float:
+    """In nats, the mean over log pi of a few tokens, as they are sampled and as they are scored: how far they
+    are from transformers' own model(ids).logits, with its own attention. Two prompts that begin alike have
+    two replies each; one reply of each is compared."""
+    text = policy.tokenizer.encode("Round 1 links. Whom do you choose?", add_special_tokens=False)
+    n = policy.window if policy.window < min(LONG, policy.context - 3) else 4
+    prompts = [(text * n)[:n] + text[k : k + 1] for k in range(2)]
+    groups = policy.sample(prompts, torch.linspace(0.1, 0.9, 8).view(2, 2, 2))
+    scored = policy.token_logps(prompts, [[reply.ids for reply in group] for group in groups])
+    compared = [(prompts[k], groups[k][k], scored[3 * k]) for k in range(2)]  # one prompt's first, one's last
+    ids_BL = pad_sequence([torch.tensor(prompt + reply.ids) for prompt, reply, _ in compared], True)
+    now = policy.model.config._attn_implementation
+    policy.model.set_attn_implementation(attention)
+    kept = ids_BL.shape[1] - n  # what the model does not keep would take gigabytes behind a window
+    logits_BLV = policy.model(ids_BL.to(policy.device), use_cache=False, logits_to_keep=kept).logits[
+        :, -kept:
+    ]
+    policy.model.set_attn_implementation(now)
+    errors = []
+    for logits_LV, (_, reply, logps_T) in zip(logits_BLV.float().cpu(), compared, strict=True):
+        truth_T = logits_LV.log_softmax(-1)[range(len(reply.ids)), reply.ids]
+        errors += [torch.tensor(reply.logps) - truth_T, logps_T.cpu() - truth_T]
+    return float(torch.cat(errors).abs().mean())
 
 
 def put_adapter(policy: Policy, name: str | os.PathLike) -> LoRAConfig:

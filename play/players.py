@@ -71,7 +71,7 @@ def policy_player(
     def prompt(ask: Ask) -> list[int]:
         chat = ask.chat or messages(ask.state, ask.seat, ask.replies, style)
         ids = policy.encode_prompt(with_examples(examples.get(ask.state.game.label, []), chat))
-        return ids + (policy.tokenizer.encode(ask.begin, add_special_tokens=False) if ask.begin else [])
+        return ids + (policy.template.encode_reply(ask.begin, whole=False) if ask.begin else [])
 
     def answer(asks):
         prompts, texts = [prompt(ask) for ask in asks], []

@@ -13,8 +13,8 @@ from run.stage import Stage
 
 # Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
 LOGGED = set(
-    "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken advantage"
-    " reward gamma zeta".split()
+    "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken ended"
+    " advantage reward gamma zeta".split()
 )
 
 
@@ -78,7 +78,7 @@ class RFTLog:
                 self.prompts.write(place | texts)
             for o in group:
                 broken = None if o.decision else read_reply(o.reply.text, t.kind, t.seat, t.game.N, t.cap)[1]
-                texts = {"reply": o.reply.text, "expert": r.label, "broken": broken}
+                texts = {"reply": o.reply.text, "expert": r.label, "broken": broken, "ended": o.reply.ended}
                 self.samples.write(place | texts | o.rewards | {"advantage": o.advantage})
 
 

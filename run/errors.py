@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import sys
 from contextlib import contextmanager
 
@@ -34,6 +35,18 @@ def library_errors(what: str, advice: str = "", kind: type[InputError] = InputEr
         raise kind(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
 
 
+@contextmanager
+def memory_errors(what: str):
+    """Turns running out of memory inside the block, of the CPU or of a GPU, into an InputError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
+            raise
+        advice = "less is needed with a smaller --micro-batch, --m or --prompts, or with --dtype bfloat16"
+        raise InputError(f"out of memory in {what} ({one_line(e, 120)}); {advice}") from e
+
+
 def reports_errors(main):
     """Decorator for a script's main: an error that is not the fault of the code ends the script with one line
     and exit status 2. An OSError is one that no library_errors has named, such as a full disk behind standard
@@ -41,8 +54,12 @@ def reports_errors(main):
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        for name in ("stdout", "stderr"):  # None if it was closed when the script was started
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "w"))
         try:
-            main(*args, **kwargs)
+            with memory_errors("this script"):
+                main(*args, **kwargs)
             print(end="", flush=True)  # the rest of the output may not fit on the disk either
         except KeyboardInterrupt:
             advice = "training goes on with --resume, other scripts with the same command"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import filelock
 
-from run.errors import InputError, library_errors
+from run.errors import InputError, library_errors, memory_errors
+from run.threads import cores
 
 
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
@@ -101,6 +102,8 @@ def _make_folder(path: Path) -> None:
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
             advice = f"name another --out, or continue a run with --resume {path}"
             raise InputError(f"{path} already holds something and is not overwritten; {advice}")
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to a folder that does not exist; name another --out")
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -173,7 +176,8 @@ class Stopwatch:
     @contextmanager
     def __call__(self, part: str):
         started = time.perf_counter()
-        yield
+        with memory_errors(part):
+            yield
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - started
 
 
@@ -199,7 +203,7 @@ def print_times(folder: Path, clock: Stopwatch) -> None:
     """Prints the minutes of each part and the peak memory; writes them and the machine to timing.json."""
     minutes = ", ".join(f"{part} {seconds / 60:.1f} min" for part, seconds in clock.seconds.items())
     memory = peak_memory_gib()
-    machine = f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    machine = f"{cpu_name()}, {cores()} cores, {platform.system()}, Python {platform.python_version()}"
     timing = {"seconds": clock.seconds, "peak_memory_gib": memory, "machine": machine}
     write_json(folder / "timing.json", timing)
     print(f"\ntime: {minutes}" + (f"; peak memory {memory:.1f} GiB" if memory else ""))

@@ -1,9 +1,11 @@
 """Types of the values of flags, for argparse: each checks the text of one value, and returns what it says."""
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from run.errors import InputError
 
@@ -60,6 +62,18 @@ def number_or_path(text: str) -> int | str:
     """A whole number from 1, or the whole path of a file, so that a run can be resumed from another
     folder."""
     return positive_int(text) if text.lstrip("+-").isdigit() else os.path.abspath(text)
+
+
+def named_values(given: Iterable[str] | None) -> dict[str, Any]:
+    """["a=true", "b=0.5", "c=word", ...] -> {"a": True, ...}: values are JSON where they can be, else
+    words."""
+    values: dict[str, Any] = {}
+    for name, _, text in (pair.partition("=") for pair in given or ()):
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
 
 
 def named_numbers(given: Iterable[str] | None, flag: str, known: Iterable[str]) -> dict[str, float]:

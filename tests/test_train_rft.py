@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 import whole_runs as runs
 from reference import add_adapter
 from safetensors.torch import load_file
@@ -45,6 +46,27 @@ def test_a_run_leaves_all_its_files(full, model_dir):
     asked = runs.SHARED | runs.RFT_ONLY | {"model": model_dir, "out": str(full.folder), "agents": [3, 3]}
     asked |= {"script": "train_rft.py", "targets": list(runs.SHARED["targets"])}
     assert {name: config[name] for name in asked} == asked
+    assert config["versions"] == f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def test_the_adapter_names_its_base_so_that_peft_finds_it(full, model_dir):
+    peft, chat = pytest.importorskip("peft"), [{"role": "user", "content": "Round 1 links."}]
+    policy = load_policy(model_dir)
+    put_adapter(policy, full.folder / "adapter")
+    ids = torch.tensor([policy.encode_prompt(chat)])
+    other = peft.AutoPeftModelForCausalLM.from_pretrained(full.folder / "adapter")
+    torch.testing.assert_close(other(ids).logits, policy.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_fit_into_memory_is_one_line_before_sft(model_dir, tmp_path, refused):
+    line = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", m=10**13))
+    assert "out of memory in RFT (" in line and "a smaller --micro-batch, --m or --prompts" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_samples_say_which_replies_were_cut_off(full):
+    ended = [s["ended"] for s in full.lines("samples.jsonl")]
+    assert set(ended) <= {True, False} and not all(ended)
 
 
 def test_eval_json_has_a_row_for_every_policy(full):

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -105,6 +106,17 @@ def test_two_steps_leave_an_adapter_that_eval_reads(run, merged, tmp_path):
     evaluation.main([*flags(asked), "--policy", *policies])
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     assert results[policies[0]]["replies"] != results[policies[1]]["replies"]
+
+
+def test_no_generation_config_of_a_model_changes_what_is_sampled(merged, tmp_path):
+    folder = shutil.copytree(merged, tmp_path / "model")
+    config = {"min_p": 0.3, "no_repeat_ngram_size": 2, "eos_token_id": [2, 7]}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    settings = trl_tompo.parse(flags(BRIDGE | {"model": folder, "out": tmp_path / "run"}))
+    trainer, rewards = trl_tompo.make_trainer(settings)
+    left = trainer.model.get_base_model().generation_config
+    assert (left.min_p, left.no_repeat_ngram_size) == (None, None)
+    assert trainer.eos_token_ids == list(rewards.end_ids) == [2, 7]
 
 
 def test_a_step_has_the_prompts_of_ours(run, merged):

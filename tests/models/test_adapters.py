@@ -201,6 +201,8 @@ def test_a_chain_is_merged_but_for_its_last(tmp_path, monkeypatch, dtype, length
     refuses("nowhere has no adapter_config", adapters.load_chain, tiny(), "a+nowhere")
     os.rename("b", "a+b")  # it exists, so its "+" joins nothing
     refuses("the base weights differ", adapters.load_chain, tiny(), "a+b")
+    for name in ("a+a+b", "a+b+a", "x+a+b"):  # in any place of a chain
+        assert sorted(adapters.chain(name)) == sorted([name.replace("a+b", "", 1).strip("+"), "a+b"])
 
 
 # --- tools/merge.py

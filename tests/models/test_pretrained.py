@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models import pretrained
+from models.template import Template
 from run.errors import InputError
 
 ROOT = Path(pretrained.__file__).resolve().parents[1]
@@ -107,13 +108,16 @@ def test_unknown_hub_id_offline(monkeypatch, capfd):
 
 def test_end_token_ids(tiny_model_dir):
     model, tokenizer = pretrained.load(tiny_model_dir)
-    assert pretrained.end_token_ids(model, tokenizer) == (2,)
+    ends = lambda: pretrained.end_token_ids(model, tokenizer, Template(tokenizer))
+    assert ends() == (2,)
     model.generation_config.eos_token_id = [0, 2]
-    assert pretrained.end_token_ids(model, tokenizer) == (2, 0)
+    assert ends() == (2, 0)
     model.generation_config.eos_token_id = None
-    assert pretrained.end_token_ids(model, tokenizer) == (2,)
+    assert ends() == (2,)
     tokenizer.eos_token = None
-    assert "ends a turn" in message_of(pretrained.end_token_ids, model, tokenizer)
+    assert ends() == (2,)  # the template names it too
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert "ends a turn" in message_of(ends)
 
 
 def test_cache_folder(monkeypatch, tmp_path):
@@ -207,7 +211,10 @@ def test_install_gives_back_the_model_that_was_packed(cache, tiny_model_dir, cap
     chat = [{"role": "user", "content": "Two blank lines and digits\n\n\n12.5  7, Decision: [1, 0] é 日本"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert ids == expected_tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert pretrained.end_token_ids(model, tokenizer) == (2,) and tokenizer.pad_token_id == 2
+    assert (
+        pretrained.end_token_ids(model, tokenizer, Template(tokenizer)) == (2,)
+        and tokenizer.pad_token_id == 2
+    )
     ids = torch.tensor([ids])
     torch.testing.assert_close(model(ids).logits, expected(ids).logits)
 
@@ -215,6 +222,14 @@ def test_install_gives_back_the_model_that_was_packed(cache, tiny_model_dir, cap
     assert before.st_mode & 0o777 == 0o644 and pretrained.install() == folder
     assert (folder / "model.safetensors").stat() == before
     assert capfd.readouterr() == ("", "")  # the second call neither downloads nor converts
+
+    elsewhere = "/another/machine/" + pretrained.DEFAULT_MODEL  # as an adapter from there names its base
+    assert pretrained.load(elsewhere)[0].name_or_path == str(folder)
+
+    with open(folder / "model.safetensors", "r+b") as f:  # what a disk may do: the same size, other bytes
+        f.seek(-100_000, os.SEEK_END)
+        f.write(b"other")
+    assert message_of(pretrained.load, pretrained.DEFAULT_MODEL).startswith(f"{folder} is damaged: remove it")
 
 
 @pytest.mark.parametrize(
@@ -295,4 +310,4 @@ def test_the_default_model_speaks():
     options = dict(add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = tokenizer.apply_chat_template(chat, **options)
     new = model.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert "Paris" in tokenizer.decode(new) and new[-1].item() in pretrained.end_token_ids(model, tokenizer)
+    assert "Paris" in tokenizer.decode(new) and new[-1].item() == tokenizer.eos_token_id

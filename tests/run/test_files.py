@@ -139,6 +139,40 @@ def test_output_that_nobody_reads_on_is_no_error():
     os.close(writer)
 
 
+def test_without_standard_output_a_script_runs_to_its_end(tmp_path):
+    """Closed when it was started, as by `>&-`: a file that is opened later must not take its place."""
+    code = "from run.errors import reports_errors; from tqdm import tqdm\n@reports_errors\ndef main():\n"
+    code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\nmain()"
+    command = f'{sys.executable} -c "$0" >&-'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", command, code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+    )
+    assert (done.returncode, done.stderr, (tmp_path / "file").read_text()) == (0, b"", "c")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_running_out_of_memory_is_one_line_that_names_the_stage(capsys, error):
+    @reports_errors
+    def main():
+        with files.Stopwatch()("SFT"):
+            raise error
+
+    with pytest.raises(SystemExit):
+        main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory in SFT (") and "--micro-batch" in line
+    with pytest.raises(RuntimeError, match="another"):
+        reports_errors(lambda: exec("raise RuntimeError('another')"))()
+
+
+def test_a_link_to_nothing_is_no_run_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="run is a link to a folder that does not exist"):
+        with files.run_folder(tmp_path / "run", {}):
+            raise AssertionError
+
+
 def test_a_log_that_cannot_be_drawn_costs_no_run(tmp_path, capsys):
     (tmp_path / "curves.png").write_bytes(b"old")
     (tmp_path / "probe.jsonl").write_text('{"stage": "SFT"}\n')

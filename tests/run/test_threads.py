@@ -7,6 +7,8 @@ import sys
 import pytest
 from whole_runs import ROOT
 
+from run import threads
+
 STOP = """
 import importlib, os, sys
 class Stop:
@@ -31,3 +33,16 @@ SHORT = [(script, {}, "1000 None") for script in ("train_rft", "train_sft", "eva
 @pytest.mark.parametrize("script, own, expected", SHORT + OWN)
 def test_idle_threads_spin_for_a_short_time_unless_the_user_chose(script, own, expected):
     assert settled(script, **own) == expected
+
+
+def test_a_quota_of_a_container_limits_the_threads(tmp_path):
+    limit, all_cores = tmp_path / "cpu.max", os.cpu_count()
+    for text, cores in (
+        ("100000 100000", 1),
+        ("30000 100000", 1),
+        ("max 100000", all_cores),
+        ("x", all_cores),
+    ):
+        limit.write_text(text + "\n")
+        assert threads.cores(str(limit)) == cores
+    assert threads.cores(str(tmp_path / "none")) == all_cores

@@ -102,6 +102,14 @@ def non_compliant(run, share):
         s["broken"] = "wrong length" if s["kind"] == "G" else "number outside [0, cap]"
 
 
+def test_replies_that_were_cut_off_are_counted(tmp_path):
+    run = healthy()
+    for k, s in enumerate(run[1]):
+        s["ended"] = k >= 7
+    (folder,) = [write(tmp_path / "run", *run)]
+    assert "; 7 were cut off at the limit (--max-new-tokens)" in findings(folder)[FORMAT][1]
+
+
 def flip(run):
     for s in run[1]:
         if s["kind"] == "G":

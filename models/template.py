@@ -1,0 +1,75 @@
+"""A model's chat template: conversations as text, and what stands around a reply in the next prompt.
+
+What differs between templates is found by rendering small conversations. No template is known by name.
+"""
+
+import re
+from datetime import datetime
+from typing import Any
+
+from run.errors import InputError
+
+# [choice] Templates that print today's date print this one on every day: a run that is resumed after midnight
+# reads what it has read before. It is what Llama 3's own template takes where it knows no date.
+DAY = datetime(2024, 7, 26)
+
+
+def with_fixed_day(template: str | dict | None):
+    """A template, or several by name, with DAY in the place of its calls for today's date."""
+    if isinstance(template, dict):
+        return {name: with_fixed_day(text) for name, text in template.items()}
+    call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    return template and re.sub(call, lambda match: repr(DAY.strftime(match[2])), template)
+
+
+class Template:
+    """folds: it has no system role, so the system message begins the first user message. end: the token that
+    ends a turn, the first special one behind a reply; None if there is none."""
+
+    def __init__(self, tokenizer, values: dict[str, Any] | None = None):
+        """values: what the template is given, by name. InputError: it does not know some name. Other errors
+        are those of a template that refuses a conversation."""
+        for name in values or ():
+            if name not in str(tokenizer.chat_template):
+                raise InputError(f"--template {name}: the model's chat template does not know this name")
+        self.tokenizer, self.values = tokenizer, values or {}
+        parts = [{"role": role, "content": f"{role} 7"} for role in ("system", "user", "assistant")]
+        system, user, reply = parts
+        self.folds = False
+        try:
+            self.folds = system["content"] not in self.text([system, user])
+        except Exception:  # jinja's, raised by the template itself
+            self.folds = True
+        self.text([*parts, user])  # may raise
+        self.lead = self.text([user])  # a prompt: what stands before a reply
+        head, _, tail = self.text([user, reply, user]).partition(reply["content"])
+        self.before = head[len(self.lead) :] if tail and head.startswith(self.lead) else ""
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self.end = next((i for i in self.encode(tail) if i in special), None)
+        self.after = "" if self.end is None else tail.partition(tokenizer.decode([self.end]))[0]
+        if self.after.strip():  # it belongs to the next message
+            self.end, self.after = None, ""
+
+    def render(self, chat: list[dict], **how):
+        return self.tokenizer.apply_chat_template(
+            self.folded(chat), add_generation_prompt=True, **how, **self.values
+        )
+
+    def text(self, chat: list[dict]) -> str:
+        return self.render(chat, tokenize=False)
+
+    def folded(self, chat: list[dict]) -> list[dict]:
+        if not self.folds or chat[0]["role"] != "system":
+            return chat
+        system, first, *rest = chat
+        return [first | {"content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_reply(self, text: str, whole: bool = True) -> list[int]:
+        """The tokens of a reply as a prompt that contains it has them, without `end`. They may differ from
+        those of the text alone, which some tokenizers begin with a space. whole: the reply ends here."""
+        prompt, text = self.encode(self.lead), self.before + text + self.after * whole
+        ids = self.encode(self.lead + text)
+        return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self.encode(text)

@@ -1,0 +1,93 @@
+"""Models of many architectures: what is sampled and what is scored is transformers' own model(ids).logits, in
+the engine that a run would have, or the run is refused in one line."""
+
+import pytest
+import torch
+import zoo
+from reference import assert_close, difference, engine, gradients, ids_of, score, uniforms
+
+from fast.engine import FastPolicy, after_head
+from models import load
+from models.load import load_policy
+from policy import Policy
+from run.errors import InputError
+
+LAYERS = {"granite": "q_proj", "gemma2, final cap alone": "q_proj", "cohere": "v_proj"}
+
+
+@pytest.mark.parametrize("name", ["granite", "gemma2, final cap alone", "cohere", "gpt2", "granitemoe"])
+def test_what_a_model_does_to_its_logits_is_done_in_both_engines(tmp_path, name):
+    """Division, multiplication, a soft cap: also in the gradients of the closed form."""
+    folder = zoo.build(name, tmp_path)
+    fast, plain = (load_policy(str(folder), engine=e) for e in ("fast", "plain"))
+    assert (type(fast), type(plain)) == (FastPolicy, Policy)
+    assert (after_head(plain.model) != (1, torch.inf)) == (name != "gpt2")
+    for policy in (fast, plain):
+        assert max(zoo.errors(policy, plain.model).values()) < 1e-4
+    if name in LAYERS:
+        fast, plain = (engine(e, folder, targets=(LAYERS[name],)) for e in ("fast", "plain"))
+        weights = torch.randn(sum(map(len, score(plain))), generator=torch.Generator().manual_seed(0))
+        for temperature in (1.0, 0.7):
+            losses = [(weights * torch.cat(score(p, temperature=temperature))).sum() for p in (fast, plain)]
+            assert_close(*(gradients(p, loss) for p, loss in zip((fast, plain), losses, strict=True)))
+
+
+WITHOUT_FAST = [
+    "stablelm",
+    "qwen3_next",
+    "gpt_neo",
+    "bloom",
+    "nemotron",
+    "recurrent_gemma",
+    "mamba",
+    "llama4",
+]
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_FAST, "deepseek_v2", "gemma2"])
+def test_where_the_fast_engine_is_wrong_the_plain_one_goes_on(tmp_path, name, capfd):
+    """Layers without transformers' attention interface, soft caps, keys and values of other sizes."""
+    folder = zoo.build(name, tmp_path)
+    capfd.readouterr()
+    policy = load_policy(str(folder))
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "transformers]" not in line]
+    assert line.startswith(f"{folder} does not fit --engine fast (") and line.endswith("going on with plain")
+    assert type(policy) is Policy and policy.layer is Policy.layer
+    assert max(zoo.errors(policy, policy.model).values()) < 1e-4
+
+
+def test_a_window_in_any_config_is_known_and_the_plain_engine_reads_further(tmp_path):
+    """Also where the config has no layer_types; transformers' own logits are met beyond it."""
+    folder = zoo.build("mistral, window", tmp_path)
+    fast, plain = (load_policy(str(folder), engine=e) for e in ("fast", "plain"))
+    assert fast.context == 64 < plain.context
+    assert max(zoo.errors(plain, plain.model).values()) < 1e-4
+    inside = fast.sample([[65] * 40], uniforms(0, 1, 2, 20))
+    assert (
+        difference(score(fast, [[65] * 40], ids_of(inside)), score(plain, [[65] * 40], ids_of(inside))) < 1e-4
+    )
+    with pytest.raises(InputError, match="the 64 tokens of .* attention window, and --engine plain reads on"):
+        zoo.errors(fast, plain.model)
+
+
+def test_a_window_is_tried_beyond_its_end(tmp_path, monkeypatch):
+    """An engine that forgets the window would be seen when the model is loaded."""
+    folder, lengths, sample = zoo.build("mistral, window", tmp_path), [], Policy.sample
+    monkeypatch.setattr(
+        Policy, "sample", lambda self, ids, *rest: lengths.extend(map(len, ids)) or sample(self, ids, *rest)
+    )
+    load_policy(str(folder), engine="plain")
+    assert min(lengths) > 64
+
+
+def test_a_model_that_no_engine_computes_is_refused_in_one_line(model_dir, monkeypatch, capfd):
+    monkeypatch.setattr(load, "error_of", lambda policy, attention: float("nan"))
+    with pytest.raises(InputError, match="cannot be sampled and scored: its log-prob.* nan nats off; choose"):
+        load_policy(model_dir)
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_the_check_touches_no_random_state(model_dir):
+    before = torch.get_rng_state()
+    load_policy(model_dir)
+    assert torch.equal(torch.get_rng_state(), before)
