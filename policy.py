@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import lora
-from models.template import Template
 from prompts import Reply
 from run.errors import InputError
 
@@ -38,11 +37,11 @@ class Policy:
 
     layer = lora.LoRALinear  # the class that wraps the model's layers when an adapter is injected
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template: dict | None = None):
-        """end_ids: the tokens that end a reply; training teaches the first of them. template: values for the
-        chat template."""
+    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template):
+        """end_ids: the tokens that end a reply; training teaches the first of them. template: the model's
+        chat template, a models.template.Template."""
         self.model, self.tokenizer, self.name, self.end_ids = model, tokenizer, name, end_ids
-        self.template = Template(tokenizer, template)
+        self.template = template
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 2**31

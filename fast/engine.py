@@ -117,7 +117,7 @@ class FastPolicy(Policy):
 
     layer = JointLoRALinear
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template: dict | None = None):
+    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template):
         super().__init__(model, tokenizer, name, end_ids, template)
         if self.window < self.context:
             self.context = self.window

@@ -36,12 +36,13 @@ def load_policy(
         if torch.device(device).type == "cpu":
             prepare_cpu()
     model, tokenizer = pretrained.load(name, getattr(torch, dtype), device, template)
-    ends = pretrained.end_token_ids(model, tokenizer, Template(tokenizer, template))
+    chat = Template(tokenizer, template)
+    ends = pretrained.end_token_ids(model, tokenizer, chat)
     attention = model.config._attn_implementation
     for policy_class in engines:
         try:
             with pretrained.quiet():
-                policy = policy_class(model, tokenizer, name, ends, template)
+                policy = policy_class(model, tokenizer, name, ends, chat)
                 error = error_of(policy, attention)
             if error < TOLERANCE[model.dtype]:
                 return policy

@@ -57,7 +57,10 @@ class Softmax:
     def __init__(self, *replies):
         self.replies, self.theta = replies, leaf(0.3, -0.2, 0.5, 0.1)
 
-    def sample(self, prompts, uniforms_PMS, temperature):
+    def encode_reply(self, text):
+        return [0]
+
+    def sample(self, prompts, uniforms_PMS, temperature, guesses):
         logps = self.theta.log_softmax(-1).tolist()
         return [[Reply("", [token], [logps[token]], True) for token in self.replies] for _ in prompts]
 

@@ -169,7 +169,7 @@ def test_the_gradient_of_a_step_is_that_of_our_objective(run):
     with torch.no_grad():  # back to where step 0 began: B = 0, and A as it was
         for p, value in zip(parameters, run["recorder"].start, strict=True):
             p.copy_(value)
-    logp_T = torch.cat(Policy(model, trainer.processing_class, "", (2,)).token_logps(*texts))
+    logp_T = torch.cat(Policy(model, trainer.processing_class, "", (2,), None).token_logps(*texts))
     weights = objective.AGGREGATIONS["sequence"](lengths, 14)
     A_T, w_T = (torch.tensor(v).repeat_interleave(torch.tensor(lengths)) for v in (advantages, weights))
     J_T = tompo.clipped((logp_T - logp_T.detach()).exp(), A_T, 0.8, 1.2)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2C
 
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
+from models.template import Template
 from policy import Policy
 from run.errors import InputError
 
@@ -47,7 +48,7 @@ def pair(config=GROUPS_OF_TWO, dtype=torch.float32, **adapter):
             for name, p in model.named_parameters():
                 if name.endswith("bias"):  # it is 0 at first
                     torch.nn.init.normal_(p, std=0.5)
-        policies.append(policy_class(model.to(dtype), TOKENIZER, "tiny", (END,)))
+        policies.append(policy_class(model.to(dtype), TOKENIZER, "tiny", (END,), Template(TOKENIZER)))
         add_adapter(policies[-1], **adapter)
     return policies
 
