@@ -126,8 +126,8 @@ class Policy:
     # scoring
 
     def batches(self, prompts: list[list[int]], replies: list[list[list[int]]], size: int) -> list[list[int]]:
-        """Which prompts, with their replies, are scored together in one pass: lists of indices. The size
-        of a pass is a question of memory; it counts prompts here, and packed rows in the fast engine."""
+        """Which prompts, with their replies, are scored together before one backward pass: lists of indices.
+        The size is a question of memory; it counts prompts here, and packed rows in the fast engine."""
         return [list(range(i, min(i + size, len(prompts)))) for i in range(0, len(prompts), size)]
 
     def token_logps(

@@ -19,7 +19,9 @@ fine-tuning, reinforcement and evaluation all call it. One whole game of agent 1
     assistant  Belief: [0, 1.46, 3.42, 3.42]      the efforts that it expects of the others
                Decision: 1.46                     its own effort
 
-The Belief line is the theory-of-mind channel of the paper; it can be switched off.
+"A link earns v c" is the hint: v = delta r_i r_j / c, where every agent answers best to the types of all,
+r = alpha + delta (sum of the other alphas). The Belief line is the theory-of-mind channel of the paper; both
+can be switched off.
 """
 
 import re

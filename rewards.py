@@ -13,7 +13,7 @@ P_expert at q, which forms G_expert. For reply i of the group:
         or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG,
         where those are mostly 0 and the empty graph would score best, at planner efforts           [choice]
         R^G_i = s_i + (w_local if s_i is the largest of the group)
-                    + (w_global if s_i reaches the best so far of this game instance, see Memory)
+                    + (w_global if s_i reaches the best so far of this game instance: 0 at first, see Memory)
                                   [source: the terms; choice: that they are added, w_local = w_global = 0.5]
 
 The paper calls the two bonuses prompt_best and memory_best and does not say whether they are added or
@@ -37,8 +37,9 @@ from prompts import Reply
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the experts of all agents do in `state`, where `seat` decides. actions: proposals (N, N) or
-    efforts (N,). game_index: which of the expert games it is."""
+    """What the experts of all agents do in `state`, where `seat` decides; where there are --partners, what
+    these do in the other seats. actions: proposals (N, N) or efforts (N,). game_index: which of the expert
+    games it is."""
 
     state: State
     seat: int

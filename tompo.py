@@ -50,8 +50,8 @@ def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
 def diagnostics(
     logp_T: Tensor, old_T: Tensor, ref_T: Tensor | None, rho_T: Tensor, A_T: Tensor, low: float, high: float
 ) -> dict[str, float | None]:
-    """Sums over the tokens of a pass, for the log (play/rft_log.py). `kl` is k3 whatever estimator is
-    trained."""
+    """Sums over the tokens of a pass, and one maximum, for the log (play/rft_log.py). `kl` is k3 whatever
+    estimator is trained."""
     return {
         "tokens": logp_T.numel(),
         "kl": None if ref_T is None else float(k3(logp_T, ref_T).sum()),

@@ -54,10 +54,11 @@ PROBE_EVERY = 5  # steps
 
 
 def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimizer, stage: Stage) -> None:
-    """The training loop. cfg: what the flags chose; by default its functions are rewards.expert_rewards,
-    dataset.next_batch and those of tompo.py, and `--algo grpo` sets w_sample, w_graph to 1, 0. pool: all
-    prompts, by conversation; limit: the longest reply in tokens; M: the replies of a group; T: the reply
-    tokens of a pass."""
+    """The training loop; docs/one-step.md walks through one prompt in numbers. cfg: what the flags chose.
+    Its reward is rewards.expert_rewards by default; advantage, aggregation, ratio, loss and kl are the first
+    of each table in variants/objective.py: the formulas of tompo.py, and rho of every token by itself.
+    `--algo grpo` sets w_sample, w_graph to 1, 0. pool: all prompts, by conversation; limit: the longest reply
+    in tokens; M: the replies of a group; T: the tokens of all replies of a pass."""
     memory = Memory(stage.state.setdefault("memory", {}))  # the checkpoints hold stage.state
     log = RFTLog(stage)
     for step in stage.steps():
@@ -109,11 +110,11 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
 def sample(
     policy: Policy, prompts: list[Prompt], M: int, S: int, temperature: float, generator: torch.Generator
 ) -> list[list[Sample]]:
-    """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them. They are
-    drawn from pi_theta alone: the labels only tell the engine how replies look."""
+    """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them."""
     ids, keys = [q.ids for q in prompts], [q.conversation for q in prompts]
-    labels = [policy.encode_reply(q.record.label) for q in prompts]
-    replies = sample_replies(policy, ids, labels, M, S, temperature, generator, keys)
+    # They change no reply, only how soon the fast engine has it (Policy.sample).
+    guesses = [policy.encode_reply(q.record.label) for q in prompts]
+    replies = sample_replies(policy, ids, guesses, M, S, temperature, generator, keys)
     return [
         [Sample(reply, parse_reply(reply.text, q.target.state, q.target.seat)) for reply in group]
         for q, group in zip(prompts, replies, strict=True)

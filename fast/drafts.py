@@ -26,10 +26,10 @@ class Drafts:
 
     def learn(self, text: list[int], start: int = 0) -> None:
         """Counts the tokens of a text from `start` on."""
-        told = (*START, *text)
-        for t in range(start + len(START), len(told)):
+        tokens = (*START, *text)
+        for t in range(start + len(START), len(tokens)) if self.used else ():
             for n in range(2, min(CONTEXT, t) + 1):
-                self.next[told[t - n : t]][told[t]] += 1
+                self.next[tokens[t - n : t]][tokens[t]] += 1
 
     def draft(self, text: list[int], limit: int, end_ids: Collection[int]) -> list[int]:
         """The likeliest tokens, at most `limit`, that follow a text: in each place what has followed the

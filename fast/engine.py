@@ -1,10 +1,11 @@
 """The same sampling and scoring as in policy.py, behind the same methods, but faster.
 
-Both compute what prompts and replies have in common only once (shared_prefix.py). Logits are computed only
-where reply tokens are predicted, and their gradient in closed form.
+Both compute what prompts and replies have in common only once (shared_prefix.py). Sampling reads drafts of
+replies in one pass instead of a pass for every token (drafts.py). Logits are computed only where reply tokens
+are predicted, and their gradient in closed form.
 
-Dimensions: P prompts, M replies of a prompt, B replies that are being sampled, U different states among them,
-R rows, S the longest reply, T targets, H hidden size, V vocabulary.
+Dimensions: P prompts, M replies of a prompt, S the longest reply, B draws, U states (nodes of the trees) that
+they are from, R rows, T targets, H hidden size, V vocabulary.
 """
 
 from collections import Counter, defaultdict
@@ -26,9 +27,9 @@ CHUNK = 256  # the most tokens whose logits are held at the same time
 class _TargetLogps(torch.autograd.Function):
     """log softmax(logits_of(h) / temperature) at the target of each token: (T, H), (T,) -> (T,).
 
-    Each value depends on its own h alone, so
-    its gradient with respect to h is a single vector of size H, which is computed in the forward pass and
-    stored instead of the logits. The head, of weight W, is frozen. scale, cap: see after_head."""
+    Each value depends on its own h alone, so its gradient with respect to h is a single vector of size H,
+    which is computed in the forward pass and stored instead of the logits. The head, of weight W, is frozen.
+    scale, cap: see after_head."""
 
     @staticmethod
     def forward(ctx, hidden, targets, logits_of, W, temperature, scale=1.0, cap=torch.inf):
@@ -84,8 +85,8 @@ def after_head(model) -> tuple[float, float]:
 
 
 def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> tuple[list[int], list[float]]:
-    """A token for each of B replies, drawn from the distribution of the state that the reply is in, and its
-    log-probability. Without uniform numbers it is the likeliest token.
+    """B tokens, each drawn from the distribution of its state, and their log-probabilities. Without uniform
+    numbers it is the likeliest token.
 
     As in policy.draw, the token is the one at which the cumulative distribution exceeds the uniform number.
     The logits are overwritten."""
@@ -145,9 +146,8 @@ class FastPolicy(Policy):
         uniforms_BS = uniforms_PMS.flatten(0, 1)
         replies: list[list[int]] = [[] for _ in range(P * M)]
         logps: list[list[float]] = [[] for _ in replies]
-        at = {
-            b: ends[b // M] for b in range(P * M)
-        }  # of each running reply the (row, node) of its last token
+        # Of each reply that has not ended, the (row, node) of its last token; at first, of its prompt's.
+        at = {b: ends[b // M] for b in range(P * M)}
         while at:
             # 1. What is read: where the replies are, each place once, and below it a draft.
             paths: dict[tuple[int, int], list[int]] = {}

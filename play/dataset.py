@@ -225,7 +225,7 @@ def next_batch(
     order: list[int] | None = None,
 ) -> list[Prompt]:
     """The prompts of a step: so many decisions of each kind, from the same conversations where possible,
-    since these share tokens. An epoch goes through the whole pool; order: of the conversations, if given."""
+    since these share tokens. An epoch goes through all conversations; order: of these, if given."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
     order = order or shuffled(len(pool), max(counts.values()), step, seed, Stream.RFT_ORDER)
     for k, i in enumerate(order):

@@ -47,7 +47,7 @@ def simulate(
     game by game. plays: of each game its index, its instance and its random numbers; noise: share of
     decisions replaced at random.
 
-    With partners, these sit in all seats but one in each game, `trained`. This one plays at random, so that
+    trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
     nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
     lines say what the others really do in the same stage [choice]."""
     states = [State(game) for _, game, _ in plays]

@@ -68,7 +68,7 @@ class BCZ(Game):
     # The rules.
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """pi, (N,)."""
+        """pi, (N,). The cost of a link is c where a proposal costs no fee (games.Game.link_cost)."""
         x = np.asarray(efforts_N, float)
         own = np.array(self.alpha) * x - x**2 / 2
         return own + self.delta * x * (links_NN @ x) - self.link_cost * links_NN.sum(1)
