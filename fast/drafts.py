@@ -15,12 +15,13 @@ START = (-1, -1)  # stands before every text, so that its first token has a cont
 
 
 class Drafts:
-    """Counts of tokens by their context: the last 2 to CONTEXT tokens of the text before them. Without texts
-    to begin with there are no drafts: what random replies have said guesses nothing."""
+    """Counts of tokens by their context: the last 2 to CONTEXT tokens of the text before them. There are no
+    drafts without texts to begin with, since what random replies have said guesses nothing, and none any more
+    when less than half of what was drafted so far was what a reply drew."""
 
     def __init__(self, texts: list[list[int]] | None):
         self.next: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-        self.used = bool(texts)
+        self.used, self.drafted, self.right = bool(texts), 0, 0  # the last two: tokens
         for text in texts or ():
             self.learn(text)
 
@@ -30,6 +31,11 @@ class Drafts:
         for t in range(start + len(START), len(tokens)) if self.used else ():
             for n in range(2, min(CONTEXT, t) + 1):
                 self.next[tokens[t - n : t]][tokens[t]] += 1
+
+    def count(self, drafted: int, right: int) -> None:
+        """Of so many drafted tokens so many were right."""
+        self.drafted, self.right = self.drafted + drafted, self.right + right
+        self.used &= 2 * self.right >= self.drafted
 
     def draft(self, text: list[int], limit: int, end_ids: Collection[int]) -> list[int]:
         """The likeliest tokens, at most `limit`, that follow a text: in each place what has followed the

@@ -88,8 +88,7 @@ def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> 
     """B tokens, each drawn from the distribution of its state, and their log-probabilities. Without uniform
     numbers it is the likeliest token.
 
-    As in policy.draw, the token is the one at which the cumulative distribution exceeds the uniform number.
-    The logits are overwritten."""
+    As in policy.draw, it is the token at which the cumulative distribution exceeds the uniform number."""
     top_U1 = logits_UV.amax(-1, keepdim=True)
     weight_UV = (logits_UV - top_U1).exp_()
     total_U = weight_UV.sum(-1)
@@ -123,6 +122,9 @@ class FastPolicy(Policy):
         if self.window < self.context:
             self.context = self.window
             self.advice = f"that is its attention window, and --engine plain reads on; {self.advice}"
+        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # its frequencies depend on the longest text of a pass
+            self.context = min(self.context, rope.get("original_max_position_embeddings") or self.context)
         self.scale, self.cap = after_head(model)
         self._float_head, self._float_head_version = None, None  # the head's weight in fp32, see _logits
         model.set_attn_implementation("shared_prefix")
@@ -157,9 +159,11 @@ class FastPolicy(Policy):
                     paths[r, node] = [node, *rows[r].add(node, drafted)]
             drawn = self._draw_along(rows, store, paths, at, replies, uniforms_BS, temperature)
             # 2. Each reply goes along the nodes that were read as far as they are what it draws.
+            passed: set[tuple[int, int]] = set()
             for b, (r, node) in list(at.items()):
                 start = len(replies[b])
                 while True:
+                    passed.add((r, node))
                     token, logp = drawn[b, node]
                     replies[b].append(token)
                     logps[b].append(logp)
@@ -174,6 +178,8 @@ class FastPolicy(Policy):
                         break
                     node = below
                 drafts.learn(replies[b], start)
+            read = {(r, node) for (r, _), path in paths.items() for node in path}
+            drafts.count(len(read) - len(paths), len(passed) - len(paths))
         made = [self._reply(*both) for both in zip(replies, logps, strict=True)]
         return [made[i * M : (i + 1) * M] for i in range(P)]
 
@@ -189,7 +195,8 @@ class FastPolicy(Policy):
         # Of each node the replies that may come to it, and the number of the token that they draw there.
         replies_at: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for b, place in at.items():
-            for k, node in enumerate(paths[place]):
+            # Replies of different lengths meet where one prompt is the beginning of another.
+            for k, node in enumerate(paths[place][: uniforms_BS.shape[1] - len(replies[b])]):
                 replies_at[place[0], node].append((b, len(replies[b]) + k))
         drawn = {}
         for start in range(0, len(nodes), CHUNK):

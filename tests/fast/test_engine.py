@@ -21,7 +21,7 @@ from reference import (
     uniforms,
 )
 from tiny import make_tiny_tokenizer
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
 
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
@@ -174,6 +174,20 @@ def test_guesses_change_no_reply_and_right_ones_save_passes(guess, temperature):
         prompts = [p + group[0].ids + [50 + stage] for p, group in zip(prompts, expected, strict=True)]
 
 
+def test_replies_of_different_lengths_meet_where_prompts_go_on_from_each_other():
+    """A reply to the shorter prompt comes to a node of the longer one's with fewer tokens left."""
+    tiny = dict(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    config = LlamaConfig(**tiny, num_key_value_heads=1, initializer_range=0.2)
+    policies, prompts, guesses = pair(config), [[5, 3], [5]], [[3], [3], [3], [2, 6, 7, 4, 5, 6, 7]]
+    for policy in policies:
+        policy.end_ids = ()
+    for number in (*range(20), 131):
+        drawn = (policy.sample(prompts, uniforms(number, 2, 1, 3), 1.0, guesses) for policy in policies)
+        assert_same_samples(*drawn)
+
+
 # --- scoring
 
 
@@ -266,6 +280,18 @@ def test_within_a_sliding_window_attention_is_full_and_beyond_it_is_refused():
     assert len(sample(plain, 1, 13, prompts=[[65] * 12])) == 1
     with pytest.raises(InputError, match="into the 24 tokens"):
         sample(fast, 1, 13, prompts=[[65] * 12])
+
+
+def test_where_the_frequencies_depend_on_the_longest_text_the_fast_engine_stays_below():
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    factors |= {"original_max_position_embeddings": 24, "rope_theta": 10000.0}
+    config = Phi3Config(
+        **SHAPE, num_key_value_heads=2, max_position_embeddings=64, rope_parameters=factors,
+        original_max_position_embeddings=24,
+    )  # fmt: skip
+    fast, plain = pair(config, targets=("o_proj",))
+    assert fast.context == 24 and plain.context == 64
+    assert difference(score(fast), score(plain)) < 1e-4
 
 
 def test_attention_with_a_soft_cap_is_refused():
