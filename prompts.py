@@ -203,13 +203,6 @@ def format_reply(decision: Decision, style: PromptStyle) -> str:
     return "\n".join(lines)
 
 
-def random_replies(places: list[tuple[State, int]], style: PromptStyle) -> list[str]:
-    """Replies of the right form, one for each (state, seat), with decisions that mean nothing: what
-    Policy.sample may guess of how replies look. The same calls return the same."""
-    rng = np.random.default_rng(0)
-    return [format_reply(state.kind.random(state.game, seat, rng), style) for state, seat in places]
-
-
 NUMBER = r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LIST = re.compile(rf"\[\s*({NUMBER}(?:\s*,\s*{NUMBER})*)\s*\]", re.ASCII)
 _SCALAR = re.compile(NUMBER, re.ASCII)

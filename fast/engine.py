@@ -8,7 +8,7 @@ Dimensions: P prompts, M replies of a prompt, S the longest reply, B draws, U st
 they are from, R rows, T targets, H hidden size, V vocabulary.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 
 import torch
 import torch.nn.functional as F
@@ -85,8 +85,8 @@ def after_head(model) -> tuple[float, float]:
 
 
 def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> tuple[list[int], list[float]]:
-    """B tokens, each drawn from the distribution of its state, and their log-probabilities. Without uniform
-    numbers it is the likeliest token.
+    """B tokens, each drawn from the distribution of its state, and their log-probabilities. state_of: rising.
+    Without uniform numbers it is the likeliest token.
 
     As in policy.draw, it is the token at which the cumulative distribution exceeds the uniform number."""
     top_U1 = logits_UV.amax(-1, keepdim=True)
@@ -96,14 +96,9 @@ def _draw(logits_UV: Tensor, state_of: list[int], uniforms_B: Tensor | None) -> 
     if uniforms_B is None:
         token_B = logits_UV.argmax(-1)[state_B]
     else:  # all draws from a state are looked up in its row at once, so no distribution is copied
-        seen: Counter[int] = Counter()
-        rank = []  # the number of each draw among those from its state
-        for u in state_of:
-            rank.append(seen[u])
-            seen[u] += 1
-        rank_B = torch.tensor(rank, device=logits_UV.device)
+        rank_B = torch.arange(len(state_B), device=state_B.device) - torch.searchsorted(state_B, state_B)
         cdf_UV = weight_UV.cumsum_(-1)
-        threshold_UK = logits_UV.new_zeros(len(logits_UV), max(rank) + 1)
+        threshold_UK = logits_UV.new_zeros(len(logits_UV), int(rank_B.max()) + 1)
         threshold_UK[state_B, rank_B] = uniforms_B.to(logits_UV.device) * cdf_UV[state_B, -1]
         token_UK = torch.searchsorted(cdf_UV, threshold_UK, right=True)
         token_B = token_UK[state_B, rank_B].clamp(max=logits_UV.shape[1] - 1)
@@ -151,13 +146,19 @@ class FastPolicy(Policy):
         # Of each reply that has not ended, the (row, node) of its last token; at first, of its prompt's.
         at = {b: ends[b // M] for b in range(P * M)}
         while at:
-            # 1. What is read: where the replies are, each place once, and below it a draft.
+            # 1. What is read: where the replies are, each place once, and below it a draft. visits: of each
+            # node the replies that may come to it, and the number of the token that they draw there.
             paths: dict[tuple[int, int], list[int]] = {}
+            visits: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
             for b, (r, node) in at.items():
+                said = len(replies[b])
                 if (r, node) not in paths:
-                    drafted = drafts.draft(replies[b], S - len(replies[b]) - 1, self.end_ids)
+                    drafted = drafts.draft(replies[b], S - said - 1, self.end_ids)
                     paths[r, node] = [node, *rows[r].add(node, drafted)]
-            drawn = self._draw_along(rows, store, paths, at, replies, uniforms_BS, temperature)
+                # Replies of different lengths meet where one prompt is the beginning of another.
+                for k, visited in enumerate(paths[r, node][: S - said]):
+                    visits[r, visited].append((b, said + k))
+            drawn = self._draw_along(rows, store, visits, uniforms_BS, temperature)
             # 2. Each reply goes along the nodes that were read as far as they are what it draws.
             passed: set[tuple[int, int]] = set()
             for b, (r, node) in list(at.items()):
@@ -178,31 +179,23 @@ class FastPolicy(Policy):
                         break
                     node = below
                 drafts.learn(replies[b], start)
-            read = {(r, node) for (r, _), path in paths.items() for node in path}
-            drafts.count(len(read) - len(paths), len(passed) - len(paths))
+            drafts.count(len(visits) - len(paths), len(passed) - len(paths))
         made = [self._reply(*both) for both in zip(replies, logps, strict=True)]
         return [made[i * M : (i + 1) * M] for i in range(P)]
 
     def _draw_along(
-        self, rows, store, paths, at, replies, uniforms_BS, temperature
+        self, rows, store, visits, uniforms_BS, temperature
     ) -> dict[tuple[int, int], tuple[int, float]]:
-        """Reads the paths, and draws the next token of every reply at every node of its path: (reply, node)
-        -> (token, log pi). Whether the reply comes to that node is another question."""
-        tokens = Pass(rows, self.device, self.model.dtype, store)
-        nodes = list(dict.fromkeys((r, node) for (r, _), path in paths.items() for node in path))
+        """Reads what is new in the rows, and draws the next token of every reply at every node that it may
+        come to: (reply, node) -> (token, log pi). visits: see _sample."""
+        tokens, nodes = Pass(rows, self.device, self.model.dtype, store), list(visits)
         index = torch.tensor([tokens.index(r, [node])[0] for r, node in nodes], device=self.device)
         hidden_UH = self._hidden(tokens.ids, tokens.positions, tokens)[0].index_select(0, index)
-        # Of each node the replies that may come to it, and the number of the token that they draw there.
-        replies_at: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
-        for b, place in at.items():
-            # Replies of different lengths meet where one prompt is the beginning of another.
-            for k, node in enumerate(paths[place][: uniforms_BS.shape[1] - len(replies[b])]):
-                replies_at[place[0], node].append((b, len(replies[b]) + k))
         drawn = {}
         for start in range(0, len(nodes), CHUNK):
             part = nodes[start : start + CHUNK]
             logits_UV = scaled(self._logits(hidden_UH[start : start + CHUNK]), temperature or 1.0)
-            pairs = [(u, b, t) for u, place in enumerate(part) for b, t in replies_at[place]]
+            pairs = [(u, b, t) for u, place in enumerate(part) for b, t in visits[place]]
             state_of, reply, t = map(list, zip(*pairs, strict=True))
             uniforms_B = uniforms_BS[reply, t] if temperature else None
             values = zip(*_draw(logits_UV, state_of, uniforms_B), strict=True)

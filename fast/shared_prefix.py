@@ -179,14 +179,17 @@ class Pass:
         self.positions = packed([row.depths for row in rows])
         self.row_of_own = torch.tensor(np.repeat(range(self.R), lengths), device=device)
         self.node_of_own = packed([list(range(end)) for end in self.ends])[0, C:]
-        self.masks: dict[int, Tensor] = {}  # of one row (CPU), or of all rows side by side
+        self.seen: dict[int, np.ndarray] = {}  # for `by_kernel`: of a row, or under 0 of all side by side
+        self.masks: dict[int, Tensor] = {}  # the same as what is added to scores
         # On a CPU, rows stand side by side if padding at most doubles the products of new with all tokens.
         needed = sum(int(new) * end for new, end in zip(lengths, self.ends, strict=True))
         self.padded = goes_on and self.R * self.X * self.K <= 2 * needed
         self.padded |= torch.device(device).type not in IN_BLOCKS
         if self.padded:
             self.pad()
-        elif not goes_on:
+        elif goes_on:
+            self.seen = {r: self.visible(r, n)[None] for r, n in enumerate(known)}
+        else:
             causal = lambda n, first: attention.blocks(np.tri(n, first + n, first, bool)[None], device)
             self.beginning_blocks = causal(C, 0)
             self.blocks = [
@@ -228,19 +231,17 @@ class Pass:
             else:
                 k, v = (torch.cat([x[:, :, :C], x[:, :, own]], 2) for x in (key, value))
             if self.goes_on:  # few queries
-                visible = lambda r=r: self.visible(r, self.known[r])[None]
-                outs.append(self.by_kernel(r, query[:, :, own], k, v, visible, scaling))
+                outs.append(self.by_kernel(r, query[:, :, own], k, v, scaling))
             else:
                 outs.append(attention.attention(query[:, :, own], k, v, self.blocks[r], scaling))
         return torch.cat(outs, 1)
 
-    def by_kernel(self, r: int, q: Tensor, k: Tensor, v: Tensor, visible, scaling: float) -> Tensor:
-        """q (R, heads, n, D), k and v (R, kv heads, K, D), visible() (R, n, K) -> (R, n, heads, D). r: the
-        name of the mask, which all layers share. The heads of a key head stand one after the other, like a
-        long sequence, so that no key is copied."""
+    def by_kernel(self, r: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), with seen[r] (R, n, K). The
+        heads of a key head stand one after the other, like a long sequence, so that no key is copied."""
         (R, heads, n, D), kv_heads = q.shape, k.shape[1]
-        if r not in self.masks:
-            seen_RnK = torch.tensor(visible(), device=self.device)
+        if r not in self.masks:  # all layers share it
+            seen_RnK = torch.tensor(self.seen[r], device=self.device)
             bias_RnK = torch.zeros(seen_RnK.shape, dtype=self.dtype, device=self.device)
             bias_RnK.masked_fill_(~seen_RnK, -torch.inf)
             self.masks[r] = bias_RnK[:, None].repeat(1, 1, heads // kv_heads, 1)
@@ -256,12 +257,12 @@ class Pass:
         self.L = L = min(trunk - n for trunk, n in zip(self.trunks, known, strict=True))
         places_RX = np.full((R, X), C)  # padding reads some token, and no token sees it
         real_RX = np.zeros((R, X), bool)
-        self.visible_RBK = np.zeros((R, X - L, self.K), bool)
+        self.seen[0] = visible_RBK = np.zeros((R, X - L, self.K), bool)
         for r, end in enumerate(self.ends):
             n = end - known[r]
             places_RX[r, :n], real_RX[r, :n] = self.starts[r] + np.arange(n), True
-            self.visible_RBK[r, : n - L, :end] = self.visible(r, known[r] + L)
-            self.visible_RBK[r, n - L :, 0] = True  # if padding saw nothing, its softmax would be 0/0
+            visible_RBK[r, : n - L, :end] = self.visible(r, known[r] + L)
+            visible_RBK[r, n - L :, 0] = True  # if padding saw nothing, its softmax would be 0/0
         # For _Gather: from the packed order to the places of all rows, and back (without the beginning).
         places = torch.tensor(places_RX.flatten(), device=self.device)
         real, padding = (torch.tensor(np.flatnonzero(x), device=self.device) for x in (real_RX, ~real_RX))
@@ -287,8 +288,7 @@ class Pass:
             out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
             outs, out_C = [out[:, C:]], out[0, :C]
         if L < self.X:
-            branches = q[:, :, C + L :]
-            outs.append(self.by_kernel(0, branches, k, v, lambda: self.visible_RBK, scaling))
+            outs.append(self.by_kernel(0, q[:, :, C + L :], k, v, scaling))
         out = _Gather.apply(torch.cat(outs, 1).reshape(R * self.X, -1), *self.to_packed)
         return torch.cat([out_C.flatten(1), out]).view(1, n, heads, D)
 

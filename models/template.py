@@ -42,6 +42,7 @@ class Template:
             self.folds = True
         self.text([*parts, user])  # may raise
         self.lead = self.text([user])  # a prompt: what stands before a reply
+        self.lead_ids = self.encode(self.lead)
         head, _, tail = self.text([user, reply, user]).partition(reply["content"])
         self.before = head[len(self.lead) :] if tail and head.startswith(self.lead) else ""
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -70,6 +71,6 @@ class Template:
     def encode_reply(self, text: str, whole: bool = True) -> list[int]:
         """The tokens of a reply as a prompt that contains it has them, without `end`. They may differ from
         those of the text alone, which some tokenizers begin with a space. whole: the reply ends here."""
-        prompt, text = self.encode(self.lead), self.before + text + self.after * whole
+        text, n = self.before + text + self.after * whole, len(self.lead_ids)
         ids = self.encode(self.lead + text)
-        return ids[len(prompt) :] if ids[: len(prompt)] == prompt else self.encode(text)
+        return ids[n:] if ids[:n] == self.lead_ids else self.encode(text)

@@ -22,9 +22,9 @@ from models import adapters as adapters_on_disk
 from play import expert_games
 from play.metrics import Episode, Turn
 from play.repair import repair_reply
-from play.sampling import sample_texts
+from play.sampling import random_guesses, sample_texts
 from policy import Policy
-from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
+from prompts import PromptStyle, format_reply, messages, parse_reply
 from run import ranks
 from run.errors import InputError
 from run.seeds import Stream, numpy_generator, torch_generator
@@ -75,8 +75,7 @@ def policy_player(
 
     def answer(asks):
         prompts, texts = [prompt(ask) for ask in asks], []
-        random = random_replies([(ask.state, ask.seat) for ask in asks], style)
-        guesses = [policy.encode_reply(text) for text in random]
+        guesses = random_guesses(policy, [(ask.state, ask.seat) for ask in asks], style)
         limit = style.reply_limit(max(ask.state.game.N for ask in asks))
         with adapter_on(policy, *adapter) if adapter else nullcontext():
             for start in range(0, len(prompts), batch):

@@ -12,9 +12,9 @@ from decisions import EFFORTS, LINKS, own_rows
 from experts import Expert
 from games import Decision, State
 from play.metrics import METRICS, Episode, Turn
-from play.sampling import sample_texts
+from play.sampling import random_guesses, sample_texts
 from policy import Policy
-from prompts import PromptStyle, format_reply, messages, parse_reply, random_replies
+from prompts import PromptStyle, format_reply, messages, parse_reply
 from rewards import Target
 from run import ranks
 from run.curves import plot_curves
@@ -100,8 +100,7 @@ class Probe:
         self.stage, self.name, self.every, self.policy, self.folder = stage, name, every, policy, folder
         self.seed, self.targets = seed, [target for target, _ in targets]
         self.prompts = [policy.encode_prompt(chat) for _, chat in targets]
-        random = random_replies([(t.state, t.seat) for t in self.targets], style)
-        self.guesses = [policy.encode_reply(text) for text in random]
+        self.guesses = random_guesses(policy, [(t.state, t.seat) for t in self.targets], style)
         self.limit = style.reply_limit(max(target.game.N for target in self.targets))
         policy.check_length(max(map(len, self.prompts)), self.limit)
 

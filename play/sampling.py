@@ -3,10 +3,21 @@ its own, so the replies do not depend on who samples them."""
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from prompts import Reply
+from games import State
+from policy import Policy
+from prompts import PromptStyle, Reply, format_reply
 from run import ranks
+
+
+def random_guesses(policy: Policy, places: list[tuple[State, int]], style: PromptStyle) -> list[list[int]]:
+    """For Policy.sample: of each (state, seat) a reply of the right form whose decision means nothing. The
+    same calls return the same."""
+    rng = np.random.default_rng(0)
+    random = [state.kind.random(state.game, seat, rng) for state, seat in places]
+    return [policy.encode_reply(format_reply(decision, style)) for decision in random]
 
 
 def sample_replies(

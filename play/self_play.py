@@ -15,9 +15,9 @@ from games import Decision
 from play import dataset
 from play.dataset import Prompt, make_prompts
 from play.expert_games import simulate
-from play.sampling import sample_texts
+from play.sampling import random_guesses, sample_texts
 from policy import Policy
-from prompts import PromptStyle, messages, parse_reply, random_replies
+from prompts import PromptStyle, messages, parse_reply
 from run.seeds import Stream, numpy_generator, torch_generator
 from world.draws import Family, draw_game
 
@@ -36,7 +36,7 @@ class Itself(Expert):
         prompts = [self.policy.encode_prompt(chat) for chat in chats]
         limit = self.style.reply_limit(max(state.game.N for state, *_ in calls))
         places = [(state, seat) for state, seat, *_ in calls]
-        guesses = [self.policy.encode_reply(text) for text in random_replies(places, self.style)]
+        guesses = random_guesses(self.policy, places, self.style)
         texts = sample_texts(self.policy, prompts, guesses, limit, self.temperature, self.generator)
         return [
             parse_reply(text, state, seat) or state.kind.fallback(state.game.N)
