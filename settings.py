@@ -57,12 +57,16 @@ class Model:
         "--template NAME=VALUE ...", None, "what the chat template is given, such as enable_thinking=false"
     )
 
+    @cached_property
+    def template_values(self) -> dict[str, Any]:
+        return values.named_values(self.template, "--template")
+
     def load(self) -> Policy:
         """The base model as a policy, on this process's device. The first process loads it first, because
         it may have to fetch and convert the default model."""
         with ranks.first_goes_first():
-            device, template = ranks.own_device(default_device()), values.named_values(self.template)
-            return load_policy(self.name, self.dtype, device, self.engine, template)
+            device = ranks.own_device(default_device())
+            return load_policy(self.name, self.dtype, device, self.engine, self.template_values)
 
 
 @dataclass(frozen=True)
@@ -385,7 +389,8 @@ def resolve(args: argparse.Namespace, script: str = "", resume: str | None = Non
     groups: dict[str, Any] = dict.fromkeys(field.name for field in fields(Settings))
     players = groups["players"] = from_flags(Players, args)
     groups |= {"model": from_flags(Model, args), "games": from_flags(Games, args)}
-    _ = players.expert, players.partners, groups["games"].families  # complain of their flags now, not in use
+    # These complain of their flags now, and not in use.
+    _ = players.expert, players.partners, groups["games"].families, groups["model"].template_values
     if hasattr(args, "eval_games"):
         players.check_seat(args.seat)
     if hasattr(args, "eval_seed"):

@@ -115,7 +115,7 @@ def make_config(settings: Settings) -> GRPOConfig:
             loss_type="grpo", beta=rft.beta, epsilon=flags["clip_eps"][0], epsilon_high=flags["clip_eps"][-1],
             learning_rate=rft.lr, adam_beta2=0.95, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM,
             temperature=rft.temperature, logging_steps=1, save_strategy="no", report_to="none",
-        ) | named_values(flags["trl"]))  # fmt: skip
+        ) | named_values(flags["trl"], "--trl"))  # fmt: skip
 
 
 def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
@@ -123,8 +123,7 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
     if default_device() == "cpu":
         prepare_cpu()  # TRL frees and asks for its activations at every step, as our fast engine does
     rft, data, players, seed = settings.rft, settings.data, settings.players, settings.run.seed
-    template = named_values(settings.model.template)
-    policy = load_policy(settings.model.name, engine="plain", template=template)
+    policy = load_policy(settings.model.name, engine="plain", template=settings.model.template_values)
     records = data.load(settings.games, players)
     trained = trained_seats(records, data.seat, seed)
     pool = make_prompts(policy, records, trained, rft.prompts, players.style)

@@ -64,11 +64,14 @@ def number_or_path(text: str) -> int | str:
     return positive_int(text) if text.lstrip("+-").isdigit() else os.path.abspath(text)
 
 
-def named_values(given: Iterable[str] | None) -> dict[str, Any]:
+def named_values(given: Iterable[str] | None, flag: str) -> dict[str, Any]:
     """["a=true", "b=0.5", "c=word", ...] -> {"a": True, ...}: values are JSON where they can be, else
-    words."""
+    words. Raises InputError."""
     values: dict[str, Any] = {}
-    for name, _, text in (pair.partition("=") for pair in given or ()):
+    for pair in given or ():
+        name, equals, text = pair.partition("=")
+        if not name or not equals:
+            raise InputError(f"{flag} {pair}: write NAME=VALUE, as in {name or 'name'}=true")
         try:
             values[name] = json.loads(text)
         except ValueError:

@@ -103,13 +103,16 @@ def test_a_template_gets_the_values_of_the_flag_and_no_others():
         Template(tokenizer, {"thinking_on": True})
 
 
-def test_the_flag_reaches_the_template(model_dir, tmp_path):
+def test_the_flag_reaches_the_template(model_dir, tmp_path, refused):
     folder = shutil.copytree(model_dir, tmp_path / "model")
     tokenizer_with(make_tiny_tokenizer().chat_template + THINKING).save_pretrained(folder)
     for value, end in (("true", "assistant\n"), ("false", "<think></think>")):
         argv = ["--model", str(folder), "--template", f"enable_thinking={value}"]
         policy = parsed(argv, train_sft)[1].model.load()
         assert policy.tokenizer.decode(policy.encode_prompt(CHAT)).endswith(end)
+    for text in ("enable_thinking", "=true"):  # no value, no name: before anything is loaded
+        line = refused(train_sft.main, ["--model", str(folder), "--template", text])
+        assert f"--template {text}: write NAME=VALUE" in line
 
 
 @pytest.mark.parametrize("text", ["%d %b %Y", "%B %d, %Y"])
