@@ -78,8 +78,8 @@ class Stage:
         now = self._settings
         changes = [f"{k} {v!r} -> {now[k]!r}" for k, v in saved.items() if k in now and now[k] != v]
         if changes:
-            what = f"{self.folder}: not as at the time of the checkpoint ({', '.join(changes)})"
-            tqdm.write(f"{what}; this is no longer the run that was begun, and goes on with what is said now")
+            what = f"{self.folder}: this was changed after the checkpoint: {', '.join(changes)}"
+            tqdm.write(f"{what}. So it is no longer the run that was begun, and it goes on as it is now")
 
     def open_log(
         self, name: str, keep: Callable[[dict], bool] | None = None, folder: Path | None = None

@@ -237,7 +237,7 @@ def test_damage_lost_lines_and_changed_settings_are_reported(tmp_path, whole, ca
     train(tmp_path / "run", lr=0.2, new=1)
     said = capsys.readouterr().out.splitlines()
     assert "step-000005 is damaged: its checksum does not match; going on from step-000004" in said[0]
-    assert said[1].startswith(f"{folder}: not as at the time of the checkpoint (lr 0.1 -> 0.2); this")
+    assert said[1].startswith(f"{folder}: this was changed after the checkpoint: lr 0.1 -> 0.2. So it is")
     assert said[2] == f"{folder / 'metrics.jsonl'} has lost 1 of its 4 lines; the weights are not touched"
     left = result(tmp_path / "run")
     assert left["sft/samples.jsonl"] == whole["sft/samples.jsonl"] and len(said) == 3
