@@ -9,6 +9,8 @@ games with 95 % t intervals. Floor: `constant`, the best row that is the same ev
 which looks at types alone. Ceiling: `best-reply` to the last round, `bayes`, which knows the list of rules,
 and `oracle`, which knows what the others choose (tools/readers.py). Questions that are asked again in another
 form have the same random numbers. A reply that is not compliant plays no links.
+
+    python -m tools.others --seeds results/others/seed*.json      # of --json: several training seeds
 """
 
 from collections.abc import Callable, Iterable
@@ -23,21 +25,23 @@ from eval import instances, make_cast, play_held_out, playing_parser
 from experts import Expert, Partners, make_expert
 from games import State
 from play import human
-from play.metrics import Episode, Turn, format_table, mean_interval
+from play.metrics import UNKNOWN, Episode, Turn, format_table, mean_interval
 from play.players import Ask, Player, expert_player
 from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
-from run.errors import InputError, reports_errors
-from run.files import refuse_existing, write_json
+from run.errors import InputError, library_errors, reports_errors
+from run.files import read_json, refuse_existing, write_json
 from run.seeds import Stream, numpy_generator
 from settings import Settings
+from tools.page.text import rounded
 from tools.readers import NO_DRAWS, BestReply, Constant, Halves, best_row, exact_players, worth
 
 DRAWS = 3  # random first rounds of each game, for questions 3 and 4
 SWITCHES = "switch:always-link:never-link", "switch:never-link:always-link"  # question 5, in 6 rounds
 MAX_AGENTS = 6  # `bayes` enumerates what all others may do together
 TITLES = {
-    "1": "U2 of links; placebo: after the history of another game; lost: by it, mean of rounds 2 to T",
+    "1": "U2 of links; placebo: after the history of another game; lost: by it, mean of\n"
+    "   rounds 2 to T; gained: that mean above round 1",
     "2": "share of the others with this rule who are treated as the best reply treats them",
     "3": "share of decisions about j in round 2 that change with whether j chose the player in round 1;\n"
     "   a: the best reply to round 1 changes, too, b: it does not; follows: toward it - away from it",
@@ -114,7 +118,8 @@ def regret(play: Play, make: Make, played: list[Episode]) -> dict[str, Cell]:
         values = [worth(t.state, t.seat, t.actions, row_N) for t, row_N in zip(turns, rows, strict=True)]
         columns[f"placebo {r + 1}"] = cell(values)
         lost.append([turn.U2 - value for turn, value in zip(turns, values, strict=True)])
-    return columns | {"lost": cell(np.mean(lost, 0))}
+    later = [np.mean([turn.U2 for turn in link_turns(p)[1:]]) - link_turns(p)[0].U2 for p in played]
+    return columns | {"lost": cell(np.mean(lost, 0)), "gained": cell(later)}
 
 
 def by_rule(others: Partners, played: list[Episode], rule: str) -> dict[str, Cell]:
@@ -221,7 +226,39 @@ def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
     return columns
 
 
-# -------------------- the command
+# -------------------- several seeds, and the command
+
+
+def over_seeds(paths: list[str]) -> dict[str, dict]:
+    """The tables of several files of --json, which differ in the seed of their policies: means over the means
+    of the files, with intervals over files. The k-th policies of all files belong together, under the name
+    that the first file has for them. Raises InputError for files of different kinds."""
+    runs = []
+    for path in paths:
+        with library_errors(f"{path} is no file that --json wrote"):
+            runs.append(read_json(path)["questions"])
+        if [len(rows) for rows in runs[0].values()] != [len(rows) for rows in runs[-1].values()]:
+            raise InputError(f"{path} and {paths[0]} do not ask the same questions of as many policies")
+    tables: dict[str, dict] = {}
+    for question, named in runs[0].items():
+        tables[question] = {}
+        for name, *rows in zip(named, *(run[question].values() for run in runs), strict=True):
+            columns = {column: [row.get(column, UNKNOWN)["mean"] for row in rows] for column in rows[0]}
+            tables[question][name] = {column: mean_interval(means) for column, means in columns.items()}
+    return tables
+
+
+def means_of(tables: dict) -> dict:
+    """The tables without the values of each game, with four digits."""
+    if "games" in tables:
+        return rounded({key: value for key, value in tables.items() if key != "games"}, 4)
+    return {key: means_of(value) for key, value in tables.items()}
+
+
+def print_tables(tables: dict[str, dict]) -> None:
+    for question, rows in tables.items():
+        columns = list(max(rows.values(), key=len)) or ["no language model"]
+        print(f"\n{question}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
 
 
 def best_constant(play: Play) -> np.ndarray:
@@ -270,9 +307,14 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--policy", nargs="+", default=["base"], help="as in eval.py")
     add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")
-    add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
+    add("--json", metavar="FILE", help="write means and intervals to a new file")
+    add("--seeds", nargs="+", metavar="FILE", help="play nothing: combine files of --json")
     ranks.start()
     args = parser.parse_args(argv)
+    if args.seeds:
+        print(f"{len(args.seeds)} runs: means and 95 % t intervals over the means of the runs")
+        print_tables(over_seeds(args.seeds))
+        return
     if args.json:
         refuse_existing(args.json)
     check(args)
@@ -298,12 +340,9 @@ def main(argv=None) -> None:
     others, a = ", ".join(args.partners), sum(pair[-1] for pair in pairs)
     print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
     print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
-    for question, rows in tables.items():
-        columns = list(max(rows.values(), key=len)) or ["no language model"]
-        print(f"\n{question}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
+    print_tables(tables)
     if args.json and ranks.first():
-        games = [game.to_json() for game in play.games]
-        write_json(args.json, {"arguments": settings.flags, "instances": games, "questions": tables})
+        write_json(args.json, {"arguments": settings.flags, "questions": means_of(tables)})
         print(f"\nwritten: {args.json}")
 
 

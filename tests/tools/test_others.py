@@ -18,6 +18,7 @@ from games import State, form_links
 from models.load import load_policy
 from play.players import policy_player
 from prompts import messages
+from run.errors import InputError
 from run.seeds import Stream, torch_generator
 from tools import others
 from tools.readers import NO_DRAWS, Bayes, BestReply, Constant, Halves, Oracle
@@ -108,8 +109,12 @@ def test_a_placebo_hits_those_who_read_and_nobody_else():
         assert reader["placebo 3"]["mean"] < 0.9 and reader["round 1"]["mean"] < 1
         kept = np.mean([reader[f"placebo {r}"]["games"] for r in (2, 3)], 0)
         assert reader["lost"]["games"] == pytest.approx(1 - kept)
+        first, *later = (reader[f"round {r}"]["games"] for r in (1, 2, 3))
+        assert reader["gained"]["games"] == pytest.approx(np.mean(later, 0) - first)
     oracle = columns(Oracle(PLAY.others))
-    assert oracle.pop("lost")["mean"] == 0 and all(c["games"] == [1] * 12 for c in oracle.values())
+    assert oracle.pop("lost")["mean"] == oracle.pop("gained")["mean"] == 0 and all(
+        c["games"] == [1] * 12 for c in oracle.values()
+    )
 
 
 def test_the_placebo_keeps_the_question_and_takes_all_else_from_the_other_game():
@@ -220,10 +225,23 @@ def test_the_whole_command(tmp_path, capsys):
     printed, written = capsys.readouterr().out, json.loads(path.read_text())
     tables = written["questions"]
     assert list(tables) == ["1", *(f"2 {rule}" for rule in RULES), "3", "4", "5", "6 reciprocal", "7"]
-    assert all(f"\n{question}: " in printed for question in tables) and len(written["instances"]) == 2
+    assert all(f"\n{question}: " in printed for question in tables)
     names = ["base", "expert:reciprocal", "constant", *RULES[1:3], RULES[0], "best-reply", "bayes", "oracle"]
     assert all([name.split(" [")[0] for name in rows] == names for rows in tables.values())
     assert tables["1"]["base"]["round 2"] == tables["1"]["never-link"]["round 2"]  # 4 tokens are no reply
     assert list(tables["5"]["base"]) == [f"round {r}" for r in range(1, 7)]
     assert len(tables["4"]["base"]) == 6 and not tables["4"]["expert:reciprocal"] | tables["3"]["oracle"]
     assert len(tables["6 reciprocal"]["base"]) == 3 and tables["7"]["base"]["unread"]["mean"] == 1
+    other = tmp_path / "other.json"
+    tables["1"]["base"]["round 1"]["mean"] += 0.5
+    tables["1"] = {name.replace("base", "another name"): row for name, row in tables["1"].items()}
+    other.write_text(json.dumps(written))
+    others.main(["--seeds", str(path), str(other)])
+    first = others.over_seeds([str(path), str(other)])["1"]["base"]
+    assert first["round 1"]["mean"] == pytest.approx(tables["1"]["another name"]["round 1"]["mean"] - 0.25)
+    assert first["round 2"]["high"] == first["round 2"]["low"] and first["round 1"]["n"] == 2
+    assert "2 runs" in capsys.readouterr().out
+    del tables["4"]
+    other.write_text(json.dumps(written))
+    with pytest.raises(InputError, match="do not ask the same"):
+        others.over_seeds([str(path), str(other)])
