@@ -279,6 +279,17 @@ def report_differences(first: str, others: list[str], difference: Callable[[str,
     return f"\n\n{first} minus the others, paired by instance\n" + format_table(tables, COMPARED, 3, "+")
 
 
+def report_rounds(names: list[str], rounds: int, value: Callable[[str, str], dict]) -> str:
+    """Nothing for games of one round. value: (name of a policy, `round R`) -> mean and interval."""
+    columns = [f"round {r}" for r in range(1, rounds + 1)]
+    tables = {name: {r: value(name, r) for r in columns} for name in names}
+    return f"\n\nU2 of links by round\n{format_table(tables, columns)}" if rounds > 1 else ""
+
+
+def links_in_round(summary: dict, name: str) -> dict:
+    return summary.get(name, {}).get("U2 graph", UNKNOWN)
+
+
 def report(results: dict[str, dict]) -> str:
     """The tables that are printed, and the paired differences of the first row to every other."""
     first, *others = results
@@ -291,12 +302,7 @@ def report(results: dict[str, dict]) -> str:
             parts[label] = {name: s["games"][label] for name, s in results.items()}
     for label, tables in parts.items():
         text += f"\n\n{label} alone\n{format_table(tables)}"
-    if rounds > 1:
-        names = [f"round {r}" for r in range(1, rounds + 1)]
-        tables = {
-            name: {r: s.get(r, {}).get("U2 graph", UNKNOWN) for r in names} for name, s in results.items()
-        }
-        text += f"\n\nU2 of links by round\n{format_table(tables, names)}"
+    text += report_rounds(list(results), rounds, lambda name, r: links_in_round(results[name], r))
     return text + report_differences(
         first, others, lambda name, m: paired_difference(results[first], results[name], m)
     )
@@ -307,17 +313,20 @@ def report_seeds(paths: list[str]) -> str:
     intervals over the runs' means, so they describe training and not one adapter. Metrics that are newer than
     a file may be missing in it. Raises InputError."""
     runs: list[dict] = []
+    partners = []
     for path in paths:
         with library_errors(f"{path} is not an eval.json that train_rft.py or --json wrote"):
-            runs.append(read_json(path)["results"])
+            written = read_json(path)
+            runs.append(written["results"])
+            partners.append(written.get("arguments", {}).get("partners"))
             for summary in runs[-1].values():
                 summary["instances"][0]["instance"], summary["all rounds"]["U1"]["mean"]
-    first, *others = runs[0]
-    for path, run in zip(paths, runs, strict=True):
+    first, *rest = runs[0]
+    for path, run, others in zip(paths, runs, partners, strict=True):
         games, expected = ([row["instance"] for row in r[next(iter(r))]["instances"]] for r in (run, runs[0]))
-        if next(iter(run)) != first or games != expected:
+        if next(iter(run)) != first or games != expected or others != partners[0]:
             raise InputError(f"{path} and {paths[0]} are not runs of one kind on the same games")
-    others = [name for name in others if all(name in run for run in runs)]
+    names = [first, *(name for name in rest if all(name in run for run in runs))]
 
     def mean(name, m):
         return mean_interval(run[name]["all rounds"].get(m, UNKNOWN)["mean"] for run in runs)
@@ -326,5 +335,10 @@ def report_seeds(paths: list[str]) -> str:
         return mean_interval(paired_difference(run[first], run[name], m)["mean"] for run in runs)
 
     text = f"{len(runs)} runs: means and 95 % t intervals over the means of the runs\n\n"
-    text += format_table({name: {m: mean(name, m) for m in METRICS} for name in (first, *others)})
-    return text + report_differences(first, others, difference)
+    text += format_table({name: {m: mean(name, m) for m in METRICS} for name in names})
+    text += report_rounds(
+        names,
+        runs[0][first]["instances"][0]["instance"]["rounds"],
+        lambda name, r: mean_interval(links_in_round(run[name], r)["mean"] for run in runs),
+    )
+    return text + report_differences(first, names[1:], difference)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -182,10 +183,10 @@ def test_a_new_metric_is_one_entry_and_older_files_lack_it(monkeypatch, tmp_path
 def seeds(tmp_path):
     """eval.json files of runs whose policy is a coin with another seed each."""
 
-    def write(*counts):
+    def write(*counts, rounds=1):
         paths = []
         for seed, count in enumerate(counts):
-            grid = list(held_out_grid(3))[:count]
+            grid = [replace(game, rounds=rounds) for game in list(held_out_grid(3))[:count]]
             players = {"tompo": expert("random", seed), "sft": expert("never-link", seed)}
             played = {name: play(grid, p, 0, make_expert("nash"), 0) for name, p in players.items()}
             results = {name: summarise(games) for name, games in played.items()}
@@ -207,6 +208,17 @@ def test_intervals_over_seeds_are_those_of_the_seed_means(seeds, capsys):
     half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
     (line,) = [line for line in differences.splitlines() if line.startswith("sft")]
     assert line.endswith(f"{means.mean():+.3f} ±{half:.3f}") and len(set(means)) == 3
+    assert "by round" not in table
+
+
+def test_games_of_several_rounds_have_a_table_by_round_over_seeds_too(seeds, capsys):
+    paths, runs = seeds(4, 4, rounds=2)
+    evaluation.main(["--seeds", *paths])
+    head, tompo, sft, *_ = capsys.readouterr().out.split("U2 of links by round\n")[1].splitlines()
+    means = [[run["tompo"][f"round {r}"]["U2 graph"]["mean"] for run in runs] for r in (1, 2)]
+    assert head.split() == "policy round 1 round 2".split() and sft.startswith("sft")
+    assert [tompo.split()[k] for k in (1, 3)] == [f"{np.mean(pair):.3f}" for pair in means]
+    assert means[0] != means[1]
 
 
 def test_runs_that_cannot_be_combined_are_refused(seeds, tmp_path, refused):
@@ -214,6 +226,8 @@ def test_runs_that_cannot_be_combined_are_refused(seeds, tmp_path, refused):
     write_json(paths[2], {"results": dict(reversed(runs[2].items()))})
     paths.append(str(tmp_path / "broken.json"))
     write_json(paths[3], {"results": {"tompo": {"U1": 1}}})
-    for bad, words in zip(paths[1:], ("one kind", "one kind", "not an eval.json"), strict=True):
+    paths.append(str(tmp_path / "partners.json"))
+    write_json(paths[4], {"arguments": {"partners": ["nash"]}, "results": runs[0]})
+    for bad, words in zip(paths[1:], ("one kind", "one kind", "not an eval.json", "one kind"), strict=True):
         line = refused(evaluation.main, ["--seeds", paths[0], bad])
         assert words in line and bad in line
