@@ -72,6 +72,11 @@ def payoffs_with_effort(state: State, seat: int, efforts_N: np.ndarray, effort: 
 # -------------------- the kinds
 
 
+def sentence(hint: str) -> str:
+    """`. A hint`, as it follows a question -> `A hint.`"""
+    return f"{hint.removeprefix('. ')}." if hint else ""
+
+
 class Links(Kind):
     """actions: the proposals P, (N, N) of {0, 1} with a zero diagonal; row i says whom agent i chooses."""
 
@@ -106,6 +111,9 @@ class Links(Kind):
         if seen.types is not None:
             own += f" of {tell_short(seen.types)}" + (game.link_hint(seen) if style.hints else "")
         return f"Round {seen.round} links. {own}. Whom do you choose?"
+
+    def hint(self, seen: Observation) -> str:
+        return sentence("" if seen.types is None else GAMES[seen.game].link_hint(seen))
 
     def write(self, action: np.ndarray) -> str:
         return tell_short(action)
@@ -187,6 +195,10 @@ class Efforts(Kind):
         game = GAMES[seen.game]
         own = f"Your {game.type_name} {seen.own_type:g}{game.effort_facts(seen, style.hints)}"
         return f"Round {seen.round} efforts. Links: {tell_links(seen.links)}. {own}. Your effort?"
+
+    def hint(self, seen: Observation) -> str:
+        facts, with_hint = (GAMES[seen.game].effort_facts(seen, hints) for hints in (False, True))
+        return sentence(with_hint.removeprefix(facts))
 
     def write(self, action: float) -> str:
         return f"{action:.{EFFORT_DIGITS}f}"

@@ -278,6 +278,10 @@ class Kind:
     def question(self, seen, style) -> str:
         raise NotImplementedError
 
+    def hint(self, seen) -> str:
+        """The worked numbers of the question as a sentence, "" for none."""
+        return ""
+
     def write(self, action) -> str:
         """The action as the text that follows `Decision:`."""
         raise NotImplementedError

@@ -40,17 +40,19 @@ class PromptStyle:
     line; hints: print worked numbers (Game.link_hint, effort_facts) next to the question [choice: a small
     model cannot multiply]. They do not give the answer away: in BCZ, linking wherever the printed number is
     at least 1 still gets one in ten of the efficient graph's entries wrong. max_new_tokens: the longest reply
-    that is sampled; None for the default."""
+    that is sampled; None for the default; think: how many tokens of free text a reply may have before its two
+    lines, 0 for none."""
 
     information: str = "full"
     belief: bool = True
     hints: bool = True
     max_new_tokens: int | None = None
+    think: int = 0
 
     def reply_limit(self, N: int) -> int:
         """The longest reply in tokens. The default has room for the two labels and for two lists of N
-        entries, each of which takes up to 3.5 tokens."""
-        return self.max_new_tokens or 20 + 7 * N
+        entries, each of which takes up to 3.5 tokens, and for the free text."""
+        return self.max_new_tokens or 20 + 7 * N + self.think
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,11 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
     game = GAMES[seen.game]
     digits = game.parameter_format
     parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
+    reply = "Think first, then reply" if style.think else "Reply"
     fee = f", and every choice costs {seen.fee:g} c, answered or not" if seen.fee else ""
     consent = f"A link forms if both choose it, at cost c each{fee}."
     return (
-        f"{rounds}: {stages}. {consent} {game.payoff_rule} Reply:\n"
+        f"{rounds}: {stages}. {consent} {game.payoff_rule} {reply}:\n"
         f"{belief}Decision: {answers}\n"
         f"You are agent {seen.seat + 1} of {seen.N}. {parameters}, effort x 0 to {seen.cap:g}."
     )
@@ -180,19 +183,34 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
     """The prompt of the decision that `seat` takes in `state`, as chat messages.
 
     own_replies: the texts this agent has answered in the stages before, one for each stage of state.history.
+    With `think` it reads its answers again, but not what it thought [choice].
     """
     if len(own_replies) != len(state.history):
         raise ValueError(f"{len(state.history)} stages have passed, but {len(own_replies)} replies are given")
+    own = [answer_lines(text) for text in own_replies] if style.think else own_replies
     chat = [{"role": "system", "content": system_message(observe(state, seat, style.information), style)}]
     for stage in range(len(state.history) + 1):
         seen = observe(state.before(stage), seat, style.information)
         chat.append({"role": "user", "content": user_message(seen, style)})
         if stage < len(own_replies):
-            chat.append({"role": "assistant", "content": own_replies[stage]})
+            chat.append({"role": "assistant", "content": own[stage]})
     return chat
 
 
 # -------------------- what the agent answers
+
+
+def thought(state: State, seat: int, style: PromptStyle) -> str:
+    """What stands before the two lines of a label with `think`: the worked numbers of the game (Kind.hint).
+    The agent then writes out itself what helps to decide. With `hints`, its prompt has these numbers, too."""
+    seen = observe(state, seat, style.information)
+    return f"{seen.kind.hint(seen)}\n".lstrip() if style.think else ""
+
+
+def answer_lines(reply: str) -> str:
+    """The lines of a reply that are read, without what stands around them."""
+    lines = {label: last_line(reply, label) for label in ("Belief:", "Decision:")}
+    return "\n".join(f"{label} {text}" for label, text in lines.items() if text) or "Decision: none"
 
 
 def format_reply(decision: Decision, style: PromptStyle) -> str:

@@ -103,10 +103,11 @@ class Players:
     belief: bool = flag("--belief", True, "ask for a Belief line", action=YES_NO)
     hints: bool = flag("--hints", True, "worked numbers in prompts", action=YES_NO)
     max_new_tokens: int | None = flag("--max-new-tokens", None, "default: 20 + 7 N", values.positive_int)
+    think: int = flag("--think TOKENS", 0, "more, for free text before the two lines", values.count)
 
     @cached_property
     def style(self) -> PromptStyle:
-        return PromptStyle(self.information, self.belief, self.hints, self.max_new_tokens)
+        return PromptStyle(self.information, self.belief, self.hints, self.max_new_tokens, self.think)
 
     @cached_property
     def expert(self) -> Expert:

@@ -143,9 +143,9 @@ def with_label_noise(
     for r in records:
         rng = numpy_generator(seed, Stream.LABEL_NOISE, r.game, r.stage, r.seat)
         if rng.random() < rates.get(r.kind, 0.0):
-            drawn = KINDS[r.kind].random(game_from_json(r.instance), r.seat, rng)
-            drawn = replace(drawn, belief=label_decision(r).belief)
-            r = replace(r, label=format_reply(drawn, style))
+            drawn, expert = KINDS[r.kind].random(game_from_json(r.instance), r.seat, rng), label_decision(r)
+            thought = r.label.removesuffix(format_reply(expert, style))
+            r = replace(r, label=thought + format_reply(replace(drawn, belief=expert.belief), style))
         noisy.append(r)
     return noisy
 
@@ -203,8 +203,8 @@ def make_prompts(
     policy: Policy, records: list[Record], trained: list[Record], counts: dict[str, int], style: PromptStyle
 ) -> list[list[Prompt]]:
     """The pool from which RFT draws: the trained ones of the records, in a list for each conversation.
-    counts: how many decisions of each kind a step needs. Raises InputError if a game lacks one of these kinds
-    or the model's context is too short."""
+    counts: how many decisions of each kind a step needs. Raises InputError if a game lacks one of these
+    kinds, or the model's context or --think is too short."""
     for letter, count in counts.items():
         if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
             lack = f"the data set has games without {KINDS[letter].name} decisions"
@@ -212,7 +212,10 @@ def make_prompts(
     pool: dict[tuple[int, int], list[Prompt]] = {}
     for r, target in targets(records, trained):
         prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
-        policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
+        limit, label = style.reply_limit(target.game.N), len(policy.encode_reply(r.label))
+        policy.check_length(len(prompt.ids), limit)
+        if style.think and label > limit:
+            raise InputError(f"a label has {label} tokens, a reply may have {limit}: give more to --think")
         pool.setdefault(prompt.conversation, []).append(prompt)
     return list(pool.values())
 

@@ -7,7 +7,7 @@ import numpy as np
 from decisions import EFFORTS
 from experts import Expert, decide_together
 from games import KINDS, Decision, Game, State, game_from_json
-from prompts import PromptStyle, format_reply, messages, read_reply
+from prompts import PromptStyle, format_reply, messages, read_reply, thought
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def simulate(
             shared["payoffs"] = after.round_results()[-1][2].round(6).tolist() if ended else None
             for i in seats:
                 reply, label = format_reply(played[i], style), format_reply(labels[i], style)
+                label = thought(state, i, style) + label
                 own = dict(prompt=messages(state, i, replies[k][i], style), reply=reply, label=label)
                 records[k].append(Record(**shared, **own, seat=i, replaced=replaced[i]))
                 replies[k][i].append(reply)

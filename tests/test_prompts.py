@@ -31,7 +31,7 @@ def random_state(game, stages, rng):
     state = State(game)
     for _ in range(stages):
         rows = rng.integers(0, 2, (game.N, game.N)) * complete_graph(game.N)
-        efforts = rng.integers(1, int(game.cap * 100), game.N) / 100
+        efforts = rng.integers(1, int(game.caps.min() * 100), game.N) / 100
         state = state.step(rows if state.kind is LINKS else efforts)
     return state
 
@@ -92,6 +92,34 @@ def test_local_prompts_are_the_same_letters_whatever_the_others_alphas_are(style
         other = State(replace(GAME, alpha=tuple(alpha)), state.history)
         a, b = chat_of(state, seat, style), chat_of(other, seat, style)
         assert len(a) == 1 + 4 + 3 and (a == b) == (style.information == "local")
+
+
+def test_with_think_an_agent_reads_its_answers_again_and_not_its_thoughts():
+    style, two_lines = PromptStyle(think=40), "Belief: [0, 1, 0, 0]\nDecision: [0, 1, 1, 0]"
+    state = random_state(GAME, 1, np.random.default_rng(0))
+    for reply, read in (
+        (f"Well.\nDecision: 3\n{two_lines} \nDone.", two_lines),
+        ("I wonder", "Decision: none"),
+    ):
+        plain, thinking = (messages(state, 0, [reply], s) for s in (PromptStyle(), style))
+        assert thinking[2]["content"] == read and plain[2]["content"] == reply
+        assert thinking[1::2] == plain[1::2] and "Think first, then reply:" in thinking[0]["content"]
+    assert style.reply_limit(4) == PromptStyle().reply_limit(4) + 40
+
+
+@pytest.mark.parametrize("information", ["full", "local"])
+@pytest.mark.parametrize("game", [GAME, PGG((4.0, 6.0, 9.0, 14.0), 1.2, 0.5, 3.0)])
+def test_a_thought_is_what_the_hint_adds_to_the_question(game, information):
+    rng = np.random.default_rng(1)
+    for state, seat in itertools.product((random_state(game, k, rng) for k in (0, 1)), range(4)):
+        style = PromptStyle(information, think=40)
+        plain, hinted = (
+            messages(state, seat, ["x"] * len(state.history), replace(style, hints=hints))[-1]["content"]
+            for hints in (False, True)
+        )
+        said = prompts.thought(state, seat, style)
+        assert bool(said) == (plain != hinted) and prompts.thought(state, seat, PromptStyle()) == ""
+        assert not said or (said.endswith(".\n") and plain == hinted.replace(f". {said[:-2]}", "", 1))
 
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():

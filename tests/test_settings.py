@@ -65,7 +65,7 @@ OTHER |= dict(train_on="graph", label_noise="0.1", sft_steps="3", sft_batch="5",
 OTHER |= dict(sft_adapter="folder", steps="7", prompts="3", m="4", lr="0.1", inner_epochs="2", seed="3")
 OTHER |= dict(temperature="0.5", reward_from="welfare", weights="local=0", clip_eps="0.1", beta="0")
 OTHER |= dict(objective="loss=cispo", eval_games="9", out="folder", preset="paper", micro_batch="5")
-OTHER |= dict(ask="attempts=9", partners="never-link", template="enable_thinking=false")
+OTHER |= dict(ask="attempts=9", partners="never-link", template="enable_thinking=false", think="40")
 
 
 @pytest.mark.parametrize("script", [train_rft, train_sft])
@@ -90,7 +90,7 @@ def test_there_are_few_flags_and_each_says_what_it_does(script):
     parser, _ = parsed([], script)
     own = [g for g in parser._action_groups if g.title not in ("positional arguments", "options")]
     actions = [a for a in parser._actions if not isinstance(a, argparse._HelpAction)]
-    assert len(actions) <= 47 and all(group.description for group in own) and all(a.help for a in actions)
+    assert len(actions) <= 48 and all(group.description for group in own) and all(a.help for a in actions)
     assert {id(a) for a in actions} == {id(a) for group in own for a in group._group_actions}
     parser.format_help()  # a % in a help text must be %%
 

@@ -164,9 +164,30 @@ def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():
     assert dataset.with_label_noise(records, {"G": 0.5}, 4, STYLE) != noisy
 
 
-def prompts_of(policy, records, seat="all", graph=8, effort=2):
+def test_with_think_labels_begin_with_worked_numbers_and_keep_them_under_noise():
+    plain, style = PromptStyle(hints=False), PromptStyle(hints=False, think=60)
+    records, before = simulate_many(6, style=style), simulate_many(6, style=plain)
+    noisy = dataset.with_label_noise(records, {"G": 1.0}, 3, style)
+    assert noisy != records
+    for r, other, without in zip(records, noisy, before, strict=True):
+        assert (r.reply, r.replaced) == (without.reply, without.replaced)
+        thought = r.label.removesuffix(without.label)
+        assert other.label.startswith(thought) and label_decision(r) and label_decision(other)
+        assert bool(thought) == (r.kind == "G" or "0 links" not in r.prompt[-1]["content"])
+        assert "Think" in r.prompt[0]["content"] and r.prompt[1::2] == without.prompt[1::2]
+
+
+def test_labels_that_are_longer_than_think_allows_are_refused(policy):
+    style = PromptStyle(think=60)
+    records = simulate_many(2, style=style)
+    assert prompts_of(policy, records, style=style)
+    with pytest.raises(InputError, match="give more to --think"):
+        prompts_of(policy, records, style=replace(style, think=1))
+
+
+def prompts_of(policy, records, seat="all", graph=8, effort=2, style=STYLE):
     trained = dataset.trained_seats(records, seat, 0)
-    return dataset.make_prompts(policy, records, trained, {"G": graph, "E": effort}, STYLE)
+    return dataset.make_prompts(policy, records, trained, {"G": graph, "E": effort}, style)
 
 
 @pytest.fixture(scope="module")
