@@ -117,6 +117,13 @@ def test_draws_keep_their_ranges(game, monkeypatch):
     assert {(g.name, g.stages, g.rounds) for g in drawn} == {(game, "GEE", 3)}
 
 
+def test_with_a_fixed_cost_games_of_the_grid_may_differ_in_the_order_of_seats_alone():
+    grid = held_out_grid(4, Family(fixed=(("c", 0.1),)))
+    assert {g.c for g in grid} == {0.1} and len({g.key for g in grid}) == 12 < len(set(grid)) == len(
+        grid
+    ) == 35
+
+
 @pytest.mark.parametrize("N", range(4, 9))
 def test_held_out_grid(N):
     family = Family("bcz", "GGE", 2)
