@@ -167,7 +167,8 @@ class Partners(Expert):
         self.rules, self.name = rules, " or ".join(rule.name for rule in rules)
 
     def rule(self, game: Game, seat: int) -> Expert:
-        drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(game.key.encode()), seat)
+        instance = f"{game.key} {game.types}"  # another order of the seats is another draw
+        drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(instance.encode()), seat)
         return self.rules[drawn.integers(len(self.rules))]
 
     def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:

@@ -1,7 +1,7 @@
 """Does a player read the others? Seven questions, with exact players as floor and ceiling.
 
     python -m tools.others --policy base runs/tompo/sft/adapter runs/tompo/adapter --rounds 3 \\
-        --partners second-best always-link never-link selfish --fix c=0.1 fee=0.75 --unmet reciprocal
+        --partners second-best always-link never-link selfish --fix c=0.12 fee=1 --unmet reciprocal
 
 The player has one seat of every held-out game, and its own history; partners with drawn rules have the other
 seats, so that from round 2 on it depends on what those did before which links pay. Values are means over
