@@ -200,19 +200,24 @@ class Prompt:
 
 
 def make_prompts(
-    policy: Policy, records: list[Record], trained: list[Record], counts: dict[str, int], style: PromptStyle
+    policy: Policy | None,
+    records: list[Record],
+    trained: list[Record],
+    counts: dict[str, int],
+    style: PromptStyle,
 ) -> list[list[Prompt]]:
     """The pool from which RFT draws: the trained ones of the records, in a list for each conversation.
-    counts: how many decisions of each kind a step needs. Raises InputError if a game lacks one of these kinds
-    or the model's context is too short."""
+    policy: None if others turn the prompts into tokens; counts: how many decisions of each kind a step needs.
+    Raises InputError if a game lacks one of these kinds or the model's context is too short."""
     for letter, count in counts.items():
         if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
             lack = f"the data set has games without {KINDS[letter].name} decisions"
             raise InputError(f"{lack}; set their count in --prompts to 0")
     pool: dict[tuple[int, int], list[Prompt]] = {}
     for r, target in targets(records, trained):
-        prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
-        policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
+        prompt = Prompt(r, policy.encode_prompt(r.prompt) if policy else [], target)
+        if policy:
+            policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
         pool.setdefault(prompt.conversation, []).append(prompt)
     return list(pool.values())
 
