@@ -2,7 +2,7 @@
 
     pip install -r requirements-verifiers.txt
     export PYTHONPATH=.:bridges          # verifiers finds an environment by the name of its module
-    vf-eval verifiers-tompo --env.taskset.flags "--games 20 --m 4" --model NAME --client.base-url URL
+    vf-eval verifiers-tompo --env.taskset.flags "--games 20 --m 4" -n 10 --model NAME --no-push ...
 
 `flags` are those of train_rft.py that concern games, players, prompts and rewards. There are two task sets:
 1. By default a task is one decision of an expert game, as in the paper's training: the prompts of
