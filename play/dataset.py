@@ -200,24 +200,34 @@ class Prompt:
 
 
 def make_prompts(
-    policy: Policy, records: list[Record], trained: list[Record], counts: dict[str, int], style: PromptStyle
+    policy: Policy | None,
+    records: list[Record],
+    trained: list[Record],
+    counts: dict[str, int],
+    style: PromptStyle,
 ) -> list[list[Prompt]]:
     """The pool from which RFT draws: the trained ones of the records, in a list for each conversation.
-    counts: how many decisions of each kind a step needs. Raises InputError if a game lacks one of these
-    kinds, or the model's context or --think is too short."""
+    policy: None if others turn the prompts into tokens; counts: how many decisions of each kind a step needs.
+    Raises InputError if a game lacks one of these kinds, or the model's context or --think is too short."""
     for letter, count in counts.items():
         if count and {r.game for r in trained} != {r.game for r in trained if r.kind == letter}:
             lack = f"the data set has games without {KINDS[letter].name} decisions"
             raise InputError(f"{lack}; set their count in --prompts to 0")
     pool: dict[tuple[int, int], list[Prompt]] = {}
     for r, target in targets(records, trained):
-        prompt = Prompt(r, policy.encode_prompt(r.prompt), target)
-        limit, label = style.reply_limit(target.game.N), len(policy.encode_reply(r.label))
-        policy.check_length(len(prompt.ids), limit)
-        if style.think and label > limit:
-            raise InputError(f"a label has {label} tokens, a reply may have {limit}: give more to --think")
+        ids = encoded(policy, r, style, style.reply_limit(target.game.N)) if policy else []
+        prompt = Prompt(r, ids, target)
         pool.setdefault(prompt.conversation, []).append(prompt)
     return list(pool.values())
+
+
+def encoded(policy: Policy, r: Record, style: PromptStyle, limit: int) -> list[int]:
+    """The tokens of a prompt, for replies of up to `limit` tokens. Raises InputError if they do not fit."""
+    ids, label = policy.encode_prompt(r.prompt), len(policy.encode_reply(r.label))
+    policy.check_length(len(ids), limit)
+    if style.think and label > limit:
+        raise InputError(f"a label has {label} tokens, a reply may have {limit}: give more to --think")
+    return ids
 
 
 def next_batch(

@@ -145,14 +145,16 @@ def play_tables(
     """Plays games of the same stages and rounds side by side, stage by stage. tables: of each game the player
     in each seat; watched: of each game the seats whose turns are recorded; expert: whose decisions in all
     seats a link decision is compared with; repair: of replies that are not compliant, play what can be read
-    in them; first: the number of the first game, to which experts' draws belong. `game_over` of a player that
-    has it is called with the last state of each game."""
+    in them; first: the number of the first game, to which experts' draws belong; label: of the progress bar,
+    which is shown only with one. `game_over` of a player that has it is called with the last state of each
+    game."""
     players = list({id(player): player for table in tables for player in table}.values())
     states = [State(game) for game in games]
     replies: list[list[list[str]]] = [[[] for _ in table] for table in tables]
     turns: list[list[Turn]] = [[] for _ in games]
     listeners = [player.game_over for player in players if hasattr(player, "game_over")]
-    hidden = bool(listeners) or not ranks.first()  # a progress bar would disturb a person's dialogue
+    # A progress bar would disturb a person's dialogue.
+    hidden = not label or bool(listeners) or not ranks.first()
     stages = range(len(games[0].stages) * games[0].rounds)
     for _ in tqdm(stages, desc=f"playing {label}", unit="stage", leave=False, disable=hidden):
         asks = [Ask(first + i, s, j, replies[i][j]) for i, s in enumerate(states) for j in range(s.game.N)]

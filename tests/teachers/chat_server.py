@@ -99,9 +99,11 @@ class ChatServer:
             time.sleep(what[0])
         text = good_reply(body) if kind != "text" or what[0] is None else what[0]
         names = ("prompt_tokens", "completion_tokens")
-        usage = dict(zip(names, self.usage, strict=True)) if self.usage else None
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        data = json.dumps({"choices": [choice], "usage": usage}).encode()
+        # The protocol asks for their sum too, which nobody here reads.
+        usage = dict(zip(names, self.usage, strict=True), total_tokens=0) if self.usage else None
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+        data = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "usage": usage}
+        data = json.dumps(data | {"choices": [choice]}).encode()
         self.send(request, 200, data, cut=len(data) // 2 if kind == "half" else None)
 
     def drip(self, request, first):
