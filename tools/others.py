@@ -13,6 +13,7 @@ form have the same random numbers. A reply that is not compliant plays no links.
     python -m tools.others --seeds results/others/seed*.json      # of --json: several training seeds
 """
 
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
@@ -30,7 +31,7 @@ from play.players import Ask, Player, expert_player
 from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
-from run.files import read_json, refuse_existing, write_json
+from run.files import read_json, refuse_existing, write_atomic, write_json
 from run.seeds import Stream, numpy_generator
 from settings import Settings
 from tools.page.text import rounded
@@ -248,6 +249,29 @@ def over_seeds(paths: list[str]) -> dict[str, dict]:
     return tables
 
 
+def draw(tables: dict[str, dict]) -> bytes:
+    """U2 of links by round as PNG; dashed: after the history of another game, for players that read it."""
+    from matplotlib.figure import Figure  # it needs no screen
+
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for k, (name, columns) in enumerate(tables["1"].items()):
+        words = {"round": "-", "placebo": "--"} if columns["lost"]["mean"] else {"round": "-"}
+        for word, dashes in words.items():
+            cells = {int(c.split()[1]): cell for c, cell in columns.items() if c.startswith(word)}
+            means = [cell["mean"] for cell in cells.values()]
+            half = [cell["mean"] - cell["low"] if cell["n"] > 1 else 0 for cell in cells.values()]
+            look = dict(label=name, ls=dashes) if word == "round" else dict(ls=dashes, alpha=0.7)
+            axis.errorbar(list(cells), means, half, color=f"C{k}", marker="o", capsize=3, **look)
+    axis.set(xlabel="round", ylabel="U2 of links", ylim=(0, 1.02))
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=9)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
 def means_of(tables: dict) -> dict:
     """The tables without the values of each game, with four digits."""
     if "games" in tables:
@@ -309,11 +333,14 @@ def main(argv=None) -> None:
     add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")
     add("--json", metavar="FILE", help="write means and intervals to a new file")
     add("--seeds", nargs="+", metavar="FILE", help="play nothing: combine files of --json")
+    add("--figure", metavar="PNG", help="with --seeds: draw U2 by round")
     ranks.start()
     args = parser.parse_args(argv)
     if args.seeds:
         print(f"{len(args.seeds)} runs: means and 95 % t intervals over the means of the runs")
-        print_tables(over_seeds(args.seeds))
+        print_tables(tables := over_seeds(args.seeds))
+        if args.figure:
+            write_atomic(args.figure, draw(tables))
         return
     if args.json:
         refuse_existing(args.json)

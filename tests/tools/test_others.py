@@ -236,7 +236,8 @@ def test_the_whole_command(tmp_path, capsys):
     tables["1"]["base"]["round 1"]["mean"] += 0.5
     tables["1"] = {name.replace("base", "another name"): row for name, row in tables["1"].items()}
     other.write_text(json.dumps(written))
-    others.main(["--seeds", str(path), str(other)])
+    others.main(["--seeds", str(path), str(other), "--figure", str(tmp_path / "others.png")])
+    assert (tmp_path / "others.png").read_bytes().startswith(b"\x89PNG")
     first = others.over_seeds([str(path), str(other)])["1"]["base"]
     assert first["round 1"]["mean"] == pytest.approx(tables["1"]["another name"]["round 1"]["mean"] - 0.25)
     assert first["round 2"]["high"] == first["round 2"]["low"] and first["round 1"]["n"] == 2
