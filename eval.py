@@ -94,6 +94,7 @@ def play_held_out(
     except human.Left:
         if not episodes:
             raise
+        print(f"the game that you left does not count; {len(episodes)} before it count\n")
     return [episodes[i] for i in sorted(episodes)]
 
 
@@ -141,7 +142,13 @@ def make_cast(
             player = expert_player(players.make_expert(rest), style, seed)
             return lambda stream=None: player
         if name == human.NAME:
-            return lambda stream=None: human.Human(style)
+            rule = players.partners.rule if players.partners else lambda game, seat: players.expert
+            who = {
+                "--table": lambda game, seat: names[seat],
+                "--policy": lambda game, seat: f"expert:{rule(game, seat).name}",
+            }
+            person = human.Human(style, who.get(flag))  # one for all games: it keeps the score
+            return lambda stream=None: person
         adapter, examples = None, {}
         if kind == "few-shot":
             drawn = evaluation.agents, players.expert, style, seed
