@@ -334,7 +334,8 @@ def draw_forest(compared: dict[str, dict[str, dict]], path: Path) -> None:
             look |= dict(clip_on=False, in_layout=False)
             axis.plot(np.clip(own, left, right), [y] * len(own), "-", **look)
             for end, mark, beyond in ((left, "<", min(own) < left), (right, ">", max(own) > right)):
-                axis.plot([end] * beyond, [y] * beyond, mark, **look)
+                if beyond:
+                    axis.plot(end, y, mark, **look)
             mean = -tests[y]["mean"]
             if left <= mean <= right:
                 axis.plot(mean, y, "s", **look)

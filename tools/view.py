@@ -117,7 +117,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "constant": about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3, config.get("partners")),
-            "learned": rounded(learned(samples, targets, found)),
+            "learned": rounded(learned(samples, targets, found, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

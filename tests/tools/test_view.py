@@ -217,6 +217,12 @@ def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
             row = json.loads(s["reply"].split("Decision: ")[1])
             choices += [(worth[j], row[j]) for j in (1, 2, 3)]
     check_choices(table, "before RFT (step 0)", choices)
+    write_json(
+        tmp_path / "run" / "config.json", CONFIG | NEW | {"expert": "random"}
+    )  # coin flips: no measure
+    assert (
+        "expert" in table["bins"] and len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2
+    )
 
 
 def test_the_gain_is_a_median_and_intervals_are_possible(made):

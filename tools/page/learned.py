@@ -80,15 +80,14 @@ def held_out_choices(summary: dict) -> Choices:
     return choices_of(decisions)
 
 
-def learned(samples: list[dict], targets: dict[tuple, Target], results: dict[str, dict]) -> dict:
-    """The bins and the best threshold before RFT, after it, and of the expert: in the held-out games, which
-    all have played, else in the first step and the last quarter of training. Nothing where neither is known,
-    or after a single step."""
-    names = {"before RFT": "sft", "after RFT": next(iter(results), "")}
-    names["expert"] = next((name for name in results if name.startswith("expert:")), "")
+def learned(samples: list[dict], targets: dict[tuple, Target], results: dict[str, dict], expert: str) -> dict:
+    """The bins and the best threshold before RFT, after it, and of the expert (unless it plays at random): in
+    the held-out games, else in the first step and the last quarter of training. Nothing where neither is
+    known, or after a single step."""
+    names = {"before RFT": "sft", "after RFT": next(iter(results), ""), "expert": f"expert:{expert}"}
     choices = {who: held_out_choices(results.get(name, {})) for who, name in names.items()}
     steps, where = sorted({s["step"] for s in samples}), "the held-out games"
-    if not all(choices.values()):
+    if not choices["before RFT"] or not choices["after RFT"]:
         choices, where = {}, "the groups of training"
         if targets and len(steps) > 1:
             late = steps[-max(1, len(steps) // 4) :]
@@ -96,6 +95,8 @@ def learned(samples: list[dict], targets: dict[tuple, Target], results: dict[str
             choices["before RFT (step 0)"] = training_choices(first, targets)
             choices[f"late in RFT (steps {late[0]} to {late[-1]})"] = training_choices(last, targets)
             choices["expert"] = training_choices(first + last, targets, "expert")
+    if expert == "random" or not choices.get("expert"):
+        choices.pop("expert", None)
     bins = {who: links_by_number(part) for who, part in choices.items()}
     thresholds = {who: best_threshold(part) for who, part in choices.items()}
     return {"where": where, "edges": EDGES, "bins": bins, "thresholds": thresholds}
