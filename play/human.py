@@ -7,6 +7,7 @@ and `2.5` for an effort, or the two lines of a reply (`Belief: [...]`, which may
 """
 
 import re
+import textwrap
 
 import numpy as np
 
@@ -82,7 +83,7 @@ def rules(state: State, seat: int, style: PromptStyle, known: bool) -> str:
 You play {rounds}: {stages}. All decide at the same time, and then see what came of it.
 Links: choose with whom you want to be linked. A link forms only if both choose each other, and costs each of
 them c. A choice {free}.
-{game.payoff_rule.replace("^2", "²")}
+{textwrap.fill(game.payoff_rule.replace("^2", "²"), 110)}
 Here x is your effort, {game.type_name} your own number (everybody has one), (links) how many links you have.
 {numbers}
 """
@@ -94,7 +95,8 @@ stands before it were true. It counts in c: at 1 a link earns what it costs, abo
     return f"""{text}\
 Answer with the numbers alone: for links one for each of the others, 1 for whom you choose, such as
 {" ".join("10101010101"[: game.N - 1])}; for an effort one number, such as 1.5.
-A game that is broken off does not count."""
+After a game come two scores of at most 1: U2, how near your choices were to your best ones, and U3, how near
+all came to the highest welfare. A game that is broken off does not count."""
 
 
 def brief(row, seat: int) -> str:

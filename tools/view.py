@@ -17,7 +17,8 @@ from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
 from games import KINDS
-from play.metrics import METRICS, UNKNOWN, about_constant, median_interval, paired_difference, possible
+from play import metrics
+from play.metrics import METRICS, UNKNOWN, paired_difference, possible
 from run.errors import InputError, one_line, reports_errors
 from run.files import read_json, read_lines, write_atomic
 from tools.page.games import games_of
@@ -35,13 +36,6 @@ def player_name(name: str, algo: str) -> str:
     """Of a row of the table, apart from the names of the run and of the algorithm."""
     known = {algo: "RFT policy", "sft": "SFT policy", "base": "base model", "expert:random": "random play"}
     return known.get(name, name.replace("expert:", "expert "))
-
-
-def setting(value) -> str:
-    """As a person would write it behind the flag."""
-    if isinstance(value, list):
-        return " ".join(map(setting, value))
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
@@ -62,32 +56,27 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
 
     def cell(metric, summary):
         if metric in MEDIANS:
-            return possible(metric, median_interval(row.get(metric) for row in summary["instances"]))
+            return possible(metric, metrics.median_interval(row.get(metric) for row in summary["instances"]))
         return possible(metric, summary["all rounds"].get(metric, UNKNOWN))
 
+    def difference(metric, name):
+        centre = metrics.median_interval if metric in MEDIANS else metrics.mean_interval
+        return possible(metric, paired_difference(results[first], results[name], metric, centre), True)
+
     first, *others = [*results] or [None]
-    of_median = [median_interval]
-    differences = {
-        f"{first} - {name}": [
-            possible(
-                m, paired_difference(results[first], results[name], m, *of_median * (m in MEDIANS)), True
-            )
-            for m in METRICS
-        ]
-        for name in others
-    }
-    metrics, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
-    hidden = ("script", "resumed", "out")
+    differences = {f"{first} - {name}": [difference(m, name) for m in METRICS] for name in others}
+    steps, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
+    shown = {k: v for k, v in config.items() if v is not None and k not in ("script", "resumed", "out")}
     return {
         "facts": facts,
-        "settings": {k: setting(v) for k, v in config.items() if v is not None and k not in hidden},
+        "settings": {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in shown.items()},
         "metrics": [f"{name}, median" if name in MEDIANS else name for name in METRICS],
         "table": {name: [cell(m, summary) for m in METRICS] for name, summary in results.items()},
         "differences": differences,
         "levels": next((line["levels"] for line in probe if "levels" in line), {}),
         "probe": [line for line in probe if "stage" in line],
         "sft": [[line["step"], line["loss"]] for line in sft if "loss" in line],
-        "steps": [{k: v for k, v in line.items() if isinstance(v, (int, float))} for line in metrics],
+        "steps": [{k: v for k, v in line.items() if isinstance(v, (int, float))} for line in steps],
     }
 
 
@@ -114,7 +103,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "name": clean(folder.name or str(folder)),
             "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
-            "constant": about_constant(found),
+            "constant": metrics.about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3, config.get("partners")),
             "learned": rounded(learned(samples, targets, found, config.get("expert"))),
