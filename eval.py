@@ -25,7 +25,7 @@ from models import adapters
 from models.load import put_adapter
 from play import human
 from play.expert_games import simulate
-from play.metrics import Episode, format_table, mean_over_seats, report, report_seeds, summarise
+from play.metrics import CONSTANTS, Episode, format_table, mean_over_seats, report, report_seeds, summarise
 from play.players import Player, adapter_on, expert_examples, expert_player, play_tables, policy_player
 from policy import Policy
 from run import ranks
@@ -94,6 +94,7 @@ def play_held_out(
     except human.Left:
         if not episodes:
             raise
+        print(f"the game that you left does not count; {len(episodes)} before it count\n")
     return [episodes[i] for i in sorted(episodes)]
 
 
@@ -141,7 +142,13 @@ def make_cast(
             player = expert_player(players.make_expert(rest), style, seed)
             return lambda stream=None: player
         if name == human.NAME:
-            return lambda stream=None: human.Human(style)
+            rule = players.partners.rule if players.partners else lambda game, seat: players.expert
+            who = {
+                "--table": lambda game, seat: names[seat],
+                "--policy": lambda game, seat: f"expert:{rule(game, seat).name}",
+            }
+            person = human.Human(style, who.get(flag))  # one for all games: it keeps the score
+            return lambda stream=None: person
         adapter, examples = None, {}
         if kind == "few-shot":
             drawn = evaluation.agents, players.expert, style, seed
@@ -164,21 +171,27 @@ def make_cast(
 
 def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
     """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
-    model, the other seats' expert and random play (among partners both constant answers), on the same games.
-    Removes the policy's adapter."""
+    model, the other seats' expert, the constant answer with the higher U2 and random play (among partners
+    both constant answers), on the same games. Removes the policy's adapter."""
     players, evaluation, results = settings.players, settings.evaluation, {}
     style, seed, temperature = players.style, evaluation.seed, evaluation.temperature
 
-    def add_row(name, make_player, *how):
-        results[name] = summarise(play_among_experts(settings, name, lambda: make_player(*how)))
+    def row(name, make_player, *how):
+        return summarise(play_among_experts(settings, name, lambda: make_player(*how)))
 
-    add_row(settings.rft.algo, policy_player, policy, style, temperature, seed)
+    def expert_row(expert):
+        return {f"expert:{expert.name}": row(expert.name, expert_player, expert, style, seed)}
+
+    results[settings.rft.algo] = row("the policy", policy_player, policy, style, temperature, seed)
     lora.remove(policy.model)  # what is left is the SFT policy
-    add_row("sft", policy_player, policy, style, temperature, seed)
-    add_row("base", policy_player, settings.model.load(), style, temperature, seed)
-    constants = [players.make_expert(name) for name in ("always-link", "never-link")]
-    for expert in constants if players.partners else (players.expert, players.make_expert("random")):
-        add_row(f"expert:{expert.name}", expert_player, expert, style, seed)
+    results["sft"] = row("sft", policy_player, policy, style, temperature, seed)
+    results["base"] = row("base", policy_player, settings.model.load(), style, temperature, seed)
+    constants = [expert_row(players.make_expert(name)) for name in CONSTANTS]
+    if players.partners:
+        results |= constants[0] | constants[1]
+    else:
+        best = max(constants, key=lambda own: next(iter(own.values()))["all rounds"]["U2"]["mean"])
+        results |= expert_row(players.expert) | best | expert_row(players.make_expert("random"))
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
     return results

@@ -133,6 +133,10 @@ METRICS: dict[str, Callable[[Episode], float | None]] = {
 }
 DETAILS = ("U3 gain", "gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
+CONSTANTS = "always-link", "never-link"  # the experts that give the same answer everywhere
+# What a metric can be, for the intervals that are shown; of others nothing is known.
+LIMITS = dict.fromkeys(("U1", "s", "row", "U2", "belief", "U2 | ok"), (0.0, 1.0))
+LIMITS |= dict.fromkeys(("U3", "U3 gain", "U3 | ok"), (-math.inf, 1.0)) | {"gap": (0.0, math.inf)}
 
 
 def per_instance(episode: Episode) -> dict[str, float | None]:
@@ -170,6 +174,26 @@ def mean_interval(values: Iterable[float | None]) -> dict:
         half = _t95(len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
         interval |= {"low": float(x.mean() - half), "high": float(x.mean() + half)}
     return interval
+
+
+def median_interval(values: Iterable[float | None]) -> dict:
+    """Median and 95 % interval between order statistics, whatever the distribution: at least as many values
+    lie on each side of the true median with the probability of so many heads of n coins. None is left out."""
+    x = np.sort([v for v in values if v is not None])
+    if not len(x):
+        return dict(UNKNOWN)
+    heads = np.cumsum([math.comb(len(x), k) / 2 ** len(x) for k in range(len(x))])
+    k = int((heads <= 0.025).sum())
+    ends = (float(x[k - 1]), float(x[-k])) if k else (None, None)
+    return {"mean": float(np.median(x)), "low": ends[0], "high": ends[1], "n": len(x)}
+
+
+def possible(metric: str, v: dict, difference: bool = False) -> dict:
+    """The interval without what the metric, or a difference of two, cannot be: that of a few games would
+    often be wider."""
+    low, high = LIMITS.get(metric, (-math.inf, math.inf))
+    low, high = (low - high, high - low) if difference else (low, high)
+    return v if v["low"] is None else v | {"low": max(low, v["low"]), "high": min(high, v["high"])}
 
 
 def wilson_interval(successes: float, n: float) -> dict:
@@ -229,33 +253,35 @@ def mean_over_seats(by_seat: list[list[Episode]]) -> dict[str, dict]:
     return _intervals(rows, [t for plays in by_seat for p in plays for t in p.turns], len(by_seat))
 
 
-def paired_difference(a: dict, b: dict, metric: str) -> dict:
-    """a - b of two summaries over the same instances: mean and interval of the differences. A person may have
-    played only the first of them."""
+def paired_difference(a: dict, b: dict, metric: str, centre=mean_interval) -> dict:
+    """a - b of two summaries over the same instances: mean and interval of the differences (or what `centre`
+    makes of them). A person may have played only the first instances."""
     instances = zip(a["instances"], b["instances"], strict=False)
     pairs = [(x.get(metric), y.get(metric)) for x, y in instances]
-    return mean_interval(x - y for x, y in pairs if x is not None and y is not None)
+    return centre(x - y for x, y in pairs if x is not None and y is not None)
 
 
 # -------------------- tables
 
 
 def tell_interval(v: dict, digits: int = 2, sign: str = "", short: bool = False) -> str:
-    """`mean [low, high]`, or with `short` `mean ±half its width` if it is symmetric, as t intervals are; "-"
-    where nothing is known. digits: of the interval; sign: "+" for differences."""
+    """`mean [low, high]`, or with `short` `mean ±half its width` if it is symmetric, as t intervals are, and
+    ends of exactly 0 or 1 without decimals; "-" where nothing is known. digits: of the interval; sign: "+"
+    for differences."""
     if v["low"] is None:
         return "-" if v["mean"] is None else f"{v['mean']:{sign}.3f}"
     mean, low, high = v["mean"], v["low"], v["high"]
     if short and abs(low + high - 2 * mean) < 1e-9:
         return f"{mean:{sign}.3f} ±{high - mean:.{digits}f}"
-    return f"{mean:{sign}.3f} [{low:{sign}.{digits}f}, {high:{sign}.{digits}f}]"
+    ends = (f"{end:g}" if short and end in (0, 1) else f"{end:{sign}.{digits}f}" for end in (low, high))
+    return f"{mean:{sign}.3f} [{', '.join(ends)}]"
 
 
 def align(rows: list[list[str]]) -> str:
-    """The rows as lines, in columns as wide as their longest text. A first text that is longer than 30
-    characters, such as the folder of an adapter, stands in a line of its own."""
+    """The rows as lines of up to 120 characters, in columns as wide as their longest text. A long first text,
+    such as the folder of an adapter, stands in a line of its own."""
     first, *widths = (max(map(len, column)) + 2 for column in zip(*rows, strict=True))
-    first, lines = min(first, 32), []
+    first, lines = min(first, 32, max(20, 122 - sum(widths))), []
     for name, *cells in rows:
         start = name.ljust(first) if len(name) + 2 <= first else f"{name}\n{' ' * first}"
         cells = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
@@ -265,11 +291,12 @@ def align(rows: list[list[str]]) -> str:
 
 def format_table(tables: dict[str, dict], metrics=None, digits: int = 2, sign: str = "") -> str:
     """One line per policy: mean and interval of these metrics, or of all but DETAILS. tables: {policy:
-    {metric: both}}."""
+    {metric: both}}; intervals are cut off at what is possible. sign: "+" for differences."""
     metrics = metrics or [name for name in METRICS if name not in DETAILS]
     rows = [["policy", *metrics]]
     for name, table in tables.items():
-        rows.append([name, *(tell_interval(table.get(m, UNKNOWN), digits, sign, True) for m in metrics)])
+        values = [possible(m, table.get(m, UNKNOWN), bool(sign)) for m in metrics]
+        rows.append([name, *(tell_interval(v, digits, sign, True) for v in values)])
     return align(rows)
 
 
@@ -290,6 +317,17 @@ def links_in_round(summary: dict, name: str) -> dict:
     return summary.get(name, {}).get("U2 graph", UNKNOWN)
 
 
+def about_constant(results: dict[str, dict]) -> str:
+    """What is to be known where a row links with everybody and proposals are free; else ""."""
+    row = results.get("expert:always-link")
+    if row is None or row["instances"][0]["instance"].get("fee"):
+        return ""
+    return (
+        "always-link gives the same answer everywhere: in the paper's game an unanswered proposal is free.\n"
+        "With the fee of docs/others.md no constant answer is good."
+    )
+
+
 def report(results: dict[str, dict]) -> str:
     """The tables that are printed, and the paired differences of the first row to every other."""
     first, *others = results
@@ -303,9 +341,10 @@ def report(results: dict[str, dict]) -> str:
     for label, tables in parts.items():
         text += f"\n\n{label} alone\n{format_table(tables)}"
     text += report_rounds(list(results), rounds, lambda name, r: links_in_round(results[name], r))
-    return text + report_differences(
+    text += report_differences(
         first, others, lambda name, m: paired_difference(results[first], results[name], m)
     )
+    return f"{text}\n\n{about_constant(results)}".rstrip("\n")
 
 
 def report_seeds(paths: list[str]) -> str:

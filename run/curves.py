@@ -1,9 +1,9 @@
 """curves.png: the course of SFT and RFT.
 
 The upper row is the probe (play/probe.py): answers to the same held-out questions over the time of training.
-Dashed lines are the levels of the expert, of random play and of the best constant answer. The lower row is
-the log of the steps, each of which has other prompts: light lines are their values, full ones the running
-means of 5.
+Level lines are those of the expert (wide and light), of the best constant answer (dashed) and of random play
+(dotted). The lower row is the log of the steps, each of which has other prompts: light lines are their
+values, full ones the running means of 5.
 """
 
 import io
@@ -14,7 +14,11 @@ import numpy as np
 from run.errors import one_line
 from run.files import read_lines, write_atomic
 
-DASHES = {"expert": (0, (6, 2)), "best constant answer": (0, (3, 2)), "random play": (0, (1, 2))}
+LEVELS = {  # two that are equal can both be seen
+    "expert": dict(color="C8", linewidth=4, alpha=0.5),
+    "best constant answer": dict(color="C6", linewidth=1.5, linestyle="--"),
+    "random play": dict(color="k", linewidth=1, linestyle=":"),
+}
 
 
 def plot_curves(folder: Path) -> None:
@@ -46,10 +50,11 @@ def draw_curves(folder: Path) -> bytes:
     draw_steps(below[2], rft, "entropy", "entropy per token", "C5")
     draw_steps(below[2], rft, "kl", "KL(pi, pi_ref) per token", "C4")
     titles = ["Probe, row: agents treated as the expert does", "Probe, U2: efficiency of the decisions"]
-    titles += ["Probe, U1 compliance, belief, graph score s", "SFT: loss", "RFT: reward r^S (at most 2.5)"]
+    titles += ["Probe, U1 compliance, belief, graph score s", "SFT: loss", "RFT: reward $r^S$ (at most 2.5)"]
     for axis, title in zip(figure.axes, [*titles, "RFT: variance, entropy, KL"], strict=True):
         axis.set(title=title, xlabel="minutes of training" if axis in above else "step")
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[1]:
             # at the bottom of the upper row stand the names of the stages
             place = dict(loc="lower right", bbox_to_anchor=(1, 0.07)) if axis in above else {}
@@ -86,6 +91,5 @@ def draw_probe(axis, probe: list[dict], colours: dict[str, str]) -> None:
             axis.plot(minutes, y, colour, marker="o", markersize=4, label=label)
         for name, values in levels.items():
             if values.get(metric) is not None:
-                look = dict(color="k", alpha=0.6, linewidth=1, linestyle=DASHES[name])
-                axis.axhline(values[metric], label=f"{name}: {values[metric]:.2f}", **look)
+                axis.axhline(values[metric], label=f"{name}: {values[metric]:.2f}", zorder=1, **LEVELS[name])
     axis.set_ylim(-0.03, 1.03)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute import all_graphs, bcz_payoffs
+from brute import bcz_payoffs
 
 import prompts
 from decisions import EFFORTS, LINKS
@@ -17,6 +17,7 @@ from experts import make_expert
 from games import Decision, State, complete_graph, form_links
 from play.expert_games import simulate
 from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
+from tools.check_game import all_graphs
 from world.bcz import BCZ
 from world.draws import Family, held_out_grid
 from world.pgg import PGG

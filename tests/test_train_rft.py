@@ -71,7 +71,8 @@ def test_samples_say_which_replies_were_cut_off(full):
 
 def test_eval_json_has_a_row_for_every_policy(full):
     results = json.loads((full.folder / "eval.json").read_text())["results"]
-    assert list(results) == ["tompo", "sft", "base", "expert:second-best", "expert:random"]
+    experts = ["expert:second-best", "expert:always-link", "expert:random"]
+    assert list(results) == ["tompo", "sft", "base", *experts]
     assert results["expert:second-best"]["all rounds"]["U1"]["mean"] == 1
     assert len(results["tompo"]["instances"]) == 2
     # the three policies are three policies: the same uniforms, other replies

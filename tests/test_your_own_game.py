@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from brute import check_efficient_graph, check_efforts, check_payoffs, random_graph
 from whole_runs import ROOT, fake_parse, flags, lines_of, parsed, run_rft
 
 import experts
@@ -20,6 +19,8 @@ from play.dataset import simulate_many
 from play.expert_games import label_decision
 from prompts import PromptStyle, messages, parse_reply
 from rewards import Target, welfare
+from tools import check_game
+from tools.check_game import check_efficient_graph, check_nash, check_payoffs, check_planner, check_replies
 from variants import objective
 from variants.objective import per_group
 from world.draws import Family, draw_game, held_out_grid, split_of
@@ -38,6 +39,8 @@ def symmetry(sample, target):
 
 @pytest.fixture
 def added(monkeypatch):
+    for name in GAMES:  # after the test they are as they were
+        monkeypatch.setitem(GAMES, name, GAMES[name])
     monkeypatch.setitem(GAMES, "coordination", Coordination)
     monkeypatch.setitem(rewards.TERMS, "symmetry", symmetry)
 
@@ -65,8 +68,9 @@ def test_payoffs_are_those_of_the_equation():
 
 
 def test_efforts_are_the_best():
-    found = check_efforts(random_game)
-    assert {len(set(planner)) for *_, planner in found} >= {1, 2}
+    check_replies(random_game)
+    check_nash(random_game)
+    assert {len(set(planner)) for _, planner in check_planner(random_game)} >= {1, 2}
 
 
 def is_equilibrium(game, links_NN, x):
@@ -81,7 +85,7 @@ def test_nash_efforts_are_the_greatest_equilibrium(N):
     """Of all profiles of halves that are equilibria none is above it, and it is one of them."""
     rng, several = np.random.default_rng(2), 0
     for _ in range(25):
-        game, links_NN = random_game(rng, N), random_graph(rng, N, 0.8)
+        game, links_NN = random_game(rng, N), check_game.random_graph(rng, N, 0.8)
         nash, profiles = game.nash_efforts(links_NN), itertools.product(halves(game), repeat=N)
         equilibria = [x for x in profiles if is_equilibrium(game, links_NN, x)]
         assert tuple(nash) in equilibria and (np.array(equilibria) <= nash).all()
@@ -94,6 +98,56 @@ def test_the_efficient_graph_is_the_best_of_all(solution):
     assert len(set(check_efficient_graph(random_game, solution))) > 1
     with pytest.raises(GameError, match="at most 5"):
         Coordination((1.0,) * 6, 0.1, 3.0).efficient_graph()
+
+
+ALPHAS, FIRST = "np.tile(self.alpha, (self.N, 1))", "payoffs, link gains and the fee"
+MISTAKES = [  # in a copy of the file: what stands there instead, the check that finds it, and what it says
+    ("x**2 / 2 - self.link_cost", "x**2 / 2 - self.c", FIRST, "the payoff with a fee of 0.3 is ["),
+    ("efforts_N) - self.link_cost", "efforts_N)", FIRST, "what a link gains is ["),
+    ("- x**2 / 2", "+ x**2 / 2", "payoffs are concave", "the payoff is not concave in the effort of agent "),
+    (f"{ALPHAS}.T", ALPHAS, "best replies", "best_response: "),
+    ("np.add.outer(self.alpha, self.alpha), l", f"{ALPHAS}, l", "best replies", "planner_response: "),
+    ("best_reply(worth_N[row_N], x[row_N])", "self.cap + 1", "best replies", "is not from 0 to its cap"),
+    ("x, self.best_response(links_NN, x)", "x, x", "Nash efforts", "nash_efforts: "),
+    ("= density.max()", "= density.max() / 2", "planner efforts", "planner_efforts: "),
+    ("W > best_welfare + 1e-9", "best_links is None", "efficient graph at nash efforts", "the best are "),
+    ("links, best_welfare\n", "links, 0.0\n", "efficient graph at planner efforts", "that efficient_graph "),
+    ("(0.3, 0.5, 0.7, 0.9, 1.1)", "(9.0,)", "the held-out games differ", "the best in all 12 of them"),
+]
+
+
+@pytest.mark.parametrize("right, wrong, check, said", MISTAKES)
+def test_a_mistake_in_a_game_is_found_and_said(right, wrong, check, said, added, tmp_path):
+    text = (ROOT / "docs" / "coordination.py").read_text()
+    assert right in text
+    (tmp_path / "mine.py").write_text(text.replace(right, wrong))
+    held_out_grid.cache_clear()  # here several games have this name
+    assert check_game.games_in(tmp_path / "mine.py") == ["coordination"]
+    with pytest.raises(check_game.Disagreement) as found:
+        check_game.checks_of("coordination")[check]()
+    held_out_grid.cache_clear()
+    assert said in str(found.value) and "\n" not in str(found.value)
+
+
+def test_the_command_says_what_agrees_and_what_does_not(added, tmp_path, capsys, refused):
+    text = (ROOT / "docs" / "coordination.py").read_text()
+    (tmp_path / "mine.py").write_text(text.replace("previous, x = x, self.best_response(", "best_replies("))
+    with pytest.raises(SystemExit) as stop:
+        check_game.main([str(tmp_path / "mine.py")])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 1 and len(lines) == 8 and lines[2][:20] == "ok     coordination,"
+    assert lines[3] == "wrong  coordination, Nash efforts: NameError: name 'best_replies' is not defined"
+    (tmp_path / "empty.py").write_text("")
+    assert "registers no game" in refused(check_game.main, [tmp_path / "empty.py"])
+    assert "cannot be imported: FileNotFoundError" in refused(check_game.main, [tmp_path / "none.py"])
+
+
+@pytest.mark.parametrize("file", ["docs/coordination.py", "world/bcz.py", "world/pgg.py"])
+def test_the_games_of_the_project_agree_with_all_checks(file, added, capsys):
+    held_out_grid.cache_clear()
+    check_game.main([str(ROOT / file)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(line.startswith("ok     ") for line in lines)
 
 
 def test_where_nobody_can_do_better_than_nothing_the_welfare_score_is_a_number():

@@ -179,7 +179,7 @@ def test_it_is_evaluated_and_shown(run):
     assert re.search(r"late message answers: \d+ different", diagnose.format_findings(diagnose.diagnose(run)))
     page = view.run_data(run, 10**6)
     assert {p["kind"] for p in page["groups"]["prompts"]} == set("GEM") and not page["missing"]
-    played = page["games"]["games"][0]["players"]["expert:second-best"]["stages"]
+    played = page["games"]["games"][0]["players"]["expert second-best"]["stages"]
     assert [stage["kind"] for stage in played] == list("MGE")
     assert played[0]["actions"][0].startswith("I choose")
     assert (run / "run.html").stat().st_size > 50_000 and (run / "curves.png").stat().st_size > 10**4

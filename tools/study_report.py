@@ -276,7 +276,7 @@ def write(results: Path, folder: Path, planned: dict[str, int]) -> str:
         reference = REFERENCE.get(family, tompo)
         if rows := compare(arms, reference, values):
             sections[family] += ["", *markdown(rows_of_differences(rows, reference)), "", NOTE]
-        compared |= {f"{name} - {reference}": row for name, row in rows.items()}
+        compared |= {f"{reference} - {name}": row for name, row in rows.items()}
     sections["What RFT adds to its SFT stage"] = markdown(rows_of_added(values))
     sections["The two levels"] = markdown(rows_of_levels(values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
@@ -317,17 +317,34 @@ def picture(path: Path, height: float, metrics: tuple[str, ...]) -> Iterator[tup
 
 
 def draw_forest(compared: dict[str, dict[str, dict]], path: Path) -> None:
-    """Every arm's difference to its reference. compared: {"arm - reference": a row of `compare`}."""
+    """The reference of every arm minus the arm. compared: {"reference - arm": a row of `compare`, which has
+    the arm minus the reference}. Arms of two seeds, whose intervals are wide, do not set the scale: an
+    interval that leaves the picture ends in an arrow."""
     rows = list(reversed(compared.values()))
     seeds = [max(test.get("n", 0) for test in row.values()) for row in rows]
     labels = [f"{name}, {n} seeds" for name, n in zip(reversed(compared), seeds, strict=True)]
     for axis, metric in picture(path, 1.2 + 0.26 * max(4, len(rows)), ("row", "U2", "U1 x U3")):
-        for y, test in enumerate(row.get(metric) for row in rows):
-            if test:
-                axis.plot([test["low"], test["high"]], [y, y], "k-", linewidth=1)
-                axis.plot(test["mean"], y, "ks", markersize=4)
+        tests = {y: row[metric] for y, row in enumerate(rows) if metric in row}
+        ends = {y: [-t[e] for e in ("high", "mean", "low") if t[e] is not None] for y, t in tests.items()}
+        scale = [x for y, own in ends.items() for x in own if tests[y]["n"] > 2] or sum(ends.values(), [0.0])
+        margin = 0.08 * (max(scale) - min(scale) or 1)
+        left, right = min(scale) - margin, max(scale) + margin
+        for y, own in ends.items():
+            look = dict(color="k" if tests[y]["n"] > 2 else "0.6", markersize=4, linewidth=1)
+            look |= dict(clip_on=False, in_layout=False)
+            axis.plot(np.clip(own, left, right), [y] * len(own), "-", **look)
+            for end, mark, beyond in ((left, "<", min(own) < left), (right, ">", max(own) > right)):
+                if beyond:
+                    axis.plot(end, y, mark, **look)
+            mean = -tests[y]["mean"]
+            if left <= mean <= right:
+                axis.plot(mean, y, "s", **look)
+            else:
+                side = dict(x=right, ha="right") if mean > right else dict(x=left, ha="left")
+                axis.text(y=y, s=f"  {mean:+.2f}  ", va="bottom", fontsize=7, in_layout=False, **side)
         axis.axvline(0, color="C7", linewidth=1)
         axis.set(title=f"{metric}: difference", yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
+        axis.set_xlim(left, right)
         axis.set_yticklabels(labels if metric == "row" else [], fontsize=8)
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)

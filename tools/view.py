@@ -13,11 +13,12 @@ data there: it is embedded as escaped JSON and becomes text, never markup.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
-from play.metrics import METRICS, UNKNOWN, paired_difference
+from games import KINDS
+from play import metrics
+from play.metrics import METRICS, UNKNOWN, paired_difference, possible
 from run.errors import InputError, one_line, reports_errors
 from run.files import read_json, read_lines, write_atomic
 from tools.page.games import games_of
@@ -26,39 +27,56 @@ from tools.page.learned import learned
 from tools.page.text import clean, escaped, rounded
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+ALGORITHMS = {"tompo": "ToMPO", "grpo": "GRPO"}
+MEDIANS = ("U3 gain",)  # one game in which cooperation can add little would make the mean
 PAGE = 2_700_000  # characters of data on a page; half of a run's share is for groups, a third for games
+
+
+def player_name(name: str, algo: str) -> str:
+    """Of a row of the table, apart from the names of the run and of the algorithm."""
+    known = {algo: "RFT policy", "sft": "SFT policy", "base": "base model", "expert:random": "random play"}
+    return known.get(name, name.replace("expert:", "expert "))
 
 
 def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
     """What was run, and what came of it."""
     minutes = [f"{stage} {s / 60:.1f} min" for stage, s in timing.get("seconds", {}).items()]
-    memory = timing.get("peak_memory_gib")
+    memory, kinds = timing.get("peak_memory_gib"), [kind.noun for kind in KINDS.values()]
+    prompts = [f"{n} about {kind}" for n, kind in zip(config.get("prompts") or (), kinds, strict=False)]
     facts = {
-        "what": f"{config.get('algo')} on {config.get('model')}, {config.get('steps')} steps of "
-        f"{config.get('prompts')} graph and effort prompts, {config.get('m')} replies each, "
-        f"expert {config.get('expert')}, seed {config.get('seed')}",
+        "algorithm": ALGORITHMS.get(config.get("algo"), config.get("algo")),
+        "training": f"{config.get('steps')} steps; prompts of a step: {', '.join(prompts)}; "
+        f"{config.get('m')} replies to each; seed {config.get('seed')}",
+        "model": config.get("model"),
+        "expert": config.get("expert"),
         "time": ", ".join(minutes) or "not logged: the run has not ended",
         "peak memory": f"{memory:.1f} GiB" if memory else "not logged",
         "machine": timing.get("machine", "not logged by the version that made this run"),
     }
+
+    def cell(metric, summary):
+        if metric in MEDIANS:
+            return possible(metric, metrics.median_interval(row.get(metric) for row in summary["instances"]))
+        return possible(metric, summary["all rounds"].get(metric, UNKNOWN))
+
+    def difference(metric, name):
+        centre = metrics.median_interval if metric in MEDIANS else metrics.mean_interval
+        return possible(metric, paired_difference(results[first], results[name], metric, centre), True)
+
     first, *others = [*results] or [None]
-    compared = [m for m in METRICS if m != "U1"]
-    differences = {
-        f"{first} - {name}": {m: paired_difference(results[first], results[name], m) for m in compared}
-        for name in others
-    }
-    metrics, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
-    hidden = ("script", "resumed", "out")
+    differences = {f"{first} - {name}": [difference(m, name) for m in METRICS] for name in others}
+    steps, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
+    shown = {k: v for k, v in config.items() if v is not None and k not in ("script", "resumed", "out")}
     return {
         "facts": facts,
-        "settings": {k: json.dumps(v) for k, v in config.items() if v is not None and k not in hidden},
-        "metrics": list(METRICS),
-        "table": {n: {m: s["all rounds"].get(m, UNKNOWN) for m in METRICS} for n, s in results.items()},
+        "settings": {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in shown.items()},
+        "metrics": [f"{name}, median" if name in MEDIANS else name for name in METRICS],
+        "table": {name: [cell(m, summary) for m in METRICS] for name, summary in results.items()},
         "differences": differences,
         "levels": next((line["levels"] for line in probe if "levels" in line), {}),
         "probe": [line for line in probe if "stage" in line],
         "sft": [[line["step"], line["loss"]] for line in sft if "loss" in line],
-        "steps": [{k: v for k, v in line.items() if isinstance(v, (int, float))} for line in metrics],
+        "steps": [{k: v for k, v in line.items() if isinstance(v, (int, float))} for line in steps],
     }
 
 
@@ -72,7 +90,8 @@ def run_data(folder: Path, budget: int) -> dict:
         for name in ("config.json", "timing.json", "eval.json")
     )
     try:
-        samples, results = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
+        samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
+        results = {player_name(name, config.get("algo")): summary for name, summary in found.items()}
         asked, played = read_prompts(folder), all("actions" in summary for summary in results.values())
         missing = {
             "prompts.jsonl: no prompts, instances and graphs of the experts in the groups": not asked,
@@ -84,9 +103,10 @@ def run_data(folder: Path, budget: int) -> dict:
             "name": clean(folder.name or str(folder)),
             "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
+            "constant": metrics.about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3, config.get("partners")),
-            "learned": rounded(learned(samples, targets)),
+            "learned": rounded(learned(samples, targets, found, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

@@ -54,6 +54,33 @@ def test_mean_interval():
     assert mean_interval([2.0, 2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 3}
 
 
+def test_the_median_and_its_interval_by_hand():
+    """Of 60 values the 22nd and the 39th (a table of the binomial distribution); of 10 the second and the
+    ninth, since 11 of 1024 throws of ten coins have at most one head. Fewer than 6 values have none."""
+    for n, low, high in ((60, 22, 39), (10, 2, 9), (6, 1, 6)):
+        v = metrics.median_interval([*map(float, range(n, 0, -1)), None])
+        assert v == {"mean": (n + 1) / 2, "low": low, "high": high, "n": n}
+    assert metrics.median_interval([-252.0, 0.4, 0.5]) == {"mean": 0.4, "low": None, "high": None, "n": 3}
+    assert metrics.median_interval([None]) == metrics.UNKNOWN
+
+
+def test_intervals_end_where_the_metric_does():
+    wide = mean_interval([0.2, 0.9])  # 0.55 ± 4.45
+    cells = {m: metrics.format_table({"a": {m: wide}}, [m]) for m in ("U2", "U3", "gap", "x")}
+    told = {"U2": "0.550 [0, 1]", "U3": "0.550 [-3.90, 1]", "gap": "0.550 [0, 5.00]", "x": "0.550 ±4.45"}
+    assert {m: cell.split("  ")[-1].strip() for m, cell in cells.items()} == told
+    assert metrics.format_table({"a": {"U2": wide}}, ["U2"], 2, "+").endswith("+0.550 [-1.00, 1]")
+
+
+def test_a_constant_answer_is_said_to_be_one_where_proposals_are_free():
+    def results(name, **more):
+        return {name: {"instances": [{"instance": {"game": "bcz"} | more}]}}
+
+    assert "no constant answer is good" in metrics.about_constant(results("expert:always-link"))
+    assert metrics.about_constant(results("expert:always-link", fee=0.05)) == ""
+    assert metrics.about_constant(results("expert:random")) == ""
+
+
 def test_paired_difference():
     def summary(*values):
         return {"instances": [{"U3": v} for v in values]}
@@ -165,7 +192,8 @@ def test_lines_fit_into_120_columns_and_long_names_have_their_own():
     assert lines[2] == name and lines[3].split() == lines[1].split()[1:] and lines.count(name) == 2
     for metric in ("s", "row", "U2", "U3", "belief"):
         v = s["all rounds"][metric]
-        assert f" {v['mean']:.3f} ±{(v['high'] - v['low']) / 2:.2f}" in lines[3]
+        told = f"±{(v['high'] - v['low']) / 2:.2f}" if v["high"] < 1 and v["low"] > 0 else "["
+        assert f" {v['mean']:.3f} {told}" in lines[3]
 
 
 def test_a_new_metric_is_one_entry_and_older_files_lack_it(monkeypatch, tmp_path, capsys):
@@ -202,7 +230,8 @@ def test_intervals_over_seeds_are_those_of_the_seed_means(seeds, capsys):
     evaluation.main(["--seeds", *paths])
     table, differences = capsys.readouterr().out.split("minus")
     means = np.array([run["tompo"]["all rounds"]["U3"]["mean"] for run in runs])
-    assert f"{means.mean():.3f} ±{4.3027 * means.std(ddof=1) / math.sqrt(3):.2f}" in table
+    half = 4.3027 * means.std(ddof=1) / math.sqrt(3)
+    assert means.mean() + half > 1 and f"{means.mean():.3f} [{means.mean() - half:.2f}, 1]" in table
     pairs = [zip(run["tompo"]["instances"], run["sft"]["instances"], strict=True) for run in runs]
     means = np.array([np.mean([a["U3"] - b["U3"] for a, b in pair]) for pair in pairs])
     half = 4.3027 * means.std(ddof=1) / math.sqrt(3)

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from tables import STYLE
 from whole_runs import Run, interrupted, lines_of, rft_flags, run_rft, sft_flags
 
@@ -15,6 +16,7 @@ from games import Decision
 from play import probe
 from play.probe import Probe, levels, measure, probe_targets
 from prompts import PromptStyle, Reply
+from run.curves import plot_curves
 from run.files import JsonLines
 from world.draws import Family, split_of
 
@@ -118,3 +120,27 @@ def test_a_stopped_run_leaves_its_picture(model_dir, tmp_path, monkeypatch):
         interrupted(monkeypatch, rft_flags(model_dir, folder), folder / "metrics.jsonl", 1)
     assert drawn == [folder] and (folder / "curves.png").stat().st_size > 10_000  # the probe's own picture
     assert [line.get("step") for line in lines_of(folder / "probe.jsonl")] == [None, 0, 3, 6]
+
+
+def test_in_the_picture_steps_are_whole_and_levels_that_are_equal_are_told_apart(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
+    )
+    values = dict.fromkeys(probe.KEYS, 0.5)
+    names = "expert", "random play", "best constant answer"
+    log = JsonLines(tmp_path / "probe.jsonl", lambda row: True)
+    log.write({"levels": {name: {"row": 1.0, "U2": 0.9} for name in names}})
+    for step in (0, 4):
+        log.write({"stage": "SFT", "step": step, "seconds": 60.0 * step} | values)
+    steps = JsonLines(tmp_path / "metrics.jsonl", lambda row: True)
+    for step in range(4):  # by default matplotlib would write 0.5, 1.5
+        steps.write({"step": step, "reward_graph": 1.0, "kl": 0.1})
+    plot_curves(tmp_path)
+    (figure,) = drawn
+    for axis in figure.axes:
+        assert all(tick == int(tick) for tick in axis.get_xticks())
+    lines = {line.get_label().split(":")[0]: line for line in figure.axes[0].lines}
+    looks = [(line.get_color(), line.get_linestyle()) for line in map(lines.get, names)]
+    widths = [line.get_linewidth() for line in map(lines.get, names)]
+    assert len(set(looks)) == 3 and widths[0] > max(widths[1:]) + 2

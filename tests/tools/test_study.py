@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 from whole_runs import lines_of
 
 import settings
@@ -190,6 +191,30 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     assert "tompo (7), sft (7)." in report  # what the plan still lacks
     for name in ("study-forest.png", "study-curves.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypatch):
+    """The reference minus the arm, as in the README; what leaves the picture is an arrow and its mean."""
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
+    )
+
+    def row(n, mean, half):
+        known = {"low": mean - half, "high": mean + half} if half else {"low": None, "high": None}
+        return {metric: {"mean": mean, "n": n} | known for metric in ("row", "U2", "U1 x U3")}
+
+    arms = {"a": row(8, -0.1, 0.05), "b": row(2, -0.9, 3.0), "c": row(2, 0.0, 0.5), "d": row(1, -0.1, None)}
+    study_report.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
+    axis = drawn[0].axes[0]
+    marks = {m: [line.get_ydata()[0] for line in axis.lines if line.get_marker() == m] for m in "s<>"}
+    assert axis.get_xlim() == pytest.approx((0.042, 0.158)) and marks == {
+        "s": [0, 3],
+        "<": [1, 2],
+        ">": [1, 2],
+    }
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"] == [0.1, 0.1]
+    assert [text.get_text().strip() for text in axis.texts] == ["-0.00", "+0.90"]
 
 
 def test_the_stored_results_give_the_stored_tables(tmp_path):

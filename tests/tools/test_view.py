@@ -19,12 +19,12 @@ import train_rft
 from decisions import payoffs_with_row, row_payoffs
 from eval import play_among_experts
 from experts import make_expert
-from games import game_from_json
+from games import State, game_from_json
 from play import rft_log
 from play.dataset import Prompt, targets
 from play.expert_games import history_from_text, simulate
 from play.metrics import METRICS, summarise
-from prompts import Reply, format_reply, parse_reply
+from prompts import Reply, format_reply, messages, parse_reply
 from rewards import WEIGHTS, Memory, Sample, expert_rewards
 from run.files import JsonLines, write_json
 from tompo import group_normalise
@@ -94,7 +94,7 @@ def sample(prompt, rng, hostile):
 
 def evaluated(folder, games=5):
     names = {"tompo": "noisy:second-best:0.2", "sft": "noisy:second-best:0.6"}
-    names |= {"expert:second-best": "second-best"}
+    names |= {"expert:second-best": "second-best", "expert:always-link": "always-link"}
     settings = evaluation_of("second-best", games)
     results = {
         label: summarise(play_among_experts(settings, label, lambda name=name: expert(name, 7)))
@@ -111,6 +111,10 @@ def made(tmp_path_factory):
 
 def results_of(folder):
     return json.loads((folder / "eval.json").read_text())["results"]
+
+
+ROWS = {"tompo": "RFT policy", "sft": "SFT policy"}
+ROWS |= {f"expert:{name}": f"expert {name}" for name in ("second-best", "always-link")}
 
 
 def place(line):
@@ -149,8 +153,9 @@ def test_the_values_of_choices_are_exact(made):
     run, results = view.run_data(made, view.PAGE), results_of(made)
     for shown in run["games"]["games"]:
         for name, player in shown["players"].items():
-            game = game_from_json(results[name]["instances"][shown["number"]]["instance"])
-            end = history_from_text(game, results[name]["actions"][shown["number"]])
+            (row,) = (summary for key, summary in results.items() if ROWS[key] == name)
+            game = game_from_json(row["instances"][shown["number"]]["instance"])
+            end = history_from_text(game, row["actions"][shown["number"]])
             for k, stage in enumerate(player["stages"]):
                 (d,), state = stage["decisions"], end.before(k)
                 U2 = state.kind.efficiency(state, 0, end.history[k])
@@ -166,27 +171,73 @@ def test_the_values_of_choices_are_exact(made):
             assert player["stages"][-1]["payoffs"] == pytest.approx(payoffs, abs=1e-4)
 
 
-def test_links_are_counted_by_the_number_in_the_prompt(made):
-    """Independently: the number is read in the prompt, the choice in the reply."""
-    prompts = {place(p): p for p in lines_of(made / "prompts.jsonl")}
-    choices = []
-    for s in lines_of(made / "samples.jsonl"):
-        if s["kind"] == "G" and s["step"] == 0 and not s["broken"]:
-            text = prompts[place(s)]["prompt"][-1]["content"]
-            worth = json.loads(text.split("a link earns ")[1].split("]")[0] + "]")
-            row = json.loads(s["reply"].split("Decision: ")[1])
-            choices += [(worth[j], row[j]) for j in (1, 2, 3)]
-    table = view.run_data(made, view.PAGE)["learned"]
-    bins = table["bins"]["step 0, the SFT policy"]
+def check_choices(table, who, choices):
+    """choices: (worked number, whether linked), found in another way."""
     edges = [-np.inf, *learned.EDGES, np.inf]
-    for (linked, n), low, high in zip(bins, edges[:-1], edges[1:], strict=True):
+    for (linked, n), low, high in zip(table["bins"][who], edges[:-1], edges[1:], strict=True):
         inside = [row for worth, row in choices if low <= worth < high]
         assert (linked, n) == (sum(inside), len(inside))
-    best = table["thresholds"]["step 0, the SFT policy"]
+    best = table["thresholds"][who]
     assert best["n"] == len(choices)
     agreed = {t: np.mean([(worth >= t) == row for worth, row in choices]) for t in np.linspace(-1, 9, 4001)}
     assert best["agreed"] == pytest.approx(max(agreed.values()), abs=1e-5)
     assert best["agreed"] == pytest.approx(np.mean([(worth >= best["t"]) == row for worth, row in choices]))
+    assert best["even"] == pytest.approx(np.mean([(worth >= 1) == row for worth, row in choices]))
+
+
+def worked(question):
+    return json.loads(question.split("a link earns ")[1].split("]")[0] + "]")
+
+
+def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
+    """Independently: the number is read in the prompt, the choice in the reply. First in the held-out games,
+    then, in a run without evaluation, in the groups of training."""
+    table, choices = view.run_data(made, view.PAGE)["learned"], []
+    assert table["where"] == "the held-out games" and list(table["bins"]) == [
+        "before RFT",
+        "after RFT",
+        "expert",
+    ]
+    for row, replies in zip(
+        *(results_of(made)["tompo"][key] for key in ("instances", "replies")), strict=True
+    ):
+        question = messages(State(game_from_json(row["instance"])), 0, [], STYLE)[-1]["content"]
+        chosen = json.loads(replies[0].split("Decision: ")[1])
+        choices += [(worked(question)[j], chosen[j]) for j in (1, 2, 3)]
+    check_choices(table, "after RFT", choices)
+
+    shutil.copytree(made, tmp_path / "run")
+    (tmp_path / "run" / "eval.json").unlink()
+    prompts = {place(p): p for p in lines_of(made / "prompts.jsonl")}
+    table, choices = view.run_data(tmp_path / "run", view.PAGE)["learned"], []
+    assert table["where"] == "the groups of training" and "late in RFT (steps 3 to 3)" in table["bins"]
+    for s in lines_of(made / "samples.jsonl"):
+        if s["kind"] == "G" and s["step"] == 0 and not s["broken"]:
+            worth = worked(prompts[place(s)]["prompt"][-1]["content"])
+            row = json.loads(s["reply"].split("Decision: ")[1])
+            choices += [(worth[j], row[j]) for j in (1, 2, 3)]
+    check_choices(table, "before RFT (step 0)", choices)
+    write_json(
+        tmp_path / "run" / "config.json", CONFIG | NEW | {"expert": "random"}
+    )  # coin flips: no measure
+    assert (
+        "expert" in table["bins"] and len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2
+    )
+
+
+def test_the_gain_is_a_median_and_intervals_are_possible(made):
+    overview = view.run_data(made, view.PAGE)["overview"]
+    k, results = overview["metrics"].index("U3 gain, median"), results_of(made)
+    for name, summary in results.items():
+        gains = [row["U3 gain"] for row in summary["instances"]]
+        assert overview["table"][ROWS[name]][k]["mean"] == pytest.approx(np.median(gains), abs=1e-5)
+    gains = zip(*(results[name]["instances"] for name in ("tompo", "sft")), strict=True)
+    difference = np.median([a["U3 gain"] - b["U3 gain"] for a, b in gains])
+    (told,) = (row for name, row in overview["differences"].items() if name == "RFT policy - SFT policy")
+    assert told[k]["mean"] == pytest.approx(difference, abs=1e-5)
+    for row in overview["table"].values():
+        assert all(v["low"] >= 0 and v["high"] <= 1 for v in row[:4] if v["low"] is not None)
+    assert min(v["high"] for v in told[:4]) <= 1 and told[0]["low"] is not None  # U1 has an interval, too
 
 
 def test_older_runs_open_with_what_they_have(made, tmp_path):
@@ -330,10 +381,20 @@ def test_the_overview_is_that_of_the_files_and_what_was_learned_is_a_chart_and_a
         "return rows.map(r => [...r.cells].map(c => c.innerText))"
     )
     for name, summary in results_of(made).items():
-        row = next(r for r in cells if r[0] == name)
+        row = next(r for r in cells if r[0] == ROWS[name])
         for metric, text in zip(METRICS, row[1:], strict=True):
-            assert text.split("\n")[0] == f"{summary['all rounds'][metric]['mean']:.3f}"
+            gain = metric == "U3 gain"  # a median
+            assert gain or text.split("\n")[0] == f"{summary['all rounds'][metric]['mean']:.3f}"
     assert "a <machine>" in page.text("#overview-body") and "RFT 1.5 min" in page.text("#overview-body")
+    assert "no constant answer is good" in page.text("#overview-body")
+    assert "3 about links, 1 about efforts; 4 replies to each" in page.text("#overview-body")
+    assert page.texts("h2") == ["What it learned", "Overview", "Groups", "Games"]
+    told = page.text("#learned-body")
+    even = {who: own["even"] for who, own in view.run_data(made, view.PAGE)["learned"]["thresholds"].items()}
+    assert f"describes {100 * even['before RFT']:.1f} % of the choices before RFT" in told
+    points = round(100 * (even["after RFT"] - even["expert"]))
+    word = "more strictly than" if points > 0 else "less strictly than" if points < 0 else "as strictly as"
+    assert f"follows the number {word} the expert" in told
     circles = page.run("return document.querySelectorAll('#learned-body svg circle').length")
     assert "best described by" in page.text("#learned-body") and circles
 
@@ -341,6 +402,11 @@ def test_the_overview_is_that_of_the_files_and_what_was_learned_is_a_chart_and_a
 def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
     groups = groups_of(made)
     assert len(page.options("g-group")) == len(groups) == 16
+    opposed = [max(-s["A_S"] * s["A_G"] for s in group) for group in groups]
+    first = int(page.run("return document.getElementById('g-group').value"))
+    assert opposed[first] == pytest.approx(max(opposed), abs=1e-5) and max(opposed) > 0
+    assert "signs of AS and AG differ" in page.text("#groups-body")  # with raised letters
+    page.choose("g-group", "0")
     for k, group in enumerate(groups):
         replies, r_S = page.texts(".reply"), np.array([s["r_S"] for s in group])
         title = f"Step {group[0]['step']}, training game {group[0]['game']}:"
@@ -348,12 +414,12 @@ def test_every_group_can_be_reached_and_its_numbers_add_up(page, made):
         for s, text in zip(group, replies, strict=True):
             sign = "+" if s["advantage"] > 0 and f"{s['advantage']:.3f}" != "0.000" else ""
             assert f"A {sign}{s['advantage']:.3f}".replace("-0.000", "0.000") in text.split("\n")[0]
-            assert s["reply"].split("\n")[-1] in text and f"= r^S {s['r_S']:.3f}" in text
+            assert s["reply"].split("\n")[-1] in text and f"= rS {s['r_S']:.3f}" in text
             assert f"({s['r_S']:.3f} - {r_S.mean():.3f}) / ({r_S.std():.3f} + 0.0001)" in text
             total = s["compliance"] + s["sample"] + 0.5 * s["belief"]
             assert s["r_S"] == pytest.approx(total) and f"+ 0.5 × belief {s['belief']:.3f}" in text
             if s["kind"] == "G":
-                assert f"local {s['local']:.3f} + global {s['global']:.3f} = R^G {s['R_G']:.3f}" in text
+                assert f"local {s['local']:.3f} + global {s['global']:.3f} = RG {s['R_G']:.3f}" in text
                 assert ("of 8 rows" in text) == (s["broken"] is None)
         if k < len(groups) - 1:
             page.click("g-group-after")
@@ -388,13 +454,54 @@ def test_filters_show_what_they_say(page, made):
     assert "This instance through training" in page.text("#groups-body")
 
 
+def test_instances_can_be_searched_for(page, made):
+    label = page.options("g-instance")[1]
+    typed, number = label.split("; ", 1)[1], len({place(s)[0] for group in groups_of(made) for s in group})
+    assert f"Search the {number} instances" in page.text("#groups-body") and "; c 0" not in label
+    page.browser.find_element("id", "g-search").send_keys(typed.upper())
+    assert page.options("g-instance")[1:] == [label]
+    assert page.run("return document.activeElement.value") == typed.upper()
+    game = int(label.split(":")[0].removeprefix("game "))
+    assert len(page.options("g-group")) == sum(g[0]["game"] == game for g in groups_of(made))
+    page.browser.find_element("id", "g-search").send_keys("?")
+    assert page.text("#g-none") == "No group is like that."
+
+
+BROKEN = {  # a reply of the first seat, and what is marked in it
+    "Belief: [0, 1, 1, 1]\nDecision: [0, 1, 3, 1.5]\n": ["3", "1.5"],
+    "Decision: [1, 0, 1, 1]": ["1"],
+    "Decision: [0, 1, 1]": ["0", "1", "1"],
+    "Decision: all <b>of them": ["all", "<b>of", "them"],
+    "Decision: [1, 1, 0, 0]\nDecision: perhaps": ["perhaps"],
+    "I link with all": ["I link with all"],
+    "Decision:": ["Decision:"],
+}
+
+
+def test_what_is_wrong_in_a_reply_is_marked(browser, tmp_path):
+    """None of these replies is compliant; their texts stay as they are."""
+    folder = made_run(tmp_path / "run", hostile=reversed([*BROKEN, "no"]))
+    view.write_page([folder], tmp_path / "run.html")
+    page, found = Page(browser, tmp_path / "run.html"), {}
+    page.choose("g-group", "0")
+    for _ in range(2):
+        for pre in page.run(
+            "return [...document.querySelectorAll('.reply pre')].map(e => "
+            "[e.textContent, [...e.querySelectorAll('mark')].map(m => m.textContent)])"
+        ):
+            found[pre[0]] = pre[1]
+        page.click("g-group-after")
+    assert {text: found[text] for text in BROKEN} == BROKEN
+    page.check_quiet()
+
+
 def test_games_show_regret_and_the_best_row(page, made):
     results = results_of(made)
     assert len(page.options("p-game")) == 5
     for i in range(5):
         page.choose("p-game", str(i))
         players = page.texts(".player")
-        assert [text.split("\n")[0] for text in players] == list(results)
+        assert [text.split("\n")[0] for text in players] == [ROWS[name] for name in results]
         game = game_from_json(results["tompo"]["instances"][i]["instance"])
         end = history_from_text(game, results["tompo"]["actions"][i])
         worth = row_payoffs(end.before(0), 0, end.history[0])
@@ -443,6 +550,7 @@ def test_hostile_replies_do_nothing(browser, tmp_path):
     write_json(folder / "eval.json", {"results": results})
     view.write_page([folder], tmp_path / "run.html")
     page = Page(browser, tmp_path / "run.html")
+    page.choose("g-group", "0")
     shown = []
     for _ in range(len(page.options("g-group")) - 1):
         shown += page.texts(".reply pre")
@@ -465,6 +573,14 @@ def test_it_fits_every_width_in_light_and_dark(browser, page_file, width, scheme
     command("Emulation.setDeviceMetricsOverride", size)
     try:
         assert page.run("return document.documentElement.scrollWidth") <= width
+        sizes = page.run(
+            "const scale = e => e.getBoundingClientRect().width / e.viewBox.baseVal.width;"
+            "const texts = [...document.querySelectorAll('svg text')];"
+            "return texts.map(e => scale(e.ownerSVGElement) * parseFloat(getComputedStyle(e).fontSize))"
+        )
+        assert min(size for size in sizes if size) >= 11
+        page.run("window.scrollTo(0, 5000); document.querySelector('.top').click()")
+        assert page.run("return window.scrollY") < 100
         colours = page.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
         back, fore = (sum(map(int, c.strip("rgb()").split(","))) for c in colours)
         assert (back < fore) == (scheme == "dark") and abs(back - fore) > 400

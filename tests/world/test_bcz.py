@@ -5,18 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute import (
-    all_graphs,
-    bcz_payoffs,
-    check_efficient_graph,
-    check_efforts,
-    check_payoffs,
-    random_graph,
-    star_graph,
-)
+from brute import bcz_payoffs, star_graph
 
 from experts import nash_graph
 from games import GameError, complete_graph
+from tools.check_game import (
+    all_graphs,
+    check_efficient_graph,
+    check_nash,
+    check_payoffs,
+    check_planner,
+    check_replies,
+    random_graph,
+)
 from world.bcz import BCZ, effort_fixed_point, threshold_graphs
 
 NO_CAP = 1e6  # far above every uncapped solution used here
@@ -41,8 +42,13 @@ def test_payoffs_are_those_of_the_equation():
 @pytest.mark.parametrize("p, cap", [((0.1, 0.45), NO_CAP), ((0.4, 3.0), 4.0)])
 def test_efforts_are_the_best(p, cap):
     """Also where a cap binds, and without it nothing would be finite."""
-    found = check_efforts(lambda rng, N: replace(random_game(rng, N, p), cap=cap))
-    assert (sum((planner == cap).any() for _, _, planner in found) > 5) == (cap == 4.0)
+
+    def make(rng, N):
+        return replace(random_game(rng, N, p), cap=cap)
+
+    check_replies(make)
+    check_nash(make)
+    assert (sum((planner == cap).any() for _, planner in check_planner(make)) > 5) == (cap == 4.0)
 
 
 # A graph, its spectral radius (closed form), and a coupling above 1 / rho.

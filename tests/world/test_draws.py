@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from brute import all_graphs
 
 from games import GAMES, GameError
+from tools.check_game import all_graphs
 from world.bcz import BCZ, effort_cap
 from world.draws import TYPE_PATTERNS, Family, draw_game, families_of, held_out_grid, split_of, types_of
 from world.pgg import PGG

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from brute import random_graph
 
 from decisions import EFFORTS, LINKS, own_rows
 from games import GameError, State, complete_graph, form_links
 from prompts import PromptStyle, messages
+from tools.check_game import random_graph
 from world.draws import Family, draw_game, families_of
 
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 import networkx
 import numpy as np
 import pytest
-from brute import check_efficient_graph, check_efforts, check_payoffs
 
 from games import GameError, State, complete_graph
+from tools.check_game import check_efficient_graph, check_nash, check_payoffs, check_planner, check_replies
 from world import pgg
 from world.draws import Family, held_out_grid
 from world.pgg import PGG, groups, isomorphism_classes, partitions
@@ -41,8 +41,9 @@ def test_payoffs_are_those_of_the_equation():
 
 
 def test_efforts_are_the_best():
-    _, nash, planner = zip(*check_efforts(random_pgg), strict=True)
-    assert {x.any() for x in nash} == {x.any() for x in planner} == {True, False}
+    check_replies(random_pgg)
+    for check in (check_nash, check_planner):
+        assert {x.any() for _, x in check(random_pgg)} == {True, False}
 
 
 def test_efforts_are_bounded_by_the_own_endowment():

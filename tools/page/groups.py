@@ -112,6 +112,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "game": config.get("reward_from") == "game",
             "credit": config.get("credit") is not None or config.get("reward_from") == "credit",
         },
+        "instances": len({prompt.get("key", prompt["game"]) for prompt in prompts}),
         "groups": [group for i in chosen for group in groups[i]],
         "steps": [len(chosen), len(steps)],
         "prompts": [prompt if k in shown else None for k, prompt in enumerate(prompts)],

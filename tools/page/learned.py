@@ -1,7 +1,8 @@
 """What RFT has changed, in one number: whom the policy links to, by what the link is said to be worth.
 
 The prompts of the games state for every other agent what a link with it would earn, in units of its cost (the
-worked number). A policy of one threshold links iff that number is at least some value.
+worked number). At 1, a link earns what it costs. A policy of one threshold links iff that number is at least
+some value.
 """
 
 import re
@@ -10,7 +11,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from decisions import LINKS
-from games import State
+from games import State, game_from_json
+from play.expert_games import history_from_text
 from prompts import observe, parse_reply
 from rewards import Target
 
@@ -46,7 +48,8 @@ def training_choices(samples: list[dict], targets: dict[tuple, Target], author: 
 
 def best_threshold(choices: Choices) -> dict | None:
     """The rule "link iff the worked number is at least t" that agrees with the largest share of the choices.
-    t is one of the worked numbers, or a little more than the largest of them: never link."""
+    t is one of the worked numbers, or a little more than the largest of them: never link. even: the share of
+    the choices that agree with t = 1."""
     if not choices:
         return None
     worth, linked = np.array(choices).T
@@ -54,7 +57,8 @@ def best_threshold(choices: Choices) -> dict | None:
     thresholds = [*thresholds, thresholds[-1] + 0.01]
     agreed = [float(((worth >= t) == linked).mean()) for t in thresholds]
     best = int(np.argmax(agreed))
-    return {"t": float(thresholds[best]), "agreed": agreed[best], "n": len(choices)}
+    even = float(((worth >= 1) == linked).mean())
+    return {"t": float(thresholds[best]), "agreed": agreed[best], "n": len(choices), "even": even}
 
 
 def links_by_number(choices: Choices) -> list[list[int]]:
@@ -64,15 +68,35 @@ def links_by_number(choices: Choices) -> list[list[int]]:
     return [[int(linked[place == k].sum()), int((place == k).sum())] for k in range(len(EDGES) + 1)]
 
 
-def learned(samples: list[dict], targets: dict[tuple, Target]) -> dict:
-    """The bins and the best threshold before and after RFT, in the groups of training. Nothing without the
-    targets, or after a single step."""
-    steps, choices = sorted({s["step"] for s in samples}), {}
-    if targets and len(steps) > 1:
-        late = steps[-max(1, len(steps) // 4) :]
-        first, last = ([s for s in samples if s["step"] in part] for part in (steps[:1], late))
-        choices["step 0, the SFT policy"] = training_choices(first, targets)
-        choices[f"steps {late[0]} to {late[-1]}"] = training_choices(last, targets)
-        choices["expert"] = training_choices(first + last, targets, "expert")
+def held_out_choices(summary: dict) -> Choices:
+    """Those of one row of the evaluation, in all its games; [] in an older file, which has no actions."""
+    decisions = []
+    for row, actions, seats, replies in zip(
+        *(summary.get(key, ()) for key in ("instances", "actions", "seats", "replies")), strict=False
+    ):
+        end, left = history_from_text(game_from_json(row["instance"]), actions), iter(replies)
+        states = (end.before(stage) for stage in range(len(end.history)))
+        decisions += [(state, seat, next(left)) for state in states for seat in seats]
+    return choices_of(decisions)
+
+
+def learned(samples: list[dict], targets: dict[tuple, Target], results: dict[str, dict], expert: str) -> dict:
+    """The bins and the best threshold before RFT, after it, and of the expert (unless it plays at random): in
+    the held-out games, else in the first step and the last quarter of training. Nothing where neither is
+    known, or after a single step."""
+    names = {"before RFT": "sft", "after RFT": next(iter(results), ""), "expert": f"expert:{expert}"}
+    choices = {who: held_out_choices(results.get(name, {})) for who, name in names.items()}
+    steps, where = sorted({s["step"] for s in samples}), "the held-out games"
+    if not choices["before RFT"] or not choices["after RFT"]:
+        choices, where = {}, "the groups of training"
+        if targets and len(steps) > 1:
+            late = steps[-max(1, len(steps) // 4) :]
+            first, last = ([s for s in samples if s["step"] in part] for part in (steps[:1], late))
+            choices["before RFT (step 0)"] = training_choices(first, targets)
+            choices[f"late in RFT (steps {late[0]} to {late[-1]})"] = training_choices(last, targets)
+            choices["expert"] = training_choices(first + last, targets, "expert")
+    if expert == "random" or not choices.get("expert"):
+        choices.pop("expert", None)
     bins = {who: links_by_number(part) for who, part in choices.items()}
-    return {"edges": EDGES, "bins": bins, "thresholds": {w: best_threshold(c) for w, c in choices.items()}}
+    thresholds = {who: best_threshold(part) for who, part in choices.items()}
+    return {"where": where, "edges": EDGES, "bins": bins, "thresholds": thresholds}

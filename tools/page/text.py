@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 
 from games import Game
-from prompts import tell_short
 
 LONGEST = 2_000  # characters of a reply that are shown
 
@@ -42,7 +41,8 @@ def tell_game(game: Game) -> str:
     parameters = ", ".join(f"{name} {value:g}" for name, value in game.parameters.items())
     fee = f", fee {game.fee:g}" if game.fee else ""
     rounds = f", {game.rounds} rounds" if game.rounds > 1 else ""
-    return f"{game.label}{rounds}, {game.type_name} {tell_short(game.types)}, {parameters}{fee}"
+    types = ", ".join(f"{v:g}" for v in game.types)
+    return f"{game.label}{rounds}; {game.type_name} {types}; {parameters}{fee}"
 
 
 def thinned(n: int, size: Callable[[list[int]], int], budget: int) -> list[int]:
