@@ -495,6 +495,22 @@ def test_what_is_wrong_in_a_reply_is_marked(browser, tmp_path):
     page.check_quiet()
 
 
+def test_what_stands_before_the_two_lines_is_folded(browser, tmp_path):
+    thinks = "Two or three?\nI say two.\nDecision: [0, 1, 1]"
+    folder = made_run(tmp_path / "run", hostile=[thinks, *BROKEN])
+    view.write_page([folder], tmp_path / "run.html")
+    page, found = Page(browser, tmp_path / "run.html"), []
+    page.choose("g-group", "0")
+    for _ in range(2):
+        found += page.run(
+            "return [...document.querySelectorAll('.reply pre details')].map(e => "
+            "[e.open, e.lastChild.textContent, e.parentElement.textContent])"
+        )
+        page.click("g-group-after")
+    assert found == [[False, thinks.split("Decision")[0], f"thought{thinks}"]]
+    page.check_quiet()
+
+
 def test_games_show_regret_and_the_best_row(page, made):
     results = results_of(made)
     assert len(page.options("p-game")) == 5
