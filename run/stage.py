@@ -155,8 +155,11 @@ class Stage:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._bar.close()
-        if isinstance(error, ranks.LostRank):
-            if self.steps_done and not self._changed:
-                self.save()
+        lost = isinstance(error, ranks.LostRank)
+        if lost and self.steps_done and not self._changed:
+            self.save()
+        for log in self._logs:
+            log.close()
+        if lost:
             advice = f"continue from the newest checkpoint with --resume {self._out}"
             raise InputError(f"{error}; {advice}") from None
