@@ -197,7 +197,8 @@ def test_what_a_terminal_cannot_show_is_no_error(tmp_path):
 def test_without_standard_output_a_script_runs_to_its_end(tmp_path):
     """Closed when it was started, as by `>&-`: a file that is opened later must not take its place."""
     code = "from run.errors import reports_errors; from tqdm import tqdm\n@reports_errors\ndef main():\n"
-    code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\nmain()"
+    code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\n"
+    code += "    import os; os.write(1, b'of a library in C')\nmain()"
     command = f'{sys.executable} -c "$0" >&-'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
