@@ -71,7 +71,7 @@ def error_of(policy: Policy, attention: str) -> float:
     prompts = [(text * n)[:n] + text[k : k + 1] for k in range(2)]
     uniforms_PMS = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.5, 0.7], [0.8, 0.9]]])
     ends, policy.end_ids = policy.end_ids, ()  # token 0 may be one
-    groups = policy.sample(prompts, uniforms_PMS, guesses=[[0, 0]])
+    groups = policy.sample(prompts, uniforms_PMS, 1.0, [[0, 0]])
     policy.end_ids = ends
     scored = policy.token_logps(prompts, [[reply.ids for reply in group] for group in groups])
     compared = [(prompts[k], groups[k][k], scored[3 * k]) for k in range(2)]  # one prompt's first, one's last
