@@ -46,6 +46,11 @@ class Policy:
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 2**31
         self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens"  # where it is too short
+        rope = getattr(config, "rope_parameters", None) or {}
+        boundary = rope.get("original_max_position_embeddings") or self.context
+        if rope.get("rope_type") == "longrope" and boundary < self.context:
+            self.context = boundary
+            self.advice = f"its frequencies change there (longrope), also for what was read; {self.advice}"
         model.eval()  # no dropout anywhere: the distribution that is sampled is the one that is scored
 
     def encode_prompt(self, chat: list[dict]) -> list[int]:

@@ -220,7 +220,7 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     data, style = settings.data, settings.players.style
     instances(settings.games, settings.evaluation)  # complains about its flags
     records = data.load(settings.games, settings.players)
-    policy = settings.model.load()
+    policy = settings.load_model()
     if settings.rft.sft_adapter:
         put_adapter(policy, settings.rft.sft_adapter)
     trained = trained_seats(records, data.seat, data.seed)

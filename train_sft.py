@@ -250,7 +250,7 @@ def main(argv=None) -> None:
     parser = training_parser("LoRA fine-tuning on expert games.", "runs/sft")
     settings = parse_training(parser, "train_sft.py", argv)
     records = settings.data.load(settings.games, settings.players)
-    policy = settings.model.load()
+    policy = settings.load_model()
     with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:
             finished = run_sft(settings, policy, records, folder, stop)

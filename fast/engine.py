@@ -117,9 +117,6 @@ class FastPolicy(Policy):
         if self.window < self.context:
             self.context = self.window
             self.advice = f"that is its attention window, and --engine plain reads on; {self.advice}"
-        rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # its frequencies depend on the longest text of a pass
-            self.context = min(self.context, rope.get("original_max_position_embeddings") or self.context)
         self.scale, self.cap = after_head(model)
         self._float_head, self._float_head_version = None, None  # the head's weight in fp32, see _logits
         model.set_attn_implementation("shared_prefix")

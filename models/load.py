@@ -64,11 +64,15 @@ LONG = 600  # the largest attention window that the plain engine is tried beyond
 def error_of(policy: Policy, attention: str) -> float:
     """In nats, the mean over log pi of a few tokens, as they are sampled and as they are scored: how far they
     are from transformers' own model(ids).logits, with its own attention. Two prompts that begin alike have
-    two replies each; one reply of each is compared."""
+    two replies each; one reply of each is compared. A draft is right for the first and wrong for the others:
+    it guesses token 0, which the uniform number 0 draws from any distribution."""
     text = policy.tokenizer.encode("Round 1 links. Whom do you choose?", add_special_tokens=False)
     n = policy.window if policy.window < min(LONG, policy.context - 3) else 4
     prompts = [(text * n)[:n] + text[k : k + 1] for k in range(2)]
-    groups = policy.sample(prompts, torch.linspace(0.1, 0.9, 8).view(2, 2, 2))
+    uniforms_PMS = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.5, 0.7], [0.8, 0.9]]])
+    ends, policy.end_ids = policy.end_ids, ()  # token 0 may be one
+    groups = policy.sample(prompts, uniforms_PMS, 1.0, [[0, 0]])
+    policy.end_ids = ends
     scored = policy.token_logps(prompts, [[reply.ids for reply in group] for group in groups])
     compared = [(prompts[k], groups[k][k], scored[3 * k]) for k in range(2)]  # one prompt's first, one's last
     ids_BL = pad_sequence([torch.tensor(prompt + reply.ids) for prompt, reply, _ in compared], True)

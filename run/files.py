@@ -16,6 +16,17 @@ from run.errors import InputError, library_errors, memory_errors
 from run.threads import cores
 
 
+def replace(old: Path, new: Path) -> None:
+    """os.replace, a few times: Windows refuses it while a virus scanner or an editor has the file open."""
+    for pause in (0.1, 0.2, 0.4, None):
+        try:
+            return os.replace(old, new)
+        except PermissionError:
+            if pause is None:
+                raise
+            time.sleep(pause)
+
+
 def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Writes the whole file or leaves the old one as it was. The temporary file of a path has always the same
     name, so the next write takes over what a killed one has left."""
@@ -27,7 +38,7 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
                 f.write(data)
                 f.flush()
                 os.fsync(f.fileno())
-            os.replace(temporary, path)
+            replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -143,6 +154,11 @@ class JsonLines:
         if self.file:
             os.fsync(self.file.fileno())
 
+    def close(self) -> None:
+        """Nothing can be written any more. Windows lets nobody replace a file that is open."""
+        if self.file:
+            self.file.close()
+
 
 class StopSignal:
     """Inside the block, Ctrl-C or SIGTERM sets `requested`: the step in progress is to end and be saved. A
@@ -183,7 +199,7 @@ class Stopwatch:
 
 def cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

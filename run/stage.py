@@ -51,7 +51,8 @@ class Stage:
         self.steps_done, self.seconds, self.state = 0, 0.0, {}
         self._steps, self._stop, self._out = steps, stop, flags["out"]
         as_saved = json.loads(json.dumps(flags))
-        self._settings = {name: as_saved[name] for name in as_saved if name not in ("out", "resumed")}
+        others = {"out", "resumed", "versions", "chat_template_sha256"}  # the last two: see settings.py
+        self._settings = {name: as_saved[name] for name in as_saved if name not in others}
         self._stopping, self._changed = False, False  # _changed: the parameters, within this step
         self._logs: list[JsonLines] = []
         self._lines: dict[str, int] = {}  # of each log, at the time of the checkpoint
@@ -154,8 +155,11 @@ class Stage:
 
     def __exit__(self, kind, error, traceback) -> None:
         self._bar.close()
-        if isinstance(error, ranks.LostRank):
-            if self.steps_done and not self._changed:
-                self.save()
+        lost = isinstance(error, ranks.LostRank)
+        if lost and self.steps_done and not self._changed:
+            self.save()
+        for log in self._logs:
+            log.close()
+        if lost:
             advice = f"continue from the newest checkpoint with --resume {self._out}"
             raise InputError(f"{error}; {advice}") from None

@@ -14,7 +14,7 @@ def cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
     """The cores of the machine, or as many as the quota of a container is worth (cgroup v2)."""
     cores = os.cpu_count() or 1
     try:
-        quota, period = map(int, Path(limit).read_text().split())
+        quota, period = map(int, Path(limit).read_text(encoding="utf-8").split())
         return min(cores, max(1, round(quota / period)))
     except (OSError, ValueError):  # there is no such file, or it says "max"
         return cores

@@ -4,6 +4,7 @@ mode that is not the default: other games, credits, rewards, aggregations, engin
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import lora
+import settings
 import train_rft
 import train_sft
 from experts import make_expert
@@ -28,6 +30,7 @@ from play import dataset
 from play.expert_games import history_from_text
 from prompts import PromptStyle
 from rewards import Target, graph_likeness, likeness
+from run.seeds import Stream
 from tools import merge
 from variants import credit
 
@@ -56,6 +59,13 @@ def test_the_adapter_names_its_base_so_that_peft_finds_it(full, model_dir):
     ids = torch.tensor([policy.encode_prompt(chat)])
     other = peft.AutoPeftModelForCausalLM.from_pretrained(full.folder / "adapter")
     torch.testing.assert_close(other(ids).logits, policy.model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_base_is_named_by_its_whole_path_wherever_the_run_was_started(model_dir, monkeypatch):
+    monkeypatch.chdir(Path(model_dir).parent)
+    policy = load_policy(f"./{Path(model_dir).name}")
+    config = train_sft.new_adapter(policy, settings.LoRA(rank=2), 0, Stream.SFT_ADAPTER)
+    assert config.base_model == model_dir
 
 
 def test_what_cannot_fit_into_memory_is_one_line_before_sft(model_dir, tmp_path, refused):
@@ -344,8 +354,10 @@ def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused)
 
 def test_the_scripts_load_where_there_are_no_posix_modules():
     """As on Windows."""
-    blocked = "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None"
-    code = f"{blocked}; import train_rft, train_sft, eval; from run.files import peak_memory_gib"
+    posix = ("resource", "fcntl", "pwd", "grp", "termios")
+    blocked = f"import sys; sys.modules |= dict.fromkeys({posix})"
+    tools = ", ".join(f"tools.{path.stem}" for path in (runs.ROOT / "tools").glob("[a-z]*.py"))
+    code = f"{blocked}; import train_rft, train_sft, eval, {tools}; from run.files import peak_memory_gib"
     code += "; assert peak_memory_gib() is None"
     done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

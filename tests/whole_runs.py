@@ -107,10 +107,24 @@ def fake_parse(text, state, seat):
     return Decision(EFFORTS, float(game.caps[seat]) * (number % 997) / 996)
 
 
+def replace_as_on_windows(old, new, replace=os.replace):
+    """It fails where this process has the file open, or mapped into its memory. (Where Linux tells.)"""
+    own = Path("/proc/self")
+    if own.exists():
+        names = {os.path.realpath(own / "fd" / n) for n in os.listdir(own / "fd")}
+        names |= {
+            line.split(maxsplit=5)[-1] for line in (own / "maps").read_text().splitlines() if "/" in line
+        }
+        for path in map(os.path.realpath, (old, new)):
+            if any(name == path or name.startswith(f"{path}/") for name in names):
+                raise PermissionError(13, "Permission denied (it is open)", str(path))
+    replace(old, new)
+
+
 # What is different in these runs: (module, name, value).
 REPLACED = [(train_rft, "parse_reply", fake_parse), (stage, "SAVE_EVERY", 2)]
 REPLACED += [(train_sft, "PROBE_EVERY", 3), (train_rft, "PROBE_EVERY", 3)]
-REPLACED += [(train_sft, "HELD_OUT_GAMES", 4), (probe, "GAMES", 5)]
+REPLACED += [(train_sft, "HELD_OUT_GAMES", 4), (probe, "GAMES", 5), (os, "replace", replace_as_on_windows)]
 WITHOUT_CURVES = [(module, "plot_curves", lambda folder: None) for module in (train_rft, probe)]
 
 

@@ -194,7 +194,7 @@ class Study:
         if self.stopped.is_set() or done.returncode in (130, -2):  # Ctrl-C
             raise InputError("stopped; the same command goes on")
         if done.returncode or not product.exists():
-            last = (log.read_text(errors="replace").strip().splitlines() or [""])[-1]
+            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
             raise InputError(f"{last[-200:]} (see {log})")
 
 
@@ -220,7 +220,7 @@ def machine() -> dict:
     """Where this process runs, and with which versions."""
     argv = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        commit = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(argv, cwd=ROOT, capture_output=True, encoding="utf-8").stdout.strip()
     except OSError:  # a machine without git
         commit = ""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

@@ -282,7 +282,8 @@ def test_within_a_sliding_window_attention_is_full_and_beyond_it_is_refused():
         sample(fast, 1, 13, prompts=[[65] * 12])
 
 
-def test_where_the_frequencies_depend_on_the_longest_text_the_fast_engine_stays_below():
+def test_where_the_frequencies_depend_on_the_longest_text_both_engines_stay_below():
+    """In a reply that crosses the boundary, what is sampled would be nats off what is scored."""
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
     factors |= {"original_max_position_embeddings": 24, "rope_theta": 10000.0}
     config = Phi3Config(
@@ -290,8 +291,14 @@ def test_where_the_frequencies_depend_on_the_longest_text_the_fast_engine_stays_
         original_max_position_embeddings=24,
     )  # fmt: skip
     fast, plain = pair(config, targets=("o_proj",))
-    assert fast.context == 24 and plain.context == 64
     assert difference(score(fast), score(plain)) < 1e-4
+    for policy in (fast, plain):
+        ((reply,),) = sample(policy, 1, 12, prompts=[[65] * 12])
+        assert difference(torch.tensor(reply.logps), score(policy, [[65] * 12], [[reply.ids]])) < 1e-4
+        with pytest.raises(InputError, match=r"24 tokens of tiny; its frequencies change there \(longrope"):
+            sample(policy, 1, 12, prompts=[[65] * 13])
+        with pytest.raises(InputError, match="the 24 tokens"):
+            score(policy, [[65] * 14], [[[66] * 12]])
 
 
 def test_attention_with_a_soft_cap_is_refused():

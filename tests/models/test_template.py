@@ -12,7 +12,7 @@ from whole_runs import parsed
 import train_sft
 from models import pretrained
 from models.load import load_policy
-from models.template import DAY, Template
+from models.template import DAY, Template, with_fixed_day
 from run.errors import InputError
 
 LOOP = "{% for m in messages %}"
@@ -134,3 +134,6 @@ def test_a_template_that_prints_the_date_prints_the_same_on_every_day(model_dir,
         assert Clock.now().strftime(text) in tokenizer.apply_chat_template(CHAT, tokenize=False)
         prompts.append(load_policy(str(folder)).encode_prompt(CHAT))
     assert prompts[0] == prompts[1] and DAY.strftime(text) in tokenizer.decode(prompts[0])
+    other = "{{ strftime_now('%d' | trim) }}{{ messages[0]['content'].strip('x') }}"
+    assert with_fixed_day(other) == other
+    assert with_fixed_day({"a": 'strftime_now( "%Y" )'}) == {"a": "'2024'"}

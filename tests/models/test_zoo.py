@@ -6,6 +6,7 @@ import torch
 import zoo
 from reference import assert_close, difference, engine, gradients, ids_of, score, uniforms
 
+from fast import engine as engine_module
 from fast.engine import FastPolicy, after_head
 from models import load
 from models.load import load_policy
@@ -78,6 +79,26 @@ def test_a_window_is_tried_beyond_its_end(tmp_path, monkeypatch):
     )
     load_policy(str(folder), engine="plain")
     assert min(lengths) > 64
+
+
+@pytest.mark.parametrize("broken", ["position", "mask"])
+def test_an_engine_that_is_wrong_in_drafts_alone_is_seen(model_dir, monkeypatch, capfd, broken):
+    class Wrong(engine_module.Pass):
+        """At the drafted tokens behind the prompts, which the first pass of a sampling reads."""
+
+        def __init__(self, rows, device, dtype, store=None):
+            first = store is not None and not store.read
+            super().__init__(rows, device, dtype, store)
+            drafted = self.positions > 4
+            if first and broken == "position":
+                self.positions += 2 * drafted
+            elif first and drafted.any():
+                for blocks in self.blocks:
+                    blocks[-1].bias[..., -1, :4] = -torch.inf
+
+    monkeypatch.setattr(engine_module, "Pass", Wrong)
+    assert type(load_policy(model_dir)) is Policy
+    assert "does not fit --engine fast (its log-probabilities would be" in capfd.readouterr().err
 
 
 def test_a_model_that_no_engine_computes_is_refused_in_one_line(model_dir, monkeypatch, capfd):

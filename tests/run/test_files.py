@@ -1,6 +1,8 @@
 """Run folders and logs: what is refused and left as it was, what a kill leaves, full disks, terminals."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,10 +118,52 @@ def test_a_full_disk_is_one_line_and_costs_nothing(disk):
     assert [line["step"] for line in lines_of(disk / "log.jsonl")] == [0, 1]
 
 
-def printing(stdout):
+def test_a_file_that_another_process_has_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch):
+    """As on Windows, where a virus scanner may have it."""
+    times, replace = [1, 1, 0, *[1] * 9], os.replace
+
+    def refusing(old, new):
+        if times.pop(0):
+            raise PermissionError(13, "The process cannot access the file")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    write_atomic(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and len(times) == 9
+    with pytest.raises(InputError, match="cannot write .*a: The process cannot access the file"):
+        write_atomic(tmp_path / "a", b"newer")
+    assert tree(tmp_path) == {"a": b"new"}
+
+
+FOLDERS = "bridges docs fast models play run teachers tools variants world".split()
+SOURCES = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+
+
+def test_every_text_file_has_its_encoding_named():
+    """Else it would be that of the machine, on Windows not UTF-8."""
+    calls = [
+        (path, node)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    named = 0
+    for path, call in calls:
+        keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
+        name = ast.unparse(call.func).rpartition(".")[2]
+        opens = ast.unparse(call.func) == "open" and not re.search("'[rwax+]*b[rwax+]*'", ast.unparse(call))
+        assert keywords.get("text") != "True", f"{path}: {ast.unparse(call)}"
+        if opens or name in ("read_text", "write_text"):
+            assert "encoding" in keywords, f"{path}: {ast.unparse(call)}"
+            named += 1
+    assert len(SOURCES) > 60 and named > 10
+
+
+def printing(stdout, text="the results", **environment):
     """A script that prints a line to `stdout`, which is buffered: (exit status, standard error)."""
-    code = "from run.errors import reports_errors; reports_errors(lambda: print('the results'))()"
-    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    code = f"from run.errors import reports_errors; reports_errors(lambda: print({ascii(text)}))()"
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | environment
     how = dict(cwd=ROOT, env=buffered, stdout=stdout, stderr=subprocess.PIPE, text=True)
     done = subprocess.run([sys.executable, "-c", code], **how)
     return done.returncode, done.stderr
@@ -139,10 +183,22 @@ def test_output_that_nobody_reads_on_is_no_error():
     os.close(writer)
 
 
+def test_what_a_terminal_cannot_show_is_no_error(tmp_path):
+    """A name of a folder, or a model's reply, on Windows; bytes of a name that are no UTF-8."""
+    for encoding, text, shown in (
+        ("cp1252", "\u0394 \xb1", b"\\u0394 \xb1"),
+        ("utf-8", "\udcff", b"\\udcff"),
+    ):
+        with open(tmp_path / encoding, "w") as file:
+            assert printing(file, text, PYTHONIOENCODING=encoding) == (0, "")
+        assert (tmp_path / encoding).read_bytes().rstrip() == shown
+
+
 def test_without_standard_output_a_script_runs_to_its_end(tmp_path):
     """Closed when it was started, as by `>&-`: a file that is opened later must not take its place."""
     code = "from run.errors import reports_errors; from tqdm import tqdm\n@reports_errors\ndef main():\n"
-    code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\nmain()"
+    code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\n"
+    code += "    import os; os.write(1, b'of a library in C')\nmain()"
     command = f'{sys.executable} -c "$0" >&-'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
