@@ -65,7 +65,7 @@ def check_lengths(settings: Settings, policy: Policy) -> None:
         last = simulate([(0, game, numpy_generator(0))], expert, style)[-1]
         replies = [m["content"] for m in last.prompt if m["role"] == "assistant"]
         fixed = len(policy.encode_prompt(last.prompt)) - sum(len(policy.encode_reply(r)) for r in replies)
-        policy.check_length(fixed + (stages - 1) * (limit - style.think), limit)
+        policy.check_length(fixed + (stages - 1) * limit, limit)
 
 
 # -------------------- play

@@ -45,7 +45,8 @@ class Policy:
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
         self.context = getattr(config, "max_position_embeddings", None) or 2**31
-        self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens"  # where it is too short
+        # Where it is too short:
+        self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"
         rope = getattr(config, "rope_parameters", None) or {}
         boundary = rope.get("original_max_position_embeddings") or self.context
         if rope.get("rope_type") == "longrope" and boundary < self.context:

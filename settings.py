@@ -103,7 +103,9 @@ class Players:
     information: str = flag("--information", "full", "whose types an agent knows", choices=("full", "local"))
     belief: bool = flag("--belief", True, "ask for a Belief line", action=YES_NO)
     hints: bool = flag("--hints", True, "worked numbers in prompts", action=YES_NO)
-    max_new_tokens: int | None = flag("--max-new-tokens", None, "default: 20 + 7 N", values.positive_int)
+    max_new_tokens: int | None = flag(
+        "--max-new-tokens", None, "default: 20 + 7 N + --think", values.positive_int
+    )
     think: int = flag("--think TOKENS", 0, "more, for free text before the two lines", values.count)
 
     @cached_property

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lora
 from games import KINDS
 from models import adapters
-from play.dataset import Record, trained_seats, with_label_noise
+from play.dataset import Record, check_labels, trained_seats, with_label_noise
 from play.probe import Probe, probe_targets
 from policy import Policy
 from run import ranks
@@ -205,6 +205,7 @@ def run_sft(
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
     train = make_conversations(policy, labels, cfg.kinds, format_only)
+    check_labels(policy, labels, style)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)
     optimizer = make_optimizer(policy.model)
     parameters = adapters.named_parameters(policy.model)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -144,7 +145,7 @@ def with_label_noise(
         rng = numpy_generator(seed, Stream.LABEL_NOISE, r.game, r.stage, r.seat)
         if rng.random() < rates.get(r.kind, 0.0):
             drawn, expert = KINDS[r.kind].random(game_from_json(r.instance), r.seat, rng), label_decision(r)
-            thought = r.label.removesuffix(format_reply(expert, style))
+            thought = re.split(r"(?m)^[ \t]*(?:Belief|Decision):", r.label)[0]
             r = replace(r, label=thought + format_reply(replace(drawn, belief=expert.belief), style))
         noisy.append(r)
     return noisy
@@ -214,20 +215,23 @@ def make_prompts(
             lack = f"the data set has games without {KINDS[letter].name} decisions"
             raise InputError(f"{lack}; set their count in --prompts to 0")
     pool: dict[tuple[int, int], list[Prompt]] = {}
+    if policy:
+        check_labels(policy, trained, style)
     for r, target in targets(records, trained):
-        ids = encoded(policy, r, style, style.reply_limit(target.game.N)) if policy else []
-        prompt = Prompt(r, ids, target)
+        prompt = Prompt(r, policy.encode_prompt(r.prompt) if policy else [], target)
+        if policy:
+            policy.check_length(len(prompt.ids), style.reply_limit(target.game.N))
         pool.setdefault(prompt.conversation, []).append(prompt)
     return list(pool.values())
 
 
-def encoded(policy: Policy, r: Record, style: PromptStyle, limit: int) -> list[int]:
-    """The tokens of a prompt, for replies of up to `limit` tokens. Raises InputError if they do not fit."""
-    ids, label = policy.encode_prompt(r.prompt), len(policy.encode_reply(r.label))
-    policy.check_length(len(ids), limit)
-    if style.think and label > limit:
-        raise InputError(f"a label has {label} tokens, a reply may have {limit}: give more to --think")
-    return ids
+def check_labels(policy: Policy, records: list[Record], style: PromptStyle) -> None:
+    """Raises InputError if a label is longer than a reply may be with --think."""
+    for r in records if style.think else ():
+        tokens, limit = len(policy.encode_reply(r.label)), style.reply_limit(game_from_json(r.instance).N)
+        if tokens > limit:
+            more = "--max-new-tokens" if style.max_new_tokens else "--think"
+            raise InputError(f"a label has {tokens} tokens, a reply may have {limit}: give more to {more}")
 
 
 def next_batch(

@@ -51,6 +51,9 @@ TITLES = {
     "6": "as 2, of a rule that is not one of --partners",
     "7": "Brier score of the Belief lines, and U2 of the best reply to them; unread: share without a belief",
 }
+# The settings in which files that are combined must not differ.
+SAME = "game stages rounds types fix partners unmet agents seat eval_games eval_seed eval_temperature".split()
+SAME += "information belief hints think".split()
 Cell = dict  # that of mean_interval, and its values in "games"
 Make = Callable[[], Player]  # a new player
 
@@ -233,13 +236,24 @@ def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
 def over_seeds(paths: list[str]) -> dict[str, dict]:
     """The tables of several files of --json, which differ in the seed of their policies: means over the means
     of the files, with intervals over files. The k-th policies of all files belong together, under the name
-    that the first file has for them. Raises InputError for files of different kinds."""
-    runs = []
+    the first file has for them. Raises InputError for files of different kinds."""
+    runs, asked = [], []
     for path in paths:
         with library_errors(f"{path} is no file that --json wrote"):
-            runs.append(read_json(path)["questions"])
-        if [len(rows) for rows in runs[0].values()] != [len(rows) for rows in runs[-1].values()]:
+            written = read_json(path)
+            runs.append(written["questions"])
+            asked.append({name: written["arguments"].get(name) or None for name in SAME})
+            for rows in runs[-1].values():
+                [cell["mean"] for columns in rows.values() for cell in columns.values()]
+            [columns["lost"] for columns in runs[-1]["1"].values()]
+        first, now = (
+            [(question, len(rows)) for question, rows in run.items()] for run in (runs[0], runs[-1])
+        )
+        if now != first:
             raise InputError(f"{path} and {paths[0]} do not ask the same questions of as many policies")
+        if other := [name for name in SAME if asked[-1][name] != asked[0][name]]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in other)
+            raise InputError(f"{path} and {paths[0]} differ in {flags}")
     tables: dict[str, dict] = {}
     for question, named in runs[0].items():
         tables[question] = {}
@@ -256,13 +270,14 @@ def draw(tables: dict[str, dict]) -> bytes:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
     for k, (name, columns) in enumerate(tables["1"].items()):
+        mark = "os^Dv"[k // 10 % 5]  # there are ten colours
         words = {"round": "-", "placebo": "--"} if columns["lost"]["mean"] else {"round": "-"}
         for word, dashes in words.items():
             cells = {int(c.split()[1]): cell for c, cell in columns.items() if c.startswith(word)}
             means = [cell["mean"] for cell in cells.values()]
             half = [cell["mean"] - cell["low"] if cell["n"] > 1 else 0 for cell in cells.values()]
             look = dict(label=name, ls=dashes) if word == "round" else dict(ls=dashes, alpha=0.7)
-            axis.errorbar(list(cells), means, half, color=f"C{k}", marker="o", capsize=3, **look)
+            axis.errorbar(list(cells), means, half, color=f"C{k}", marker=mark, capsize=3, **look)
     axis.set(xlabel="round", ylabel="U2 of links", ylim=(0, 1.02))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -336,6 +351,10 @@ def main(argv=None) -> None:
     add("--figure", metavar="PNG", help="with --seeds: draw U2 by round")
     ranks.start()
     args = parser.parse_args(argv)
+    if args.figure and not args.seeds:
+        raise InputError("--figure goes with --seeds")
+    if args.seeds and args.json:
+        raise InputError("--seeds reads files of --json and writes none: leave out --json")
     if args.seeds:
         print(f"{len(args.seeds)} runs: means and 95 % t intervals over the means of the runs")
         print_tables(tables := over_seeds(args.seeds))

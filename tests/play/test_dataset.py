@@ -17,6 +17,7 @@ from play.expert_games import label_decision
 from prompts import PromptStyle, parse_reply
 from run.errors import InputError
 from tools import expert_games
+from train_sft import main as train_sft
 from world.draws import Family, split_of
 
 STYLE, TWO_ROUNDS = PromptStyle(), (Family("bcz", "GE", 2),)
@@ -177,12 +178,24 @@ def test_with_think_labels_begin_with_worked_numbers_and_keep_them_under_noise()
         assert "Think" in r.prompt[0]["content"] and r.prompt[1::2] == without.prompt[1::2]
 
 
-def test_labels_that_are_longer_than_think_allows_are_refused(policy):
+def test_labels_that_are_longer_than_think_allows_are_refused(policy, refused, tmp_path):
     style = PromptStyle(think=60)
     records = simulate_many(2, style=style)
     assert prompts_of(policy, records, style=style)
-    with pytest.raises(InputError, match="give more to --think"):
-        prompts_of(policy, records, style=replace(style, think=1))
+    for tight, flag in ((replace(style, think=1), "think"), (replace(style, max_new_tokens=9), "max-new-to")):
+        with pytest.raises(InputError, match=f"a label has .* give more to --{flag}"):
+            prompts_of(policy, records, style=tight)
+    argv = f"--model {policy.model.name_or_path} --games 2 --sft-steps 1 --think 1 --out {tmp_path / 'run'}"
+    assert "give more to --think" in refused(train_sft, argv.split())
+
+
+def test_label_noise_replaces_a_label_whatever_its_spacing():
+    (record, *_), style = simulate_many(1), PromptStyle(think=60)
+    for label in ("Decision: [0,1,1,1]", "A thought.\n Belief: [0,0,0,1]\nDecision: [0,1,1,1]\n"):
+        (noisy,) = dataset.with_label_noise([replace(record, label=label)], {"G": 1.0}, 3, style)
+        thought, belief = ("A thought.\n", "Belief: [0, 0, 0, 1]\n") if "Belief" in label else ("", "")
+        assert noisy.label.startswith(f"{thought}{belief}Decision: [0, ")
+        assert noisy.label.count("Decision") == 1 and label_decision(noisy)
 
 
 def prompts_of(policy, records, seat="all", graph=8, effort=2, style=STYLE):

@@ -242,7 +242,17 @@ def test_the_whole_command(tmp_path, capsys):
     assert first["round 1"]["mean"] == pytest.approx(tables["1"]["another name"]["round 1"]["mean"] - 0.25)
     assert first["round 2"]["high"] == first["round 2"]["low"] and first["round 1"]["n"] == 2
     assert "2 runs" in capsys.readouterr().out
+
+    def complaint(**changes):
+        other.write_text(json.dumps(written | changes))
+        with pytest.raises(InputError) as error:
+            others.over_seeds([str(path), str(other)])
+        return str(error.value)
+
+    assert "differ in --rounds, --partners" in complaint(
+        arguments=written["arguments"] | {"rounds": 6, "partners": ["nash"]}
+    )
+    for questions in ([], {}, {"1": 3}, {"1": {"a": {}}}, {"1": {"a": {"lost": 1}}}):
+        assert "no file that --json wrote" in complaint(questions=questions)
     del tables["4"]
-    other.write_text(json.dumps(written))
-    with pytest.raises(InputError, match="do not ask the same"):
-        others.over_seeds([str(path), str(other)])
+    assert "do not ask the same" in complaint()
