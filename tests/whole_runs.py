@@ -273,7 +273,7 @@ def assert_same_run(run, full):
     assert {name: len(a[name]) for name in counts} == counts
     prompts = a["prompts.jsonl"]
     assert len({(p["game"], p["stage"], p["seat"]) for p in prompts}) == len(prompts) > 10
-    assert sum(len(r["instances"]) for r in a["eval.json"].values()) == 10
+    assert sum(len(r["instances"]) for r in a["eval.json"].values()) == 12
 
 
 def assert_same_up_to_rounding(run, gentle):
