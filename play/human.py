@@ -55,6 +55,7 @@ class Human:
                 return reply
             example = kind.random(state.game, seat, np.random.default_rng(0)).action
             allowed = brief(example, seat) if kind is LINKS else kind.write(example)
+            broken = "you have answered nothing" if reply.strip() == "Decision:" else broken
             print(f"not allowed: {broken}. An allowed answer: {allowed}")
 
     def game_over(self, end: State) -> None:

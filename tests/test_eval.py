@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -175,3 +176,17 @@ def test_games_with_other_stages_are_played_apart_and_each_kind_is_numbered_from
     alone = [play_among_experts(evaluation_of("random", 60, families=(f,)), "no", make) for f in families]
     for a, b in zip(together, sum(alone, []), strict=True):
         assert a.game == b.game and str(a.history) == str(b.history)
+
+
+def test_the_check_of_lengths_allows_for_the_longest_replies_also_where_they_think(model_dir):
+    """All of a reply may be one line behind `Decision:`, which later prompts repeat."""
+    policy, last = load_policy(model_dir), SimpleNamespace()
+    policy.check_length = lambda prompt, reply: setattr(last, "tokens", prompt + reply)
+    tokens = []
+    for flags in ({}, dict(think=100), dict(think=100, max_new_tokens=48)):
+        settings = evaluation_of("second-best", 1, families=(Family(rounds=2),))
+        style = replace(settings.players.style, **flags)
+        players = SimpleNamespace(style=style, others=settings.players.others)
+        evaluation.check_lengths(replace(settings, players=players), policy)
+        tokens.append(last.tokens)
+    assert tokens[1] - tokens[0] - 400 == tokens[2] - tokens[0] < 50  # four stages; "Think first, then"

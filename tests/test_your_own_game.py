@@ -110,6 +110,7 @@ MISTAKES = [  # in a copy of the file: what stands there instead, the check that
     ("best_reply(worth_N[row_N], x[row_N])", "self.cap + 1", "best replies", "is not from 0 to its cap"),
     ("x, self.best_response(links_NN, x)", "x, x", "Nash efforts", "nash_efforts: "),
     ("= density.max()", "= density.max() / 2", "planner efforts", "planner_efforts: "),
+    ("return np.minimum(x, self.cap)", "return x", "planner efforts", "are not from 0 to the caps"),
     ("W > best_welfare + 1e-9", "best_links is None", "efficient graph at nash efforts", "the best are "),
     ("links, best_welfare\n", "links, 0.0\n", "efficient graph at planner efforts", "that efficient_graph "),
     ("(0.3, 0.5, 0.7, 0.9, 1.1)", "(9.0,)", "the held-out games differ", "the best in all 12 of them"),
@@ -140,6 +141,9 @@ def test_the_command_says_what_agrees_and_what_does_not(added, tmp_path, capsys,
     (tmp_path / "empty.py").write_text("")
     assert "registers no game" in refused(check_game.main, [tmp_path / "empty.py"])
     assert "cannot be imported: FileNotFoundError" in refused(check_game.main, [tmp_path / "none.py"])
+    (tmp_path / "exits.py").write_text("import sys; sys.exit(3)")
+    assert "cannot be imported: SystemExit: 3" in refused(check_game.main, [tmp_path / "exits.py"])
+    assert "is no Python file" in refused(check_game.main, [tmp_path / "game.txt"])
 
 
 @pytest.mark.parametrize("file", ["docs/coordination.py", "world/bcz.py", "world/pgg.py"])

@@ -149,6 +149,8 @@ def check_planner(make: Make) -> list[tuple[Game, np.ndarray]]:
     found = []
     for rng, game, links_NN, top in drawn(make, 1):
         x = game.planner_efforts(links_NN)
+        if not ((x >= 0) & (x <= game.caps)).all():
+            raise Disagreement(f"planner_efforts: {tell_numbers(x)} are not from 0 to the caps, of {game}")
         near = [np.clip(x + size * rng.normal(size=game.N), 0, game.caps) for size in (1e-2, 0.3, 3.0) * 30]
         coarse = itertools.product(*([0, cap / 2, cap] for cap in top))
         better = max((*near, *map(np.array, coarse)), key=partial(game.welfare, links_NN))
@@ -193,11 +195,13 @@ def check_grid(name: str) -> int:
 def games_in(path: Path) -> list[str]:
     """The names of the games that the file registers. Raises InputError."""
     before, spec = dict(GAMES), importlib.util.spec_from_file_location("checked_game", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is no Python file: its name does not end in .py")
     try:
-        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        module = importlib.util.module_from_spec(spec)
         sys.modules["checked_game"] = module  # where dataclasses look for it
-        spec.loader.exec_module(module)  # type: ignore[union-attr]
-    except Exception as e:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
         raise InputError(f"{path} cannot be imported: {type(e).__name__}: {one_line(e)}") from None
     if not (names := [name for name, game in GAMES.items() if before.get(name) is not game]):
         raise InputError(f"{path} registers no game: decorate its class with games.register")

@@ -236,7 +236,7 @@ def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
 def over_seeds(paths: list[str]) -> dict[str, dict]:
     """The tables of several files of --json, which differ in the seed of their policies: means over the means
     of the files, with intervals over files. The k-th policies of all files belong together, under the name
-    the first file has for them. Raises InputError for files of different kinds."""
+    that the first file has for them. Raises InputError for files of different kinds."""
     runs, asked = [], []
     for path in paths:
         with library_errors(f"{path} is no file that --json wrote"):

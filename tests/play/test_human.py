@@ -118,12 +118,13 @@ def test_a_person_meets_the_same_draws_of_the_experts_as_other_players(types):
 
 
 def test_the_command_is_played_by_a_pipe(tmp_path, types, capsys):
-    types("1 0 1", "no", "1", "0 0 1", "0.5", "1 1 1")
+    types("1 0 1", "", "no", "1", "0 0 1", "0.5", "1 1 1")
     names = ["human", "expert:nash", "expert:random", "expert:second-best"]
     evaluation.main(["--table", *names, "--eval-games", "3", "--json", str(tmp_path / "out.json")])
     printed = capsys.readouterr().out
     assert printed.count("a new game: you are agent 1") == 3 and printed.count("the game is over") == 2
     assert "not allowed: not one number. An allowed answer: " in printed
+    assert "not allowed: you have answered nothing. An allowed answer: " in printed
     others = "agent 2 expert:nash, agent 3 expert:random, agent 4 expert:second-best"
     assert printed.count(f"The others were: {others}\n") == 2 and "Your score, games: 2, U2 " in printed
     assert "the game that you left does not count; 2 before it count" in printed
