@@ -186,12 +186,15 @@ def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, 
     lora.remove(policy.model)  # what is left is the SFT policy
     results["sft"] = row("sft", policy_player, policy, style, temperature, seed)
     results["base"] = row("base", policy_player, settings.model.load(), style, temperature, seed)
-    constants = [expert_row(players.make_expert(name)) for name in CONSTANTS]
+    constants: dict[str, dict] = {}
+    for name in CONSTANTS:
+        constants |= expert_row(players.make_expert(name))
     if players.partners:
-        results |= constants[0] | constants[1]
+        results |= constants
     else:
-        best = max(constants, key=lambda own: next(iter(own.values()))["all rounds"]["U2"]["mean"])
-        results |= expert_row(players.expert) | best | expert_row(players.make_expert("random"))
+        best = max(constants, key=lambda name: constants[name]["all rounds"]["U2"]["mean"])
+        results |= expert_row(players.expert) | {best: constants[best]}
+        results |= expert_row(players.make_expert("random"))
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
     return results

@@ -167,8 +167,7 @@ class Partners(Expert):
         self.rules, self.name = rules, " or ".join(rule.name for rule in rules)
 
     def rule(self, game: Game, seat: int) -> Expert:
-        instance = f"{game.key} {game.types}"  # another order of the seats is another draw
-        drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(instance.encode()), seat)
+        drawn = numpy_generator(Stream.PARTNERS, zlib.crc32(game.seated_key.encode()), seat)
         return self.rules[drawn.integers(len(self.rules))]
 
     def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:

@@ -70,6 +70,11 @@ class Game:
         raise NotImplementedError
 
     @property
+    def seated_key(self) -> str:
+        """One name for all stages of an instance in this order of the seats."""
+        return f"{self.key} {self.types}"
+
+    @property
     def caps(self) -> np.ndarray:
         """The largest allowed effort of each agent, (N,)."""
         raise NotImplementedError

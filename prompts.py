@@ -203,8 +203,15 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 def thought(state: State, seat: int, style: PromptStyle) -> str:
     """What stands before the two lines of a label with `think`: the worked numbers of the game (Kind.hint).
     The agent then writes out itself what helps to decide. With `hints`, its prompt has these numbers, too."""
-    seen = observe(state, seat, style.information)
-    return f"{seen.kind.hint(seen)}\n".lstrip() if style.think else ""
+    if not style.think:
+        return ""
+    hint = state.kind.hint(observe(state, seat, style.information))
+    return f"{hint}\n" if hint else ""
+
+
+def thought_of(label: str) -> str:
+    """What stands before the two lines of a label."""
+    return re.split(r"(?m)^[ \t]*(?:Belief|Decision):", label)[0]
 
 
 def answer_lines(reply: str) -> str:

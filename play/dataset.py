@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from experts import Expert
 from games import KINDS, Decision, State, game_from_json
 from play.expert_games import Record, label_decision, simulate
 from policy import Policy
-from prompts import PromptStyle, format_reply, parse_reply, read_reply
+from prompts import PromptStyle, format_reply, parse_reply, read_reply, thought_of
 from rewards import Target
 from run.errors import InputError, library_errors, one_line
 from run.files import write_atomic
@@ -145,8 +144,8 @@ def with_label_noise(
         rng = numpy_generator(seed, Stream.LABEL_NOISE, r.game, r.stage, r.seat)
         if rng.random() < rates.get(r.kind, 0.0):
             drawn, expert = KINDS[r.kind].random(game_from_json(r.instance), r.seat, rng), label_decision(r)
-            thought = re.split(r"(?m)^[ \t]*(?:Belief|Decision):", r.label)[0]
-            r = replace(r, label=thought + format_reply(replace(drawn, belief=expert.belief), style))
+            drawn = replace(drawn, belief=expert.belief)
+            r = replace(r, label=thought_of(r.label) + format_reply(drawn, style))
         noisy.append(r)
     return noisy
 

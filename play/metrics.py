@@ -352,7 +352,7 @@ def report_seeds(paths: list[str]) -> str:
     intervals over the runs' means, so they describe training and not one adapter. Metrics that are newer than
     a file may be missing in it. Raises InputError."""
     runs: list[dict] = []
-    partners = []
+    partners: list[list[str] | None] = []
     for path in paths:
         with library_errors(f"{path} is not an eval.json that train_rft.py or --json wrote"):
             written = read_json(path)

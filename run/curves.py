@@ -59,8 +59,12 @@ def draw_curves(folder: Path) -> bytes:
             # at the bottom of the upper row stand the names of the stages
             place = dict(loc="lower right", bbox_to_anchor=(1, 0.07)) if axis in above else {}
             axis.legend(fontsize=8, **place)
+    return png(figure)
+
+
+def png(figure, dpi: int = 110) -> bytes:
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
+    figure.savefig(picture, format="png", dpi=dpi)
     return picture.getvalue()
 
 

@@ -118,6 +118,9 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
+RECORDED = {"versions", "chat_template_sha256"}  # stand in config.json beside the flags (settings.py)
+
+
 def resumed_flags(folder: str | os.PathLike, script: str) -> dict:
     """The flags of the run in a folder, as its config.json holds them."""
     config = read_json(Path(folder) / "config.json")

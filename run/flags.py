@@ -17,7 +17,7 @@ from dataclasses import field, fields
 from typing import Any
 
 from run.errors import InputError
-from run.files import resumed_flags
+from run.files import RECORDED, resumed_flags
 
 
 def flag(usage: str, default: Any, help: Any, type: Callable | None = None, **options: Any) -> Any:
@@ -72,7 +72,7 @@ def parse_run(
     if folder:
         print(f"continuing {folder} with the settings in its config.json (other flags do not count)")
         flags = resumed_flags(folder, script) | {"out": folder}
-        if gone := sorted(set(flags) - names - {"script", "versions", "chat_template_sha256"}):
+        if gone := sorted(set(flags) - names - {"script"} - RECORDED):
             advice = "continue it with the version of the code that it was made with"
             raise InputError(f"{folder} was made with settings that are gone ({', '.join(gone)}); {advice}")
         argv = argv_of(parser, flags)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from run import checkpoint, ranks
 from run.errors import InputError
-from run.files import JsonLines, StopSignal
+from run.files import RECORDED, JsonLines, StopSignal
 
 SAVE_EVERY = 10  # steps between checkpoints
 
@@ -51,7 +51,7 @@ class Stage:
         self.steps_done, self.seconds, self.state = 0, 0.0, {}
         self._steps, self._stop, self._out = steps, stop, flags["out"]
         as_saved = json.loads(json.dumps(flags))
-        others = {"out", "resumed", "versions", "chat_template_sha256"}  # the last two: see settings.py
+        others = {"out", "resumed"} | RECORDED
         self._settings = {name: as_saved[name] for name in as_saved if name not in others}
         self._stopping, self._changed = False, False  # _changed: the parameters, within this step
         self._logs: list[JsonLines] = []

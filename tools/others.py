@@ -13,7 +13,6 @@ form have the same random numbers. A reply that is not compliant plays no links.
     python -m tools.others --seeds results/others/seed*.json      # of --json: several training seeds
 """
 
-import io
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
@@ -30,6 +29,7 @@ from play.metrics import UNKNOWN, Episode, Turn, format_table, mean_interval
 from play.players import Ask, Player, expert_player
 from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
+from run.curves import png
 from run.errors import InputError, library_errors, reports_errors
 from run.files import read_json, refuse_existing, write_atomic, write_json
 from run.seeds import Stream, numpy_generator
@@ -282,9 +282,7 @@ def draw(tables: dict[str, dict]) -> bytes:
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
+    return png(figure, dpi=120)
 
 
 def means_of(tables: dict) -> dict:

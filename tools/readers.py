@@ -109,10 +109,10 @@ class Halves(Expert):
     name = "halves"
 
     def __init__(self, games: list[Game], *rules: Expert):
-        self.rules = {(game.key, game.types): rules[k % 2] for k, game in enumerate(games)}
+        self.rules = {game.seated_key: rules[k % 2] for k, game in enumerate(games)}
 
     def __call__(self, state, seat, rng, past=()) -> Decision:
-        return self.rules[state.game.key, state.game.types](state, seat, rng, past)
+        return self.rules[state.game.seated_key](state, seat, rng, past)
 
 
 def exact_players(row_N: np.ndarray, rules: list[Expert], others: Expert) -> dict[str, Expert]:

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import runpy
 import subprocess
 import sys
 
@@ -217,12 +216,3 @@ def test_flags_that_the_environment_cannot_follow_are_refused():
         with pytest.raises(ValueError, match=message):
             make(flags=flags)
     assert make(flags="--preset paper --algo grpo").settings.rft.w_graph == 0
-
-
-def test_without_verifiers_there_is_one_line(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "verifiers.v1", None)
-    with pytest.raises(SystemExit) as stop:
-        runpy.run_module("bridges.verifiers_tompo")
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and line.endswith("; pip install -r requirements-verifiers.txt")
