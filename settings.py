@@ -18,7 +18,7 @@ import lora
 from experts import Expert, Partners, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
-from models.load import ENGINES, default_device, load_policy
+from models.load import DTYPES, ENGINES, default_device, dtype_name, load_policy, say_speed
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
 from play.rft_log import LOGGED
@@ -52,7 +52,9 @@ class Model:
 
     title = "model"
     name: str = flag("--model", DEFAULT_MODEL, "Hugging Face id or folder of a causal chat model")
-    dtype: str = flag("--dtype", "float32", "of the frozen weights", choices=("float32", "bfloat16"))
+    dtype: str = flag(
+        "--dtype DTYPE", "float32", f"of frozen weights: {', '.join(DTYPES)}; auto: the faster", dtype_name
+    )
     engine: str = flag("--engine", "fast", "plain: policy.py itself, slow and short", choices=ENGINES)
     template: tuple[str, ...] | None = flag(
         "--template NAME=VALUE ...", None, "what the chat template is given, such as enable_thinking=false"
@@ -65,8 +67,10 @@ class Model:
     def load(self) -> Policy:
         """The base model as a policy, on this process's device. The first process loads it first, because
         it may have to fetch and convert the default model."""
+        device = ranks.own_device(default_device())
+        if device == "cpu":
+            say_speed(self.dtype)
         with ranks.first_goes_first():
-            device = ranks.own_device(default_device())
             return load_policy(self.name, self.dtype, device, self.engine, self.template_values)
 
 
@@ -353,7 +357,7 @@ PAPER |= dict(lr=1e-5, dtype="bfloat16")
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
 OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3)
 OTHERS |= dict(fix=["c=0.12", "fee=1"], expert="random", label_noise=0.0)
-OTHERS |= dict(sft_steps=16, reward_from="game", dtype="bfloat16")  # the last for time
+OTHERS |= dict(sft_steps=16, reward_from="game", dtype="auto")  # the last for time
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 
