@@ -34,10 +34,10 @@ from run.stage import Stage
 from settings import SFT, LoRA, Settings, parse_training, training_parser
 from teachers.language import print_report
 
-HELD_OUT_GAMES = 12  # for the reply loss before and after
+HELD_OUT_GAMES = 12  # for the reply loss before and after; fewer where they have several rounds
 HELD_OUT_PASS = 12  # conversations in a pass of the reply loss, which has no gradients to keep
 MAX_GRAD_NORM = 1.0
-PROBE_EVERY = 10  # steps
+PROBE_EVERY = 20  # steps
 
 
 @dataclass
@@ -201,7 +201,8 @@ def run_sft(
     cfg, seed, style, data = settings.sft, settings.run.seed, settings.players.style, settings.data
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
-    held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
+    count = max(1, HELD_OUT_GAMES // settings.games.rounds)
+    held_out = data.simulate(settings.games, settings.players, count, "held-out")
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
     train = make_conversations(policy, labels, cfg.kinds, format_only)
