@@ -19,9 +19,9 @@ fine-tuning, reinforcement and evaluation all call it. One whole game of agent 1
     assistant  Belief: [0, 1.46, 3.42, 3.42]      the efforts that it expects of the others
                Decision: 1.46                     its own effort
 
-"A link earns v c" is the hint: v = delta r_i r_j / c, where every agent answers best to the types of all,
-r = alpha + delta (sum of the other alphas). The Belief line is the theory-of-mind channel of the paper; both
-can be switched off.
+"A link earns w c" is the hint: w = delta r_i r_j / c with r_i = alpha_i + delta (sum of the other alphas),
+the best reply to efforts as large as the alphas. The Belief line is the theory-of-mind channel of the paper;
+both can be switched off.
 """
 
 import re
@@ -97,8 +97,9 @@ class Observation:
 
 
 def observe(state: State, seat: int, information: str = "full") -> Observation:
-    """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
-    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
+    """`full`: everyone's type is known; `local`: only one's own. Links that formed and efforts are public. Of
+    the proposals an agent reads only who chose it, and only in games of several rounds. (c and BCZ's cap were
+    computed from all types, so even `local` reveals a little about the others.)"""
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
     game, per_round, stage = state.game, len(state.game.stages), len(state.history)

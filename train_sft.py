@@ -125,8 +125,8 @@ def sft(
         # the batch.
         loss = 0.0
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
-            # An engine may need several passes for the prompts of these conversations, in an order of its
-            # own.
+            # Some conversations at a time. For their prompts an engine may need several passes, in an order
+            # of its own.
             prompts, replies = prompts_and_replies(part)
             weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
@@ -184,7 +184,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Sums the gradients of all processes and clips the sum. Returns its norm before clipping."""
+    """Sums the gradients of all processes (0 where there is none) and clips the sum. Returns its norm before
+    clipping."""
     parameters = optimizer.param_groups[0]["params"]
     ranks.sum_gradients(parameters)
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))

@@ -32,11 +32,12 @@ from world.draws import Family, held_out_games
 GAMES, STEPS, M, PLAYS = 6, 60, 8, 4  # games, each played in every step; replies of a group; plays at the end
 NOISE = 0.2  # of an effort, as a share of the way from Nash to planner effort
 WEIGHTS = ((1.0, 0.0), (0.8, 0.2), (0.5, 0.5), (0.2, 0.8), (0.0, 1.0))  # of A^S and A^G
-# name -> (how a level is normalised, the length of a step, the weight of both bonuses of the graph level)
+# name -> (how a level is normalised, the lengths of the steps of links and of efforts, the weight of both
+# bonuses of the graph level). Without the division by the spread, advantages of efforts are small.
 SERIES = {
-    "std": (ADVANTAGES["std"], 0.5, 0.0),
-    "mean": (ADVANTAGES["mean"], 8.0, 0.0),
-    "std with bonuses": (ADVANTAGES["std"], 0.5, 0.5),
+    "std": (ADVANTAGES["std"], 2.0, 0.5, 0.0),
+    "mean": (ADVANTAGES["mean"], 8.0, 60.0, 0.0),
+    "std with bonuses": (ADVANTAGES["std"], 2.0, 0.5, 0.5),
 }
 LANDMARKS = ("nash", "second-best", "planner", "always-link", "never-link")
 
@@ -107,7 +108,7 @@ def played_by_expert(name: str, game: Game) -> Play:
 def step(tables: list[Table], memory: Memory, weights: tuple[float, float], series: str, rng) -> None:
     """One step of ToMPO on the tables: M decisions in every place of a new play, their rewards and
     advantages, and the policy gradient."""
-    advantage, rate, bonus = SERIES[series]
+    advantage, link_rate, effort_rate, bonus = SERIES[series]
     targets, groups, owners = [], [], []
 
     def add(table, target, decisions):
@@ -130,9 +131,10 @@ def step(tables: list[Table], memory: Memory, weights: tuple[float, float], seri
         A_M, i = (weights[0] * A_S[k] + weights[1] * A_G[k]).numpy(), target.seat
         if target.kind is LINKS:  # d log pi / d logit = action - chance
             rows_MN = np.array([o.decision.action for o in group])
-            table.logits_NN[i] += rate * 4 * (A_M[:, None] * (rows_MN - table.chances(i))).mean(0)
+            table.logits_NN[i] += link_rate * (A_M[:, None] * (rows_MN - table.chances(i))).mean(0)
         else:  # d log pi / d k = z / NOISE, and a step as long as the noise
-            table.k_N[i] += rate * NOISE * (A_M * noise_M).mean()
+            k = table.k_N[i] + effort_rate * NOISE * (A_M * noise_M).mean()
+            table.k_N[i] = np.clip(k, -0.5, 1.5)  # beyond 0 or 1 PGG's efforts are at an end of their range
 
 
 def trained(games: list[Game], weights: tuple[float, float], series: str, seed: int) -> dict[str, float]:

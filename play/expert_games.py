@@ -65,7 +65,7 @@ def simulate(
             replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
             actions = np.array([decision.action for decision in played])
-            if partners or expert.name == "random":  # whose own beliefs are coin flips
+            if partners or expert.name == "random":  # beliefs of these labels: what the others now do
                 labels = [
                     replace(d, belief=kind.expert_decision(actions, game, i).belief)
                     for i, d in enumerate(labels)

@@ -102,7 +102,7 @@ def welfare_gain(episode: Episode) -> float | None:
 
 
 def belief(turn: Turn) -> float | None:
-    """How well the Belief line foresees the others, in [0, 1] (rewards.belief_accuracy)."""
+    """How well the Belief line foresees what the others then play, in [0, 1] (rewards.belief_accuracy)."""
     return belief_accuracy(turn.played, Target(turn.state, turn.seat, turn.actions))
 
 

@@ -108,8 +108,8 @@ class BCZ(Game):
         return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """What agent i gains from the link ij at these efforts, delta x_i x_j - c (without a fee), for all i
-        and j, (N, N)."""
+        """What agent i gains from the link ij at these efforts, delta x_i x_j - link_cost, for all i and j,
+        (N, N)."""
         return self.delta * np.outer(efforts_N, efforts_N) - self.link_cost
 
     # The words, of which prompts.py makes what an agent reads.
