@@ -86,7 +86,7 @@ class Observation:
     rounds: int
     # The position in it.
     round: int
-    stage: int  # of the round, from 0
+    stage_of_round: int  # from 0
     kind: Kind
     previous: Kind | None  # the kind of the previous stage, whose result is reported now
     # The results so far.
@@ -117,7 +117,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         stages=game.stages,
         rounds=game.rounds,
         round=state.round,
-        stage=stage % per_round,
+        stage_of_round=stage % per_round,
         kind=state.kind,
         previous=state.kind_of(stage - 1) if stage else None,
         links=state.links,
@@ -170,7 +170,7 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 def news(seen: Observation) -> str:
     """The results since the agent's last decision: what of a user message depends on the history."""
     text = seen.previous.result(seen) if seen.previous else ""
-    if seen.last_payoff is not None and seen.stage == 0:
+    if seen.last_payoff is not None and seen.stage_of_round == 0:
         text += f"Your payoff was {seen.last_payoff:.2f}. "
     return text
 

@@ -357,7 +357,7 @@ PAPER |= dict(lr=1e-5, dtype="bfloat16")
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
 OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3)
 OTHERS |= dict(fix=["c=0.12", "fee=1"], expert="random", label_noise=0.0)
-OTHERS |= dict(sft_steps=16, reward_from="game", dtype="auto")  # the last for time
+OTHERS |= dict(sft_steps=16, steps=12, reward_from="game", dtype="auto")  # the last for time
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 

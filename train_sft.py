@@ -206,6 +206,7 @@ def run_sft(
     held_out = data.simulate(settings.games, settings.players, count, "held-out")
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
+    test = test[:: math.ceil(len(test) / count)]  # as many conversations as games, also of all seats
     train = make_conversations(policy, labels, cfg.kinds, format_only)
     check_labels(policy, labels, style)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)

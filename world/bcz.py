@@ -94,8 +94,9 @@ class BCZ(Game):
         """(links_NN, welfare) of the best graph at `nash` or `planner` efforts.
 
         Where all links cost the same, some best graph is a threshold graph in which agents with a higher
-        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2).
-        (tests/world/test_bcz.py compares with all graphs. It holds while the cap does not bind, which
+        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2). (For equal alphas see
+        Belhaj, Bervoets and Deroian, "Efficient networks in games with local complementarities", 2016; for
+        others tests/world/test_bcz.py compares with all graphs. It holds while the cap does not bind, which
         `effort_cap` ensures.)"""
         by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas stay in the order of seats
         best_links, best_welfare = empty_graph(self.N), -math.inf
