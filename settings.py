@@ -176,6 +176,10 @@ class Data:
         if isinstance(self.games, str):
             records, with_partners = dataset.read_records(self.games), players.partners is not None
             dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
+            here = players.style.recorded
+            for made in (r.style for r in records):
+                what = f"{self.games} was made with {one_line(made)}, and not with {here}"
+                refuse(made not in (None, here), f"{what}; give the same flags, or {dataset.WRITE_ONE}")
             return records
         return self.simulate(games, players, self.games)
 
