@@ -66,7 +66,7 @@ class Game:
 
     @property
     def key(self) -> str:
-        """One name for all seat orders and stages of an instance, for memory and the held-out split."""
+        """One name for all seat orders, stages, rounds and fees, for memory and the held-out split."""
         raise NotImplementedError
 
     @property

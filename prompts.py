@@ -49,6 +49,11 @@ class PromptStyle:
     max_new_tokens: int | None = None
     think: int = 0
 
+    @property
+    def recorded(self) -> dict:
+        """What of it changes prompts and labels; every line of a data set says how it was made."""
+        return dict(information=self.information, belief=self.belief, hints=self.hints, think=self.think > 0)
+
     def reply_limit(self, N: int) -> int:
         """The longest reply in tokens. The default has room for the two labels and for two lists of N
         entries, each of which takes up to 3.5 tokens, and for the free text."""

@@ -27,7 +27,6 @@ from prompts import PromptStyle
 from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness, welfare
 from run import ranks, values
 from run.errors import one_line, refuse
-from run.files import resumed_flags
 from run.flags import add_flags, flag, from_flags, parse_run
 from teachers import language
 from teachers.asking import asking, with_record
@@ -180,6 +179,10 @@ class Data:
         if isinstance(self.games, str):
             records, with_partners = dataset.read_records(self.games), players.partners is not None
             dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
+            here = players.style.recorded
+            for made in (r.style for r in records):
+                what = f"{self.games} was made with {one_line(made)}, and not with {here}"
+                refuse(made not in (None, here), f"{what}; give the same flags, or {dataset.WRITE_ONE}")
             return records
         return self.simulate(games, players, self.games)
 
@@ -380,8 +383,8 @@ class Settings:
         """The model that a run trains; `flags` then holds a checksum of its chat template. InputError: a run
         that is resumed began with another template. It would go on with other prompts than it has read."""
         policy, name = self.model.load(), "chat_template_sha256"
-        now = self.flags[name] = policy.template.checksum
-        then = resumed_flags(self.run.resume, self.flags["script"]).get(name, now) if self.run.resume else now
+        now = policy.template.checksum
+        then = self.flags.setdefault(name, now)
         advice = f"take the model of that time, or remove {name} from its config.json to go on all the same"
         refuse(then != now, f"{self.run.resume} began with another chat template or --template; {advice}")
         return policy
@@ -398,7 +401,7 @@ def training_parser(description: str, out: str, *more: type) -> argparse.Argumen
 def parse_training(parser: argparse.ArgumentParser, script: str, argv=None) -> Settings:
     """The settings of a training script, whether it starts a run or resumes one."""
     args, resume = parse_run(parser, script, PRESETS, argv)
-    then = resumed_flags(resume, script).get("versions", versions()) if resume else versions()
+    then = getattr(args, "versions", versions())
     if then != versions():
         began = f"{resume} began with {one_line(then, 100)} and goes on with {versions()}"
         print(f"warning: {began}; it may end in other numbers than without the stop")

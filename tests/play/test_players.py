@@ -243,6 +243,21 @@ def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     assert expert_examples(3, family, N, second_best, STYLE, 1) != chats
 
 
+@pytest.mark.parametrize("hints", [True, False])
+def test_with_think_every_answer_of_an_example_begins_with_a_thought(hints):
+    """The worked number of the question that it answers, as in the labels of SFT. Else nothing differs."""
+    plain, style = PromptStyle(hints=hints), PromptStyle(hints=hints, think=40)
+    given, ask = (3, Family("bcz", "GE", 2), 3, make_expert("planner")), "Think first, then reply"
+    pairs = zip(expert_examples(*given, style, 0), expert_examples(*given, plain, 0), strict=True)
+    for chat, other in pairs:
+        assert chat[0]["content"] == other[0]["content"].replace("Reply", ask) and chat[1::2] == other[1::2]
+        for question, turn, without in zip(chat[1::2], chat[2::2], other[2::2], strict=True):
+            thought = turn["content"].removesuffix(without["content"])
+            alone = " 0 links" in question["content"]  # then there is no number to work out
+            assert without["content"][:8] == "Belief: " and bool(thought) != alone
+            assert not hints or thought.rstrip("\n. ") in question["content"]
+
+
 def test_examples_stand_before_the_conversation():
     examples, chat = expert_examples(2, Family(), 4, NASH, STYLE, 0), messages(State(GRID[0]), 2, [], STYLE)
     joined = with_examples(examples, chat)
