@@ -39,7 +39,7 @@ SERIES = {
     "mean": (ADVANTAGES["mean"], 8.0, 60.0, 0.0),
     "std with bonuses": (ADVANTAGES["std"], 2.0, 0.5, 0.5),
 }
-LANDMARKS = ("nash", "second-best", "planner", "always-link", "never-link")
+LANDMARKS = ("second-best", "planner")
 
 
 @dataclass
@@ -150,27 +150,25 @@ def trained(games: list[Game], weights: tuple[float, float], series: str, seed: 
 
 
 def draw(points: dict, landmarks: dict) -> bytes:
-    """A panel for each game: U2 against U3, a line for each series from the own stake to the common good."""
+    """A column for each game, U3 above and U2 below, over the weight of the graph level; dotted: experts."""
     from matplotlib.figure import Figure  # it needs no screen
 
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
-    for axis, (name, by_series) in zip(figure.subplots(1, len(points)), points.items(), strict=True):
-        for c, (series, by_weights) in enumerate(by_series.items()):
-            at, spread = [], []
-            for cells in by_weights.values():
-                at.append((cells["U2"]["mean"], cells["U3"]["mean"]))
-                spread.append([cells[key]["mean"] - cells[key]["low"] for key in ("U2", "U3")])
-            (x, y), (dx, dy) = np.array(at).T, np.array(spread).T
-            axis.errorbar(x, y, dy, dx, color=f"C{c}", marker="os^"[c], capsize=2, label=series)
-            note = dict(textcoords="offset points", fontsize=8)
-            for (w_S, _), place in zip(by_weights, at, strict=True):
-                axis.annotate(f"{w_S:g}", place, (4, 4), color=f"C{c}", **note)
-        for label, place in landmarks[name].items():
-            axis.plot(*place, "k*")
-            axis.annotate(label, place, (5, -9), textcoords="offset points", fontsize=8)
-        axis.set(title=name, xlabel="U2, own payoff", ylabel="U3, welfare")
-        axis.grid(alpha=0.3)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, (name, by_series) in zip(figure.subplots(2, len(points)).T, points.items(), strict=True):
+        for axis, key, label in zip(axes, ("U3", "U2"), ("U3, welfare", "U2, own payoff"), strict=True):
+            for c, (series, by_weights) in enumerate(by_series.items()):
+                cells = [cells[key] for cells in by_weights.values()]
+                means, half = [x["mean"] for x in cells], [x["mean"] - x["low"] for x in cells]
+                x = [w_G + 0.01 * (c - 1) for _, w_G in by_weights]
+                axis.errorbar(x, means, half, color=f"C{c}", marker="os^"[c], capsize=2, label=series)
+            for expert in LANDMARKS:
+                y = landmarks[name][expert][key]
+                axis.axhline(y, color="k", ls=":", lw=0.8)
+                axis.annotate(expert, (1.04, y), fontsize=7, va="bottom", ha="left")
+            axis.set(xlabel="weight of the graph level", ylabel=label, xlim=(-0.05, 1.25))
+            axis.set_xticks([w_G for _, w_G in WEIGHTS])
+        axes[0].set_title(name.upper())
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return png(figure, dpi=120)
 
 
@@ -186,8 +184,9 @@ def main(argv=None) -> None:
         landmarks[name] = {}
         for expert in LANDMARKS:
             plays = [played_by_expert(expert, game) for game in games]
-            U2, U3 = landmarks[name][expert] = np.mean([(p.U2, p.U3) for p in plays], 0)
-            lines.append([name, expert, "", "", f"{U2:.3f}", f"{U3:.3f}", "", ""])
+            means = {"U2": np.mean([p.U2 for p in plays]), "U3": np.mean([p.U3 for p in plays])}
+            landmarks[name][expert] = means
+            lines.append([name, expert, "", "", *(f"{value:.3f}" for value in means.values()), "", ""])
         for series in SERIES:
             points[name][series] = {}
             for weights in WEIGHTS:
