@@ -22,8 +22,8 @@ import lora
 from eval import check_lengths, evaluate_run, instances
 from models import adapters
 from models.load import put_adapter
-from play import metrics
 from play.dataset import Prompt, make_prompts, trained_seats
+from play.report import report
 from play.rft_log import RFTLog
 from play.sampling import sample_replies
 from play.self_play import SelfPlay
@@ -266,7 +266,7 @@ def main(argv=None) -> None:
             results = evaluate_run(settings, policy, folder)
     if ranks.first():
         if settings.evaluation.games:
-            print("\n" + metrics.report(results))
+            print("\n" + report(results))
         print("\n" + diagnose.summary(folder))
         print_report()
         print_times(folder, clock)

@@ -18,7 +18,8 @@ import numpy as np
 from decisions import EFFORTS, LINKS
 from experts import make_expert
 from games import Decision, Game, State
-from play.metrics import align, mean_interval
+from play.intervals import mean_interval
+from play.report import align
 from prompts import Reply
 from rewards import Memory, Sample, Target
 from run.curves import png

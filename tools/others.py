@@ -25,8 +25,10 @@ from eval import instances, make_cast, play_held_out, playing_parser
 from experts import Expert, Partners, make_expert
 from games import State
 from play import human
-from play.metrics import UNKNOWN, Episode, Turn, format_table, mean_interval
+from play.intervals import UNKNOWN, mean_interval
+from play.metrics import Episode, Turn
 from play.players import Ask, Player, expert_player
+from play.report import format_table
 from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
 from run.curves import png

@@ -14,8 +14,9 @@ from games import KINDS, State
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import expert_games, players
-from play.metrics import METRICS, per_instance, summarise
+from play.metrics import METRICS, per_instance
 from play.players import Ask, expert_examples, play_tables, policy_player, with_examples
+from play.report import summarise
 from prompts import PromptStyle, Reply, messages, parse_reply, read_reply
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.seeds import torch_generator

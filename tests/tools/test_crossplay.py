@@ -8,7 +8,8 @@ from tables import expert, play
 
 import eval as evaluation
 from experts import make_expert
-from play.metrics import mean_interval, per_instance
+from play.intervals import mean_interval
+from play.metrics import per_instance
 from settings import Model
 from tools import crossplay
 from world.draws import held_out_grid
