@@ -225,6 +225,6 @@ def stack_adapters(
             As = [s[key_A].float() if key_A in s else torch.zeros(c.r, d_in) for s, c in both]
             Bs = [s[key_B].float() * c.scaling if key_B in s else torch.zeros(d_out, c.r) for s, c in both]
             state[key_A], state[key_B] = torch.cat(As), torch.cat(Bs, dim=1)
-    same = config1.targets == config2.targets  # else every module is named by its path
+    same = sorted(config1.targets) == sorted(config2.targets)  # else every module is named by its path
     targets = config1.targets if same else tuple(module.removeprefix(PREFIX) for module in modules)
     return state, replace(config1, r=r, alpha=r, targets=targets)
