@@ -259,10 +259,10 @@ def rows_of_groups(dozen: list[dict]) -> Rows:
 # -------------------- the report
 
 
-def write(results: Path, folder: Path, planned: dict[str, int]) -> str:
-    """Writes FOLDER/study.md, study-forest.png and study-curves.png. planned: how many seeds every arm is to
-    have. Returns what to print. Raises InputError if there are no results."""
-    lines, place = read_lines(results), {name: i for i, name in enumerate(planned)}
+def write(results: Path, planned: dict[str, int]) -> str:
+    """Writes study.md, study-forest.png and study-curves.png beside the results. planned: how many seeds
+    every arm is to have. Returns what to print. Raises InputError if there are no results."""
+    lines, folder, place = read_lines(results), results.parent, {name: i for i, name in enumerate(planned)}
     if not lines:
         raise InputError(f"{results} holds no results yet; run python -m tools.study first")
     lines.sort(key=lambda line: (place.get(line["arm"], len(place)), line["seed"]))
@@ -291,7 +291,6 @@ def write(results: Path, folder: Path, planned: dict[str, int]) -> str:
     sections["Not run yet"] = [plan if told else "Nothing: all arms have all their seeds."]
     text = "\n".join([__doc__.split("\n\n", 1)[1].strip(), "", about(lines)])
     text += "".join(f"\n\n## {title}\n\n" + "\n".join(body) for title, body in sections.items())
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "study.md", (text + "\n").encode())
     draw_forest(compared, folder / "study-forest.png")
     draw_curves(lines, folder / "study-curves.png")
@@ -354,9 +353,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     """The probe of ToMPO and GRPO during RFT, in the seeds that both have: the mean and a 95 % t interval as
     a band. The interval of two seeds would be as wide as the picture and is left out."""
     styles = {"tompo": "C0-o", "grpo": "C1--o"}
-    probes = {name: {s["seed"]: s.get("probe") or [] for s in lines if s["arm"] == name} for name in styles}
-    probes = {name: by_seed for name, by_seed in probes.items() if by_seed}
-    seeds = set.intersection(*map(set, probes.values())) if probes else set()
+    probes = {name: {s["seed"]: s["probe"] for s in lines if s["arm"] == name} for name in styles}
+    seeds = set.intersection(*map(set, probes.values()))
     for axis, metric in picture(path, 3.6, ("row", "U2", "belief")):
         for name, probe in probes.items():
             entries = [entry for seed in seeds for entry in probe[seed]]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -163,7 +165,8 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     tiny = f"--model {model_dir} --games 4 --sft-steps 2 --steps 2 --eval-games 2 --max-new-tokens 14"
     broken = Arm("broken", "algorithm", "--objective loss=none", 2)
     monkeypatch.setattr(study, "ARMS", [ARMS[0], broken, ARMS[2]])
-    argv = ["--flags", tiny, "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "study.jsonl")]
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    argv = ["--flags", tiny, "--results", str(tmp_path / "study.jsonl")]
     with pytest.raises(SystemExit) as stop:
         study.main([*argv, "--seeds", "5"])
     said = capsys.readouterr().out
@@ -172,7 +175,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     assert sorted((line["arm"], line["seed"]) for line in lines) == [("sft", 5), ("tompo", 5)]
     tompo = next(line for line in lines if line["arm"] == "tompo")
     assert [e["step"] for e in tompo["probe"]] == [0, 2] and len(tompo["values"]["row"]) == 2
-    config = json.loads((tmp_path / "runs" / "tompo" / "seed5" / "config.json").read_text())
+    config = json.loads((tmp_path / "runs/study/tompo/seed5/config.json").read_text())
     assert config["seed"] == 5 and config["sft_adapter"].endswith("seed5/adapter")
 
     # what is finished is not done again: with its files gone, the line is enough
@@ -181,7 +184,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     study.main([*argv, "--seeds", "5-5"])
     assert lines_of(tmp_path / "study.jsonl") == lines
 
-    study.main([*argv, "--report", str(tmp_path)])
+    study.main([*argv, "--report"])
     report = (tmp_path / "study.md").read_text()
     assert report.count("| tompo |") == 4 and "| sft | SFT alone | 1 |" in report
     before, after = (next(line for line in lines if line["arm"] == arm) for arm in ("sft", "tompo"))
@@ -220,7 +223,8 @@ def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypa
 def test_the_stored_results_give_the_stored_tables(tmp_path):
     """The lines of results/study.jsonl, whose flags are partly those of older versions."""
     stored = study.ROOT / "results"
-    study_report.write(stored / "study.jsonl", tmp_path, {arm.name: arm.seeds for arm in ARMS})
+    results = shutil.copy(stored / "study.jsonl", tmp_path)
+    study_report.write(Path(results), {arm.name: arm.seeds for arm in ARMS})
     new, old = ((folder / "study.md").read_text().splitlines() for folder in (tmp_path, stored))
     assert [line for line in new if line[:1] == "|"] == [line for line in old if line[:1] == "|"]
 
@@ -234,6 +238,5 @@ def test_a_unit_says_where_it_was_run(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_run_is_refused(refused, tmp_path):
-    results = ["--results", tmp_path / "none.jsonl"]
-    assert "no results yet" in refused(study.main, ["--report", tmp_path, *results])
+    assert "no results yet" in refused(study.main, ["--report", "--results", tmp_path / "none.jsonl"])
     assert study.parse_seeds("0-3") == [0, 1, 2, 3] and study.parse_seeds("5") == [5]
