@@ -28,14 +28,10 @@ from tools.page.text import clean, escaped, rounded
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ALGORITHMS = {"tompo": "ToMPO", "grpo": "GRPO"}
+PLAYERS = dict.fromkeys(ALGORITHMS, "RFT policy") | {"sft": "SFT policy", "base": "base model"}
+PLAYERS["expert:random"] = "random play"  # of the table, apart from the name of the algorithm
 MEDIANS = ("U3 gain",)  # one game in which cooperation can add little would make the mean
 PAGE = 2_700_000  # characters of data on a page; half of a run's share is for groups, a third for games
-
-
-def player_name(name: str, algo: str) -> str:
-    """Of a row of the table, apart from the names of the run and of the algorithm."""
-    known = {algo: "RFT policy", "sft": "SFT policy", "base": "base model", "expert:random": "random play"}
-    return known.get(name, name.replace("expert:", "expert "))
 
 
 def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
@@ -91,14 +87,13 @@ def run_data(folder: Path, budget: int) -> dict:
     )
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
-        results = {player_name(name, config.get("algo")): summary for name, summary in found.items()}
+        results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}
         asked, played = read_prompts(folder), all("actions" in summary for summary in results.values())
         missing = {
-            "prompts.jsonl: no prompts, instances and graphs of the experts in the groups": not asked,
+            "prompts.jsonl: no groups": not asked,
             "eval.json: the run has not been evaluated (yet)": not results,
             "all agents' choices in eval.json: of its games there are only measures": not played,
         }
-        targets = {place: target for place, (target, _) in asked.items()}
         return {
             "name": clean(folder.name or str(folder)),
             "missing": [what for what, lacking in missing.items() if lacking],
@@ -106,7 +101,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "constant": metrics.about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3, config.get("partners")),
-            "learned": rounded(learned(samples, targets, found, config.get("expert"))),
+            "learned": rounded(learned(found, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

@@ -1,10 +1,12 @@
 """The games of the evaluation as every player played them, with the value of every other choice."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from decisions import EFFORTS, LINKS, own_rows, payoffs_with_effort, row_payoffs
 from experts import Partners, make_expert
-from games import Game, State, game_from_json
+from games import State, game_from_json
 from play.expert_games import history_from_text
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
@@ -41,20 +43,26 @@ def decision_of(state: State, seat: int, actions: np.ndarray, reply: str) -> dic
     return decision | choice | {"regret": choice["value"] - choice["chosen"]}
 
 
-def played_of(game: Game, summary: dict, i: int) -> dict:
-    """The i-th game as one row of the table played it, stage by stage."""
-    played = {metric: summary["instances"][i].get(metric) for metric in METRICS}
-    if "actions" not in summary:
-        return played
-    end, seats = history_from_text(game, summary["actions"][i]), summary["seats"][i]
-    replies, stages = iter(summary["replies"][i]), []
-    for stage, actions in enumerate(end.history):
-        before, after = end.before(stage), end.before(stage + 1)
-        decisions = [decision_of(before, seat, actions, next(replies)) for seat in seats]
+def stages_of(summary: dict, i: int) -> Iterator[tuple[State, np.ndarray, State, list[tuple[int, str]]]]:
+    """The i-th game of a row of the table, stage by stage: the state before, all agents' actions, the state
+    after, and the policy's seats with their replies. Nothing in an older file, which has no actions."""
+    if "actions" in summary:
+        game, replies = game_from_json(summary["instances"][i]["instance"]), iter(summary["replies"][i])
+        end = history_from_text(game, summary["actions"][i])
+        for stage, actions in enumerate(end.history):
+            said = [(seat, next(replies)) for seat in summary["seats"][i]]
+            yield end.before(stage), actions, end.before(stage + 1), said
+
+
+def played_of(summary: dict, i: int) -> dict:
+    """The i-th game as one row of the table played it."""
+    played, stages = {metric: summary["instances"][i].get(metric) for metric in METRICS}, []
+    for before, actions, after, said in stages_of(summary, i):
+        decisions = [decision_of(before, seat, actions, reply) for seat, reply in said]
         now = {"kind": before.kind.letter, "round": before.round, "actions": actions, "links": after.links}
         payoffs = after.round_results()[-1][2] if after.round > before.round else None
         stages.append(now | {"payoffs": payoffs, "decisions": decisions})
-    return played | {"seats": seats, "stages": stages}
+    return played | ({"seats": summary["seats"][i], "stages": stages} if stages else {})
 
 
 def games_of(results: dict, budget: int, partners: list[str] | None = None) -> dict:
@@ -69,7 +77,7 @@ def games_of(results: dict, budget: int, partners: list[str] | None = None) -> d
         best = {"links": links_NN, "efforts": efforts_N, "payoffs": game.payoffs(links_NN, efforts_N), "W": W}
         facts = {"number": i, "instance": tell_game(game), "types": game.types, "type": game.type_name}
         facts["rules"] = [drawn.rule(game, seat).name for seat in range(game.N) if drawn.rules]
-        players = {name: played_of(game, s, i) for name, s in results.items() if i < len(s["instances"])}
+        players = {name: played_of(s, i) for name, s in results.items() if i < len(s["instances"])}
         games.append(rounded(facts | {"N": game.N, "best": best, "players": players}))
     sizes = [len(escaped(game)) for game in games]
     chosen = thinned(len(games), lambda part: sum(sizes[i] for i in part), budget)
