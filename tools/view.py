@@ -88,11 +88,11 @@ def run_data(folder: Path, budget: int) -> dict:
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
         results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}
-        asked, played = read_prompts(folder), all("actions" in summary for summary in results.values())
+        asked, played = read_prompts(folder), all("actions" in row for row in found.values())
         missing = {
             "prompts.jsonl: no groups": not asked,
-            "eval.json: the run has not been evaluated (yet)": not results,
-            "all agents' choices in eval.json: of its games there are only measures": not played,
+            "eval.json: the run has not been evaluated (yet)": not found,
+            "all agents' choices in eval.json: no games": not played,
         }
         return {
             "name": clean(folder.name or str(folder)),
@@ -100,8 +100,8 @@ def run_data(folder: Path, budget: int) -> dict:
             "overview": rounded(overview(config, timing, results, folder)),
             "constant": metrics.about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
-            "games": games_of(results, budget // 3, config.get("partners")),
-            "learned": rounded(learned(found, config.get("expert"))),
+            "games": games_of(results if played else {}, budget // 3, config.get("partners")),
+            "learned": rounded(learned(found if played else {}, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

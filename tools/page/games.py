@@ -45,24 +45,24 @@ def decision_of(state: State, seat: int, actions: np.ndarray, reply: str) -> dic
 
 def stages_of(summary: dict, i: int) -> Iterator[tuple[State, np.ndarray, State, list[tuple[int, str]]]]:
     """The i-th game of a row of the table, stage by stage: the state before, all agents' actions, the state
-    after, and the policy's seats with their replies. Nothing in an older file, which has no actions."""
-    if "actions" in summary:
-        game, replies = game_from_json(summary["instances"][i]["instance"]), iter(summary["replies"][i])
-        end = history_from_text(game, summary["actions"][i])
-        for stage, actions in enumerate(end.history):
-            said = [(seat, next(replies)) for seat in summary["seats"][i]]
-            yield end.before(stage), actions, end.before(stage + 1), said
+    after, and the policy's seats with their replies."""
+    game, replies = game_from_json(summary["instances"][i]["instance"]), iter(summary["replies"][i])
+    end = history_from_text(game, summary["actions"][i])
+    for stage, actions in enumerate(end.history):
+        said = [(seat, next(replies)) for seat in summary["seats"][i]]
+        yield end.before(stage), actions, end.before(stage + 1), said
 
 
 def played_of(summary: dict, i: int) -> dict:
     """The i-th game as one row of the table played it."""
-    played, stages = {metric: summary["instances"][i].get(metric) for metric in METRICS}, []
+    stages = []
     for before, actions, after, said in stages_of(summary, i):
         decisions = [decision_of(before, seat, actions, reply) for seat, reply in said]
         now = {"kind": before.kind.letter, "round": before.round, "actions": actions, "links": after.links}
         payoffs = after.round_results()[-1][2] if after.round > before.round else None
         stages.append(now | {"payoffs": payoffs, "decisions": decisions})
-    return played | ({"seats": summary["seats"][i], "stages": stages} if stages else {})
+    played = {metric: summary["instances"][i].get(metric) for metric in METRICS}
+    return played | {"seats": summary["seats"][i], "stages": stages}
 
 
 def games_of(results: dict, budget: int, partners: list[str] | None = None) -> dict:
