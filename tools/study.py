@@ -33,7 +33,7 @@ import settings
 from eval import playing_parser
 from run.errors import InputError, reports_errors
 from run.files import JsonLines, cpu_name, read_json, read_lines
-from run.values import positive_int
+from run.values import number_or_range, positive_int
 from tools import study_report
 from tools.page.groups import read_prompts
 from tools.page.text import rounded
@@ -219,19 +219,13 @@ def machine() -> dict:
     return {"commit": commit or "unknown", "machine": cpu_name() + gpu, "packages": packages}
 
 
-def parse_seeds(text: str) -> list[int]:
-    """`3` -> [3], `0-2` -> [0, 1, 2]; for argparse, which reports a ValueError."""
-    low, high = map(int, (text.split("-") * 2)[:2])
-    return list(range(low, high + 1))
-
-
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Trains and evaluates many arms over several seeds.")
     add = parser.add_argument
     known = sorted({name for arm in ARMS for name in (arm.name, arm.family)})
     add("--arms", nargs="+", metavar="NAME", choices=known, help="arms or families (default: all)")
-    add("--seeds", type=parse_seeds, help="such as 0-7 (default: as many as each arm is to have)")
+    add("--seeds", type=number_or_range(0, 2**32 - 1), help="such as 0-7 (default: those of each arm)")
     add("--jobs", type=positive_int, default=2, help="runs at once")
     add("--flags", default="", help="flags of every run, in one string, for a quick look")
     file = "the measured units, a line each; their runs lie in runs/STEM, where STEM.jsonl is this file"
@@ -246,7 +240,8 @@ def main(argv=None) -> None:
     done = {(line["arm"], line["seed"]) for line in log.rows}
     arms = [arm for arm in ARMS if not args.arms or {arm.family, arm.name} & set(args.arms)]
     # The seeds of the first arm come first and make the SFT stages: no two jobs wait for the same one.
-    units = [(arm, seed) for arm in arms for seed in args.seeds or range(arm.seeds)]
+    seeds = args.seeds and range(args.seeds[0], args.seeds[1] + 1)
+    units = [(arm, seed) for arm in arms for seed in seeds or range(arm.seeds)]
     todo = [(arm, seed) for arm, seed in units if (arm.name, seed) not in done]
     study, failed = Study(RUNS / args.results.stem, args.flags), 0
     with ThreadPoolExecutor(args.jobs) as pool:

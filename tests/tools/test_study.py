@@ -96,21 +96,13 @@ def test_beliefs_and_links_of_both_ends_of_a_run_by_hand():
         return sample(step, 0, kind, compliance, text, expert)
 
     a, b, none = "[0, 1, 0]", "[0, 1, 1]", "[0, 0, 0]"
-    first = [
-        reply(0, a, a),
-        reply(1, a, none),
-        reply(1, b, a),
-        reply(1, b, a),
-        reply(0, a, "all", a, "G", -0.5),
-    ]
+    first = [reply(0, a, a), reply(1, a, none), *[reply(1, b, a)] * 2, reply(0, a, "all", a, "G", -0.5)]
     last = [reply(6, b, b, b), reply(7, a, a), reply(7, "[1]", "1.2", "1", "E"), reply(7, "", a)]
     replies = study_report.graph_replies([*first, reply(3, a, b), *last])
     assert replies["belief followed"] == [0.25, 1.0]
     assert replies["links chosen"] == pytest.approx([0.375, 2 / 3, 2 / 3])
-    assert study_report.graph_replies([reply(0, "", a)]) == {
-        "belief followed": [None, None],
-        "links chosen": [0.5, None, None],
-    }
+    replies = study_report.graph_replies([reply(0, "", a)])
+    assert replies == {"belief followed": [None, None], "links chosen": [0.5, None, None]}
 
 
 def test_threshold_rules_by_hand(monkeypatch):
@@ -199,9 +191,8 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
 def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypatch):
     """The reference minus the arm, as in the README; what leaves the picture is an arrow and its mean."""
     drawn, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
-    )
+    kept = lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
+    monkeypatch.setattr(Figure, "savefig", kept)
 
     def row(n, mean, half):
         known = {"low": mean - half, "high": mean + half} if half else {"low": None, "high": None}
@@ -211,11 +202,8 @@ def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypa
     study_report.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
     axis = drawn[0].axes[0]
     marks = {m: [line.get_ydata()[0] for line in axis.lines if line.get_marker() == m] for m in "s<>"}
-    assert axis.get_xlim() == pytest.approx((0.042, 0.158)) and marks == {
-        "s": [0, 3],
-        "<": [1, 2],
-        ">": [1, 2],
-    }
+    assert axis.get_xlim() == pytest.approx((0.042, 0.158))
+    assert marks == {"s": [0, 3], "<": [1, 2], ">": [1, 2]}
     assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"] == [0.1, 0.1]
     assert [text.get_text().strip() for text in axis.texts] == ["-0.00", "+0.90"]
 
@@ -239,4 +227,3 @@ def test_a_unit_says_where_it_was_run(tmp_path, monkeypatch):
 
 def test_what_cannot_be_run_is_refused(refused, tmp_path):
     assert "no results yet" in refused(study.main, ["--report", "--results", tmp_path / "none.jsonl"])
-    assert study.parse_seeds("0-3") == [0, 1, 2, 3] and study.parse_seeds("5") == [5]
