@@ -277,9 +277,8 @@ def test_many_replies_make_a_small_page_that_says_what_it_left_out(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="no selenium: pip install -r requirements-test.txt"
-    )
+    no_selenium = "no selenium: pip install -r requirements-test.txt"
+    webdriver = pytest.importorskip("selenium.webdriver", reason=no_selenium)
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     if not driver or not chromium:
         pytest.skip("no browser: apt-get install chromium chromium-driver")
@@ -448,36 +447,25 @@ BROKEN = {  # a reply of the first seat, and what is marked in it
 }
 
 
-def test_what_is_wrong_in_a_reply_is_marked(browser, tmp_path):
+def test_what_is_wrong_in_a_reply_is_marked_and_what_stands_before_it_folded(browser, tmp_path):
     """None of these replies is compliant; their texts stay as they are."""
-    folder = made_run(tmp_path / "run", hostile=reversed([*BROKEN, "no"]))
-    view.write_page([folder], tmp_path / "run.html")
-    page, found = Page(browser, tmp_path / "run.html"), {}
-    page.choose("g-group", "0")
-    for _ in range(2):
-        for pre in page.run(
-            "return [...document.querySelectorAll('.reply pre')].map(e => "
-            "[e.textContent, [...e.querySelectorAll('mark')].map(m => m.textContent)])"
-        ):
-            found[pre[0]] = pre[1]
-        page.click("g-group-after")
-    assert {text: found[text] for text in BROKEN} == BROKEN
-    page.check_quiet()
-
-
-def test_what_stands_before_the_two_lines_is_folded(browser, tmp_path):
     thinks = "Two or three?\nI say two.\nDecision: [0, 1, 1]"
-    folder = made_run(tmp_path / "run", hostile=[thinks, *BROKEN])
+    folder = made_run(tmp_path / "run", hostile=reversed([*BROKEN, thinks]))
     view.write_page([folder], tmp_path / "run.html")
-    page, found = Page(browser, tmp_path / "run.html"), []
+    page, marked, folded = Page(browser, tmp_path / "run.html"), {}, []
     page.choose("g-group", "0")
     for _ in range(2):
-        found += page.run(
+        marked |= page.run(
+            "return Object.fromEntries([...document.querySelectorAll('.reply pre')].map(e => "
+            "[e.textContent, [...e.querySelectorAll('mark')].map(m => m.textContent)]))"
+        )
+        folded += page.run(
             "return [...document.querySelectorAll('.reply pre details')].map(e => "
             "[e.open, e.lastChild.textContent, e.parentElement.textContent])"
         )
         page.click("g-group-after")
-    assert found == [[False, thinks.split("Decision")[0], f"thought{thinks}"]]
+    assert {text: marked[text] for text in BROKEN} == BROKEN
+    assert folded == [[False, thinks.split("Decision")[0], f"thought{thinks}"]]
     page.check_quiet()
 
 
