@@ -11,7 +11,7 @@ from play.expert_games import history_from_text
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
 
-ROWS = 32  # as many values of rows are listed: all for up to 6 agents
+ROWS = 32  # as many rows are listed, and the chosen and the worst one: all for up to 6 agents
 CURVE = 25  # efforts at which the payoff is drawn
 METRICS = ("U1", "s", "row", "U2", "U3")
 
@@ -28,8 +28,7 @@ def decision_of(state: State, seat: int, actions: np.ndarray, reply: str) -> dic
         own, rows = "".join(map(str, actions[seat])), ["".join(map(str, r)) for r in own_rows(game.N, seat)]
         values = dict(zip(rows, row_payoffs(state, seat, actions), strict=True))
         ranked = [[row, values[row], k] for k, row in enumerate(sorted(rows, key=lambda r: -values[r]), 1)]
-        first = ROWS if len(ranked) <= ROWS else ROWS - 8
-        listed = [r for r in ranked if r[2] <= first or r[0] == own or r is ranked[-1]]
+        listed = [r for r in ranked if r[2] <= ROWS or r[0] == own or r is ranked[-1]]
         decision |= {"true": actions[:, seat], "rows": listed, "count": len(ranked)}
         choice = {"own": own, "best": ranked[0][0], "chosen": values[own], "value": ranked[0][1]}
     elif kind is EFFORTS:
