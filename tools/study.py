@@ -201,8 +201,7 @@ def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
         line["probe"] = [{key: entry.get(key) for key in PROBED} for entry in probe if "stage" in entry]
         line["levels"] = study_report.levels_of(samples)
         line |= study_report.graph_replies(samples)
-        targets = {place: target for place, (target, _) in read_prompts(run).items()}
-        line["rule"] = study_report.rules_of(samples, targets)
+        line["rule"] = study_report.rules_of(samples, read_prompts(run))
         line |= {"groups": study_report.a_dozen(samples)} if seed == 0 else {}
     return rounded(line, 4)
 

@@ -109,12 +109,12 @@ def test_threshold_rules_by_hand(monkeypatch):
     numbers = {0: [0, 0.5, 1.5, 2.5], 1: [0.9, 0, 1.1, 3.0]}  # in the prompt of each seat
     monkeypatch.setattr(learned, "worked_numbers", lambda state, seat: numbers[seat])
     game = BCZ((1.0,) * 4, 0.1, 0.1, 3.0)
-    targets = {(seat, 0, seat): Target(State(game), seat, None, seat) for seat in (0, 1)}
+    asked = {(seat, 0, seat): (Target(State(game), seat, None, seat), []) for seat in (0, 1)}
 
     def final(*rows):
         texts = [(seat, row, row if row != "all" else "[0, 0, 0, 0]") for seat, row in rows]
         lines = [sample(4, s, reply=f"Decision: {row}", expert=e) | {"seat": s} for s, row, e in texts]
-        return study_report.rules_of(lines, targets)
+        return study_report.rules_of(lines, asked)
 
     clean = (0, "[0, 0, 1, 1]"), (1, "[0, 0, 1, 1]")
     assert final(*clean, (1, "all")) == {"expert": [1.1, 7 / 9], "sft": None, "final": [1.1, 1.0]}

@@ -13,7 +13,6 @@ import numpy as np
 from decisions import LINKS
 from games import State
 from prompts import observe, parse_reply
-from rewards import Target
 from tools.page.games import stages_of
 
 EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins of worked numbers
@@ -37,13 +36,6 @@ def choices_of(decisions: Iterable[tuple[State, int, str]]) -> Choices:
             numbers = enumerate(worked_numbers(state, seat))
             choices += [(number, bool(decision.action[j])) for j, number in numbers if j != seat]
     return choices
-
-
-def training_choices(samples: list[dict], targets: dict[tuple, Target], author: str = "reply") -> Choices:
-    """The choices of these lines of samples.jsonl, or with the author `expert` of the expert in their place.
-    targets: by (game, stage, seat)."""
-    asked = [(targets.get((s["game"], s["stage"], s["seat"])), s[author]) for s in samples]
-    return choices_of((target.state, target.seat, text) for target, text in asked if target)
 
 
 def best_threshold(choices: Choices) -> dict | None:
