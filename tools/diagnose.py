@@ -102,9 +102,7 @@ def changing_links(run: Run) -> Judgement:
             votes[state][s["step"]][last_line(s["reply"], "Decision:")] += 1
     modes = [[v.most_common(1)[0][0] for _, v in sorted(steps.items())] for steps in votes.values()]
     changes = [before != after for mode in modes for before, after in pairwise(mode)]
-    text = (
-        f"an instance was met again {len(changes)} times, the most common links had changed in {sum(changes)}"
-    )
+    text = f"an instance was met again {len(changes)} times, its most common links changed in {sum(changes)}"
     advice = "Lower --lr or raise --beta, and see in samples.jsonl whether the reward prefers any answer."
     return judge(fmean(changes), 0.30, 0.60) if len(changes) >= 8 else 0, text, advice
 

@@ -81,10 +81,8 @@ def run_data(folder: Path, budget: int) -> dict:
     folder that holds no run."""
     if not (folder / "config.json").exists() or not (folder / "samples.jsonl").exists():
         raise InputError(f"{folder} is not the folder of a run of train_rft.py: it has no samples.jsonl")
-    config, timing, evaluation = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("config.json", "timing.json", "eval.json")
-    )
+    files = (folder / f"{name}.json" for name in ("config", "timing", "eval"))
+    config, timing, evaluation = (read_json(file) if file.exists() else {} for file in files)
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
         results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}

@@ -72,10 +72,8 @@ def learned(results: dict[str, dict], expert: str) -> dict:
     the held-out games. Nothing where those of the policy are not known."""
     rows = {"before RFT": "sft", "after RFT": next(iter(results), ""), "expert": f"expert:{expert}"}
     choices = {who: held_out_choices(results[row]) for who, row in rows.items() if row in results}
-    if not choices.get("before RFT") or not choices.get("after RFT"):
-        choices = {}
-    if expert == "random" or not choices.get("expert"):
-        choices.pop("expert", None)
-    bins = {who: links_by_number(part) for who, part in choices.items()}
-    thresholds = {who: best_threshold(part) for who, part in choices.items()}
+    known = choices.get("before RFT") and choices.get("after RFT")
+    shown = {who: part for who, part in choices.items() if known and part and rows[who] != "expert:random"}
+    bins = {who: links_by_number(part) for who, part in shown.items()}
+    thresholds = {who: best_threshold(part) for who, part in shown.items()}
     return {"edges": EDGES, "bins": bins, "thresholds": thresholds}
