@@ -25,8 +25,9 @@ from models import adapters
 from models.load import put_adapter
 from play import human
 from play.expert_games import simulate
-from play.metrics import CONSTANTS, Episode, format_table, mean_over_seats, report, report_seeds, summarise
+from play.metrics import Episode
 from play.players import Player, adapter_on, expert_examples, expert_player, play_tables, policy_player
+from play.report import CONSTANTS, format_table, mean_over_seats, report, report_seeds, summarise
 from policy import Policy
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors

@@ -66,7 +66,7 @@ class Game:
 
     @property
     def key(self) -> str:
-        """One name for all seat orders and stages of an instance, for memory and the held-out split."""
+        """One name for all seat orders, stages, rounds and fees, for memory and the held-out split."""
         raise NotImplementedError
 
     @property
@@ -277,7 +277,7 @@ class Kind:
     # The text.
 
     def result(self, seen) -> str:
-        """What everybody reads when the next stage begins: the result of this one. "" if nothing is said."""
+        """What the agent reads when the next stage begins: the result of this one. "" if nothing is said."""
         return ""
 
     def question(self, seen, style) -> str:
@@ -328,8 +328,8 @@ class Kind:
         return None
 
     def stakes(self, state: "State", seat: int, actions: np.ndarray, common: bool = False) -> Stakes | None:
-        """What depends on the choice of `seat` among these actions, if all others choose as they do: its own
-        payoff or, if `common`, the welfare. None for a kind that pays nothing."""
+        """With all others' actions fixed: what `seat` (if `common`: all together) earns with its own action,
+        with its best and with its worst one. None for a kind that pays nothing."""
         return None
 
     def efficiency(self, state: "State", seat: int, actions: np.ndarray) -> float | None:

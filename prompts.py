@@ -19,9 +19,9 @@ fine-tuning, reinforcement and evaluation all call it. One whole game of agent 1
     assistant  Belief: [0, 1.46, 3.42, 3.42]      the efforts that it expects of the others
                Decision: 1.46                     its own effort
 
-"A link earns v c" is the hint: v = delta r_i r_j / c, where every agent answers best to the types of all,
-r = alpha + delta (sum of the other alphas). The Belief line is the theory-of-mind channel of the paper; both
-can be switched off.
+"A link earns w c" is the hint: w = delta r_i r_j / c with r_i = alpha_i + delta (sum of the other alphas),
+the best reply to efforts as large as the alphas. The Belief line is the theory-of-mind channel of the paper;
+both can be switched off.
 """
 
 import re
@@ -48,6 +48,11 @@ class PromptStyle:
     hints: bool = True
     max_new_tokens: int | None = None
     think: int = 0
+
+    @property
+    def recorded(self) -> dict:
+        """What of it changes prompts and labels; every line of a data set says how it was made."""
+        return dict(information=self.information, belief=self.belief, hints=self.hints, think=self.think > 0)
 
     def reply_limit(self, N: int) -> int:
         """The longest reply in tokens. The default has room for the two labels and for two lists of N
@@ -86,7 +91,7 @@ class Observation:
     rounds: int
     # The position in it.
     round: int
-    stage: int  # of the round, from 0
+    stage_of_round: int  # from 0
     kind: Kind
     previous: Kind | None  # the kind of the previous stage, whose result is reported now
     # The results so far.
@@ -97,8 +102,9 @@ class Observation:
 
 
 def observe(state: State, seat: int, information: str = "full") -> Observation:
-    """`full`: everyone's type is known; `local`: only one's own. The results of finished stages are public.
-    (c and BCZ's cap were computed from all types, so even `local` reveals a little about the others.)"""
+    """`full`: everyone's type is known; `local`: only one's own. Links that formed and efforts are public. Of
+    the proposals an agent reads only who chose it, and only in games of several rounds. (c and BCZ's cap were
+    computed from all types, so even `local` reveals a little about the others.)"""
     if information not in ("full", "local"):
         raise ValueError(f"information must be full or local, got {information!r}")
     game, per_round, stage = state.game, len(state.game.stages), len(state.history)
@@ -116,7 +122,7 @@ def observe(state: State, seat: int, information: str = "full") -> Observation:
         stages=game.stages,
         rounds=game.rounds,
         round=state.round,
-        stage=stage % per_round,
+        stage_of_round=stage % per_round,
         kind=state.kind,
         previous=state.kind_of(stage - 1) if stage else None,
         links=state.links,
@@ -169,7 +175,7 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 def news(seen: Observation) -> str:
     """The results since the agent's last decision: what of a user message depends on the history."""
     text = seen.previous.result(seen) if seen.previous else ""
-    if seen.last_payoff is not None and seen.stage == 0:
+    if seen.last_payoff is not None and seen.stage_of_round == 0:
         text += f"Your payoff was {seen.last_payoff:.2f}. "
     return text
 

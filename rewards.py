@@ -37,9 +37,9 @@ from prompts import Reply
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """What the experts of all agents do in `state`, where `seat` decides; where there are --partners, what
-    these do in the other seats. actions: proposals (N, N) or efforts (N,). game_index: which of the expert
-    games it is."""
+    """What a decision of `seat` in `state` is compared with. actions: what the experts of all agents do
+    there, proposals (N, N) or efforts (N,); with --partners (rules that play the other seats in the expert's
+    place, docs/others.md), what these do. game_index: which of the expert games it is."""
 
     state: State
     seat: int
@@ -191,9 +191,9 @@ def group_rewards(
     likenesses: list[float],
     scores: list[float | None],
 ) -> None:
-    """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness, or what replaces
-    it), the optional ones by name, and `r_S`, their weighted sum; with a graph level also `s`, `local`,
-    `global`, `R_G`. likenesses, scores: what `sample` and `s` become for each reply."""
+    """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness alone, or what
+    replaces it), the optional ones by name, and `r_S`, their weighted sum; with a graph level also `s`,
+    `local`, `global`, `R_G`. likenesses, scores: what `sample` and `s` become for each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
     for o, likeness_i, s in zip(group, likenesses, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}

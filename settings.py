@@ -18,7 +18,7 @@ import lora
 from experts import Expert, Partners, make_expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
-from models.load import ENGINES, default_device, load_policy
+from models.load import DTYPES, ENGINES, default_device, dtype_name, load_policy, say_speed
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
 from play.rft_log import LOGGED
@@ -27,7 +27,6 @@ from prompts import PromptStyle
 from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness, welfare
 from run import ranks, values
 from run.errors import one_line, refuse
-from run.files import resumed_flags
 from run.flags import add_flags, flag, from_flags, parse_run
 from teachers import language
 from teachers.asking import asking, with_record
@@ -52,7 +51,9 @@ class Model:
 
     title = "model"
     name: str = flag("--model", DEFAULT_MODEL, "Hugging Face id or folder of a causal chat model")
-    dtype: str = flag("--dtype", "float32", "of the frozen weights", choices=("float32", "bfloat16"))
+    dtype: str = flag(
+        "--dtype DTYPE", "float32", f"of frozen weights: {', '.join(DTYPES)}; auto: the faster", dtype_name
+    )
     engine: str = flag("--engine", "fast", "plain: policy.py itself, slow and short", choices=ENGINES)
     template: tuple[str, ...] | None = flag(
         "--template NAME=VALUE ...", None, "what the chat template is given, such as enable_thinking=false"
@@ -65,8 +66,10 @@ class Model:
     def load(self) -> Policy:
         """The base model as a policy, on this process's device. The first process loads it first, because
         it may have to fetch and convert the default model."""
+        device = ranks.own_device(default_device())
+        if device == "cpu":
+            say_speed(self.dtype)
         with ranks.first_goes_first():
-            device = ranks.own_device(default_device())
             return load_policy(self.name, self.dtype, device, self.engine, self.template_values)
 
 
@@ -176,6 +179,10 @@ class Data:
         if isinstance(self.games, str):
             records, with_partners = dataset.read_records(self.games), players.partners is not None
             dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
+            here = players.style.recorded
+            for made in (r.style for r in records):
+                what = f"{self.games} was made with {one_line(made)}, and not with {here}"
+                refuse(made not in (None, here), f"{what}; give the same flags, or {dataset.WRITE_ONE}")
             return records
         return self.simulate(games, players, self.games)
 
@@ -353,7 +360,7 @@ PAPER |= dict(lr=1e-5, dtype="bfloat16")
 # Partners whom it pays to read, and rewards from the game alone (docs/others.md), on two CPU cores:
 OTHERS = dict(partners=["second-best", "always-link", "never-link", "selfish"], rounds=3)
 OTHERS |= dict(fix=["c=0.12", "fee=1"], expert="random", label_noise=0.0)
-OTHERS |= dict(sft_steps=16, reward_from="game", dtype="bfloat16")  # the last for time
+OTHERS |= dict(sft_steps=16, steps=12, reward_from="game", dtype="auto")  # the last for time
 PRESETS: dict[str, dict[str, Any]] = {"small": {}, "paper": PAPER, "others": OTHERS}
 
 
@@ -376,8 +383,8 @@ class Settings:
         """The model that a run trains; `flags` then holds a checksum of its chat template. InputError: a run
         that is resumed began with another template. It would go on with other prompts than it has read."""
         policy, name = self.model.load(), "chat_template_sha256"
-        now = self.flags[name] = policy.template.checksum
-        then = resumed_flags(self.run.resume, self.flags["script"]).get(name, now) if self.run.resume else now
+        now = policy.template.checksum
+        then = self.flags.setdefault(name, now)
         advice = f"take the model of that time, or remove {name} from its config.json to go on all the same"
         refuse(then != now, f"{self.run.resume} began with another chat template or --template; {advice}")
         return policy
@@ -394,7 +401,7 @@ def training_parser(description: str, out: str, *more: type) -> argparse.Argumen
 def parse_training(parser: argparse.ArgumentParser, script: str, argv=None) -> Settings:
     """The settings of a training script, whether it starts a run or resumes one."""
     args, resume = parse_run(parser, script, PRESETS, argv)
-    then = resumed_flags(resume, script).get("versions", versions()) if resume else versions()
+    then = getattr(args, "versions", versions())
     if then != versions():
         began = f"{resume} began with {one_line(then, 100)} and goes on with {versions()}"
         print(f"warning: {began}; it may end in other numbers than without the stop")

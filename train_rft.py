@@ -22,8 +22,8 @@ import lora
 from eval import check_lengths, evaluate_run, instances
 from models import adapters
 from models.load import put_adapter
-from play import metrics
 from play.dataset import Prompt, make_prompts, trained_seats
+from play.report import report
 from play.rft_log import RFTLog
 from play.sampling import sample_replies
 from play.self_play import SelfPlay
@@ -54,12 +54,13 @@ PROBE_EVERY = 5  # steps
 
 
 def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimizer, stage: Stage) -> None:
-    """The training loop; docs/one-step.md walks through one prompt in numbers. cfg: what the flags chose.
-    Its reward is rewards.expert_rewards by default; advantage, aggregation, ratio, loss and kl are the first
-    of each table in variants/objective.py: the formulas of tompo.py, and rho of every token by itself.
-    `--algo grpo` sets w_sample, w_graph to 1, 0. pool: all prompts, by conversation; limit: the longest reply
-    in tokens; M: the replies of a group; T: the tokens of all replies of a pass."""
-    memory = Memory(stage.state.setdefault("memory", {}))  # the checkpoints hold stage.state
+    """The training loop; docs/one-step.md walks through one prompt in numbers. cfg: what the flags chose
+    (settings.RFT). By default its reward is rewards.expert_rewards, its next_batch dataset.next_batch, and
+    advantage, aggregation, ratio, loss and kl are the first of each table in variants/objective.py: the
+    formulas of tompo.py, and rho of every token by itself. `--algo grpo` sets w_sample, w_graph to 1, 0.
+    pool: all prompts, by conversation; limit: the longest reply in tokens; stage: counts, logs, saves and
+    stops (run/stage.py); M: the replies of a group; T: the tokens of all replies of a pass."""
+    memory = Memory(stage.state.setdefault("memory", {}))  # checkpoints hold stage.state
     log = RFTLog(stage)
     for step in stage.steps():
         # 1. Prompts q: decisions of one agent in expert games.
@@ -97,7 +98,7 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
                 passes.append({"loss": loss.item()} | measured)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, cfg.steps, cfg.lr)
             norm = clip_gradient(optimizer, MAX_GRAD_NORM)  # of the sum over all processes
-            optimizer.step()  # a step without live groups has gradient 0, and Adam's momentum still moves
+            optimizer.step()  # without live groups the gradient is 0, and Adam's momentum still moves
             optimizer.zero_grad()
         # 7. The memory learns of the step only now, so that all its groups were rewarded by the same memory.
         memory.update(targets, groups)
@@ -112,7 +113,8 @@ def sample(
 ) -> list[list[Sample]]:
     """M replies of up to S tokens to every prompt, [P][M], and what the strict parser reads in them."""
     ids, keys = [q.ids for q in prompts], [q.conversation for q in prompts]
-    # They change no reply, only how soon the fast engine has it (Policy.sample).
+    # Drafts for the fast engine. A label is never copied: every token is drawn from pi_theta with its own
+    # random number, and a draft that is right only saves time (fast/drafts.py).
     guesses = [policy.encode_reply(q.record.label) for q in prompts]
     replies = sample_replies(policy, ids, guesses, M, S, temperature, generator, keys)
     return [
@@ -128,7 +130,8 @@ def advantages(groups: list[list[Sample]], name: str, advantage: Callable) -> di
 
 
 def reward_tensor(group: list[Sample], name: str) -> Tensor:
-    """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single."""
+    """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single. Another
+    choice would change the last digits of runs that are published."""
     rewards_M = torch.tensor([o.rewards[name] for o in group])
     return rewards_M if rewards_M.is_floating_point() else rewards_M.float()
 
@@ -263,7 +266,7 @@ def main(argv=None) -> None:
             results = evaluate_run(settings, policy, folder)
     if ranks.first():
         if settings.evaluation.games:
-            print("\n" + metrics.report(results))
+            print("\n" + report(results))
         print("\n" + diagnose.summary(folder))
         print_report()
         print_times(folder, clock)

@@ -34,10 +34,10 @@ from run.stage import Stage
 from settings import SFT, LoRA, Settings, parse_training, training_parser
 from teachers.language import print_report
 
-HELD_OUT_GAMES = 12  # for the reply loss before and after
+HELD_OUT_GAMES = 12  # for the reply loss before and after; fewer where they have several rounds
 HELD_OUT_PASS = 12  # conversations in a pass of the reply loss, which has no gradients to keep
 MAX_GRAD_NORM = 1.0
-PROBE_EVERY = 10  # steps
+PROBE_EVERY = 20  # steps
 
 
 @dataclass
@@ -125,8 +125,8 @@ def sft(
         # the batch.
         loss = 0.0
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
-            # An engine may need several passes for the prompts of these conversations, in an order of its
-            # own.
+            # Some conversations at a time. For their prompts an engine may need several passes, in an order
+            # of its own.
             prompts, replies = prompts_and_replies(part)
             weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
@@ -184,7 +184,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def clip_gradient(optimizer: torch.optim.Optimizer, max_norm: float) -> float:
-    """Sums the gradients of all processes and clips the sum. Returns its norm before clipping."""
+    """Sums the gradients of all processes (0 where there is none) and clips the sum. Returns its norm before
+    clipping."""
     parameters = optimizer.param_groups[0]["params"]
     ranks.sum_gradients(parameters)
     return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
@@ -201,9 +202,11 @@ def run_sft(
     cfg, seed, style, data = settings.sft, settings.run.seed, settings.players.style, settings.data
     trained = trained_seats(records, data.seat, seed)
     labels = with_label_noise(trained, {"G": cfg.label_noise}, seed, style)
-    held_out = data.simulate(settings.games, settings.players, HELD_OUT_GAMES, "held-out")
+    count = max(1, HELD_OUT_GAMES // settings.games.rounds)
+    held_out = data.simulate(settings.games, settings.players, count, "held-out")
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
+    test = test[:: math.ceil(len(test) / count)]  # as many conversations as games, also of all seats
     train = make_conversations(policy, labels, cfg.kinds, format_only)
     check_labels(policy, labels, style)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)

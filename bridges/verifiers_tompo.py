@@ -47,17 +47,18 @@ except ImportError as missing:
 
 __all__ = ["Tasks", "Tables", "Chat"]  # where verifiers looks for a task set, an environment and a harness
 
-USED = "game stages rounds types fix expert partners ask information belief hints max_new_tokens think seed "
-USED += "preset games agents seat noise eval_games reward_from weights algo steps prompts m script versions"
+USED = set("seed preset eval_games reward_from weights algo steps prompts m script versions".split())
 
 
 @cache
 def parse(flags: str) -> Settings:
     """Raises InputError for flags that the environment cannot follow."""
     parser = training_parser("The flags of the environment.", "", RFT, Evaluation)
+    parser.error = parser.print_help = lambda text="--help: see train_rft.py --help": refuse(True, text)
     settings = parse_training(parser, "bridges.verifiers_tompo", shlex.split(flags))
+    groups = {a.dest for a in parser._actions if a.container.title in ("game", "players", "expert games")}
     for name, value in settings.flags.items():
-        if name not in USED.split() and value != parser.get_default(name):
+        if name not in USED | groups and value != parser.get_default(name):
             raise InputError(f"the environment has no --{name.replace('_', '-')}: the trainer has its own")
     refuse(settings.flags["reward_from"] == "joint", "the environment has no --reward-from joint")
     refuse(settings.players.self_play, "the environment has no --partners self: its expert games are fixed")

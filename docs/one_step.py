@@ -151,9 +151,9 @@ empty here, so every compliant reply gets this bonus.
 ## 4. Advantages
 
 Each level is normalised within the group: A^S_i = (r^S_i - {number(mean_S)}) / ({number(std_S)} + 0.0001),
-where {number(mean_S)} is the mean and {number(std_S)} the standard deviation of the {cfg.m} values of r^S;
-for R^G they are {number(mean_G)} and {number(std_G)}. Then A_i = {cfg.w_sample:g} A^S_i + {cfg.w_graph:g}
-A^G_i.
+where {number(mean_S)} is the mean and {number(std_S)} the standard deviation (with 1 / m, and not with
+1 / (m - 1)) of the {cfg.m} values of r^S; for R^G they are {number(mean_G)} and {number(std_G)}. Then A_i =
+{cfg.w_sample:g} A^S_i + {cfg.w_graph:g} A^G_i.
 
 The last column is the weight of a token of this reply in J: J is the mean over the replies of the mean over
 their tokens, so the weight is 1 / (m |o_i|).
@@ -164,15 +164,15 @@ their tokens, so the weight is 1 / (m |o_i|).
 
 Now rho = pi_theta / pi_old = 1 and k3 = 0 for every token, so J is the mean of the A_i, which is 0: the
 loss is {abs(first_loss):.4f}. Its gradient is not 0. It is - sum_i A_i / (m |o_i|) sum_t grad log pi(o_it),
-with norm {norm:.4f} over all LoRA matrices; it raises the probability of replies with A_i > 0 and lowers
-that of the others.
+with norm {norm:.4f} over all LoRA matrices (above 1 it would be scaled down to 1); it raises the probability
+of replies with A_i > 0 and lowers that of the others.
 
 ## 6. What the step changed
 
 After one step of AdamW at the peak learning rate {cfg.lr:g}, the same replies are scored again. log pi is
-the sum over a reply's tokens; the other columns are means over its tokens. "clipped" is min(rho A,
-clip(rho, {cfg.clip[0]:g}, {cfg.clip[1]:g}) A), and J_i = clipped - {cfg.beta:g} k3. With `--inner-epochs 2`
-the second optimizer step would start here.
+the sum over a reply's tokens; the other columns are means over its tokens. "clipped" is the mean of min(rho
+A, clip(rho, {cfg.clip[0]:g}, {cfg.clip[1]:g}) A), each token clipped by itself, and J_i = clipped -
+{cfg.beta:g} k3. With `--inner-epochs 2` the second optimizer step would start here.
 
 {table(["i", "A", "log pi before", "after", "rho", "clipped", "k3", "J_i"], moved)}
 

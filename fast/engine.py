@@ -160,22 +160,19 @@ class FastPolicy(Policy):
             passed: set[tuple[int, int]] = set()
             for b, (r, node) in list(at.items()):
                 start = len(replies[b])
-                while True:
+                while (b, node) in drawn:
                     passed.add((r, node))
                     token, logp = drawn[b, node]
                     replies[b].append(token)
                     logps[b].append(logp)
-                    if len(replies[b]) == S or token in self.end_ids:
-                        del at[b]
-                        break
-                    below = rows[r].child.get((node, token))
-                    if (b, below) not in drawn:
-                        # A node that was read before the reply came to it is read again.
-                        again = below is None or below < store.read[r]
-                        at[b] = r, rows[r].append(node, token) if again else below
-                        break
-                    node = below
+                    before, node = node, rows[r].child.get((node, token))
                 drafts.learn(replies[b], start)
+                if len(replies[b]) == S or token in self.end_ids:
+                    del at[b]
+                else:
+                    # A node that was read before the reply came to it is read again.
+                    again = node is None or node < store.read[r]
+                    at[b] = r, rows[r].append(before, token) if again else node
             drafts.count(len(visits) - len(paths), len(passed) - len(paths))
         made = [self._reply(*both) for both in zip(replies, logps, strict=True)]
         return [made[i * M : (i + 1) * M] for i in range(P)]

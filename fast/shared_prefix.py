@@ -16,6 +16,8 @@ Dimensions: R rows; n tokens of a pass, the first C of which are the common begi
 it reads of one row; K the most tokens of a row, of this pass and those before; T targets, D head size.
 """
 
+import math
+import mmap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,6 +115,16 @@ def common_beginning(rows: list[Row]) -> int:
 IN_BLOCKS = ("cpu",)  # the devices where attention.py is faster than torch's own attention
 
 
+def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Zeros with the dtype and device of another tensor. On CPUs they are a memory map of their own, which
+    goes back to the system when it is freed: in the heap, which keeps what is freed (fast/cpu.py), a store
+    that grows would leave all its former sizes behind. Places that are never written take no memory."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = max(1, math.prod(shape)) * like.element_size()
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype)[: math.prod(shape)].view(shape)
+
+
 class Store:
     """The keys and values of what was read of some rows. read: how many nodes of each row; kv: by layer, keys
     and values (R, kv heads, room, D), where the place of a token is its node."""
@@ -128,7 +140,7 @@ class Store:
         old = self.kv.get(layer)
         if old is None or old[0].shape[2] < K:
             # Zeros, and not what happens to be in memory: what is masked is multiplied by 0.
-            new = [x.new_zeros(tokens.R, heads, K + K // 4, D) for x in computed]
+            new = [zeros((tokens.R, heads, K + K // 2, D), x) for x in computed]
             for x, before in zip(new, old or (), strict=False):
                 x[:, :, : before.shape[2]] = before
             self.kv[layer] = new

@@ -33,6 +33,7 @@ class Record:
     links: list
     efforts: list | None
     payoffs: list | None
+    style: dict | None = None  # PromptStyle.recorded; None in files of older versions
 
 
 def simulate(
@@ -65,7 +66,7 @@ def simulate(
             replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
             actions = np.array([decision.action for decision in played])
-            if partners or expert.name == "random":  # whose own beliefs are coin flips
+            if partners or expert.name == "random":  # beliefs of these labels: what the others now do
                 labels = [
                     replace(d, belief=kind.expert_decision(actions, game, i).belief)
                     for i, d in enumerate(labels)
@@ -73,7 +74,7 @@ def simulate(
             states[k] = after = state.step(actions)
             proposals_NN, ended = after.last("G"), after.round > state.round
             shared = dict(game=index, instance=game.to_json(), round=state.round, stage=len(state.history))
-            shared |= dict(kind=kind.letter, links=after.links.tolist())
+            shared |= dict(kind=kind.letter, links=after.links.tolist(), style=style.recorded)
             shared["proposals"] = None if proposals_NN is None else proposals_NN.tolist()
             shared["efforts"] = after.efforts.tolist() if kind is EFFORTS else None
             shared["payoffs"] = after.round_results()[-1][2].round(6).tolist() if ended else None

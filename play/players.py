@@ -124,15 +124,16 @@ def with_examples(examples: list[list[dict]], chat: list[dict]) -> list[dict]:
 def expert_examples(
     count: int, family: Family, N: int, expert: Expert, style: PromptStyle, seed: int
 ) -> list[list[dict]]:
-    """`count` expert games of the training split, each as the conversation of a random seat."""
+    """`count` expert games of the training split: of each a random seat's conversation, with its labels."""
     rng, chats = numpy_generator(seed, 0, 0, 0, 2), []
     for _ in range(count):
         game = draw_game(rng, N, "train", family)
         if split_of(game) != "train":
             raise InputError("few-shot games would be the evaluated one: the flags leave but one instance")
         seat = int(rng.integers(N))
-        *_, last = (r for r in expert_games.simulate([(0, game, rng)], expert, style) if r.seat == seat)
-        chats.append([*last.prompt, {"role": "assistant", "content": last.label}])
+        own = [r for r in expert_games.simulate([(0, game, rng)], expert, style) if r.seat == seat]
+        turns = [(r.prompt[-1], {"role": "assistant", "content": r.label}) for r in own]
+        chats.append([own[0].prompt[0], *(message for turn in turns for message in turn)])
     return chats
 
 

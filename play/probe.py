@@ -22,7 +22,7 @@ from run.seeds import Stream, numpy_generator, torch_generator
 from run.stage import Stage
 from world.draws import Family, held_out_games
 
-GAMES = 20  # of the evaluation's held-out grid, evenly spread
+GAMES = 20  # of the evaluation's held-out grid, evenly spread; fewer where they have several rounds
 EVERY = 4  # of every fourth game also decisions other than links: SFT knows them, and replies take time
 KEYS = ("U1", "row", "s", "U2", "belief")
 
@@ -39,7 +39,7 @@ def probe_targets(
     agents, this seat too, have played the expert's decisions; with partners, these have played in the other
     seats, and this one at random, as in training. For exact experts."""
     targets = []
-    for index, game in enumerate(held_out_games(families, N, GAMES)):
+    for index, game in enumerate(held_out_games(families, N, max(1, GAMES // families[0].rounds))):
         state, replies = State(game), []
         while not state.done:
             numbers = [(0, Stream.PROBE_GAMES, index, i, len(state.history)) for i in range(N)]

@@ -66,7 +66,7 @@ def parse_run(
     parser: argparse.ArgumentParser, script: str, presets: dict[str, dict], argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, str | None]:
     """-> (the values of the flags, the run that is resumed). The values of the chosen preset are defaults;
-    with --resume all flags are those of the run, and one that is newer than the run has its default."""
+    with --resume all values are those in its config.json, and a flag that is newer has its default."""
     known, _ = parser.parse_known_args(argv)
     folder, names = known.resume, {action.dest for action in parser._actions}
     if folder:
@@ -75,6 +75,7 @@ def parse_run(
         if gone := sorted(set(flags) - names - {"script"} - RECORDED):
             advice = "continue it with the version of the code that it was made with"
             raise InputError(f"{folder} was made with settings that are gone ({', '.join(gone)}); {advice}")
+        parser.set_defaults(**{name: flags[name] for name in flags if name not in names})
         argv = argv_of(parser, flags)
         known, _ = parser.parse_known_args(argv)
     preset = presets[known.preset]

@@ -19,7 +19,7 @@ from experts import make_expert
 from games import GameError
 from models import adapters as adapter_files
 from models.load import load_policy
-from play.metrics import summarise
+from play.report import summarise
 from policy import Policy
 from prompts import Reply
 from settings import Evaluation, Model

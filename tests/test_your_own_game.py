@@ -113,6 +113,12 @@ MISTAKES = [  # in a copy of the file: what stands there instead, the check that
     ("return np.minimum(x, self.cap)", "return x", "planner efforts", "are not from 0 to the caps"),
     ("W > best_welfare + 1e-9", "best_links is None", "efficient graph at nash efforts", "the best are "),
     ("links, best_welfare\n", "links, 0.0\n", "efficient graph at planner efforts", "that efficient_graph "),
+    ("self.c, self.cap]", "self.c]", "the key", "the key '["),
+    ("self.c, self.cap]", "round(self.c, 2), self.cap]", "the key", "the key '["),
+    ("self.c, self.cap]", "self.c, self.cap, self.rounds]", "the key", "the key '["),
+    ("sorted(self.alpha), self.c", "self.alpha, self.c", "the key", "the key '["),
+    ("sorted(self.alpha), self.c", "sorted(set(self.alpha)), self.c", "the key", "the key '["),
+    ("[self.name, sorted", "[id(self), sorted", "the key", "the key '["),
     ("(0.3, 0.5, 0.7, 0.9, 1.1)", "(9.0,)", "the held-out games differ", "the best in all 12 of them"),
 ]
 
@@ -136,7 +142,7 @@ def test_the_command_says_what_agrees_and_what_does_not(added, tmp_path, capsys,
     with pytest.raises(SystemExit) as stop:
         check_game.main([str(tmp_path / "mine.py")])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 1 and len(lines) == 8 and lines[2][:20] == "ok     coordination,"
+    assert stop.value.code == 1 and len(lines) == 9 and lines[2][:20] == "ok     coordination,"
     assert lines[3] == "wrong  coordination, Nash efforts: NameError: name 'best_replies' is not defined"
     (tmp_path / "empty.py").write_text("")
     assert "registers no game" in refused(check_game.main, [tmp_path / "empty.py"])
@@ -151,7 +157,7 @@ def test_the_games_of_the_project_agree_with_all_checks(file, added, capsys):
     held_out_grid.cache_clear()
     check_game.main([str(ROOT / file)])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8 and all(line.startswith("ok     ") for line in lines)
+    assert len(lines) == 9 and all(line.startswith("ok     ") for line in lines)
 
 
 def test_where_nobody_can_do_better_than_nothing_the_welfare_score_is_a_number():

@@ -33,7 +33,7 @@ import lora
 import tompo
 from models import pretrained
 from models.load import default_device, load_policy
-from play.metrics import align
+from play.report import align
 from policy import Policy
 from run.errors import InputError, reports_errors
 from run.files import Stopwatch, peak_memory_gib

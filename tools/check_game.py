@@ -181,6 +181,22 @@ def check_efficient_graph(make: Make, solution: str, draws: int = 40) -> list[fl
     return shares
 
 
+def check_key(make: Make) -> int:
+    """Two instances have one key where they have the same types, in any order of the seats, and the same
+    parameters that can be fixed, and only there."""
+    for _, game, _, _ in drawn(make, 4):
+        changes: list[dict] = [dict(stages="GEE", rounds=2, fee=0.5)]
+        changes += [{p: getattr(game, p) + 0.001} for p in game.fixable]
+        for name, v in vars(game).items():
+            if isinstance(v, tuple):
+                changes += [{name: w} for w in (v[::-1], (v[-1], *v[1:]), (v[0] + 0.001, *v[1:]))]
+        for other in [replace(game, **change) for change in changes]:
+            a, b = ([sorted(g.types), *(getattr(g, p) for p in g.fixable)] for g in (game, other))
+            if (a == b) != (game.key == other.key):
+                raise Disagreement(f"the key {game.key!r} of {game}, and {other.key!r} of {other}")
+    return 40
+
+
 def check_grid(name: str) -> int:
     """The held-out games of 4 agents do not all have one efficient graph: then there is nothing to learn."""
     grid = held_out_grid(4, Family(name))
@@ -214,7 +230,7 @@ def checks_of(name: str) -> dict[str, Callable]:
 
     checks: dict[str, Callable] = {"payoffs, link gains and the fee": check_payoffs}
     checks |= {"payoffs are concave": check_concave, "best replies": check_replies}
-    checks |= {"Nash efforts": check_nash, "planner efforts": check_planner}
+    checks |= {"Nash efforts": check_nash, "planner efforts": check_planner, "the key": check_key}
     for solution in ("nash", "planner"):
         checks[f"efficient graph at {solution} efforts"] = partial(check_efficient_graph, solution=solution)
     return {what: partial(check, make) for what, check in checks.items()} | {

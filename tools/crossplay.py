@@ -13,7 +13,9 @@ from itertools import product
 
 import settings as flags
 from eval import instances, make_cast, play_held_out, playing_parser
-from play.metrics import format_table, mean_interval, per_instance
+from play.intervals import mean_interval
+from play.metrics import per_instance
+from play.report import format_table
 from run import ranks
 from run.errors import InputError, reports_errors
 from run.seeds import Stream

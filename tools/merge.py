@@ -1,16 +1,19 @@
 """An adapter, or a chain of them, merged into its base model: a folder for transformers, vLLM and the hub.
 
 python -m tools.merge runs/tompo/adapter --out FOLDER
+python -m tools.merge runs/tompo/adapter --out FOLDER --only-adapter --dtype float16    # half the size
 """
 
 import argparse
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 import lora
+from models import adapters
 from models.load import load_policy, put_adapter
 from models.pretrained import DEFAULT_MODEL
 from run.errors import library_errors, reports_errors
@@ -24,15 +27,26 @@ def main(argv=None):
     add("adapter", help="adapter folder, or several, each trained on those before: A+B")
     add("--out", required=True, help="new folder for the model and its tokenizer")
     add("--model", default=DEFAULT_MODEL, help="the base: name, folder or hub id")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the saved weights")
+    dtypes = ("float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="float32", help="of the saved weights")
+    add("--only-adapter", action="store_true", help="save the adapters as one, without the base")
     args = parser.parse_args(argv)
     refuse_existing(args.out)
+    dtype = getattr(torch, args.dtype)
+    if args.only_adapter:
+        with library_errors(args.adapter):
+            state, config = adapters.read_chain(args.adapter)
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+        adapters.write_adapter(args.out, state, replace(config, base_model=args.model))
+        size = sum(file.stat().st_size for file in Path(args.out).iterdir()) / 1e6
+        print(f"{args.out}: rank {config.r}, {args.dtype}, {size:.1f} MB")
+        return
     policy = load_policy(args.model, engine="plain")
     put_adapter(policy, args.adapter)
     with library_errors(f"cannot merge {args.adapter}"):
         model = lora.merge(policy.model)
     # The sum is taken in fp32 and rounded once: in bf16 much of a small adapter would be lost.
-    model = model.to(getattr(torch, args.dtype))
+    model = model.to(dtype)
     out = Path(args.out)
     work = out.with_name(f"{out.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)  # what a kill or an error has left

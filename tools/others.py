@@ -25,8 +25,10 @@ from eval import instances, make_cast, play_held_out, playing_parser
 from experts import Expert, Partners, make_expert
 from games import State
 from play import human
-from play.metrics import UNKNOWN, Episode, Turn, format_table, mean_interval
+from play.intervals import UNKNOWN, mean_interval
+from play.metrics import Episode, Turn
 from play.players import Ask, Player, expert_player
+from play.report import format_table
 from prompts import PromptStyle, format_reply, messages, news, observe, parse_reply, read_belief
 from run import ranks
 from run.curves import png
@@ -78,9 +80,9 @@ class Play:
         return np.array([own if j == self.seat else self.others(state, j, NO_DRAWS).action for j in seats])
 
 
-def rows_of(make: Make, asks: list[Ask]) -> list[np.ndarray]:
-    """What a new player chooses in each of these decisions about links, (N,)."""
-    decisions = [parse_reply(text, ask.state, ask.seat) for text, ask in zip(make()(asks), asks, strict=True)]
+def rows_of(player: Player, asks: list[Ask]) -> list[np.ndarray]:
+    """What the player chooses in each of these decisions about links, (N,)."""
+    decisions = [parse_reply(text, ask.state, ask.seat) for text, ask in zip(player(asks), asks, strict=True)]
     return [(d or LINKS.fallback(ask.state.game.N)).action for d, ask in zip(decisions, asks, strict=True)]
 
 
@@ -118,7 +120,8 @@ def regret(play: Play, make: Make, played: list[Episode]) -> dict[str, Cell]:
         before = [played[k].turns[: len(turn.state.history)] for k, turn in enumerate(turns)]
         asks = [Ask(k, t.state, t.seat, [b.reply for b in before[k]]) for k, t in enumerate(turns)]
         half = len(asks) // 2  # games of other types
-        rows = rows_of(make, [with_other_history(a, asks[k - half], play.style) for k, a in enumerate(asks)])
+        changed = [with_other_history(ask, asks[k - half], play.style) for k, ask in enumerate(asks)]
+        rows = rows_of(make(), changed)
         values = [worth(t.state, t.seat, t.actions, row_N) for t, row_N in zip(turns, rows, strict=True)]
         columns[f"placebo {r + 1}"] = cell(values)
         lost.append([turn.U2 - value for turn, value in zip(turns, values, strict=True)])
@@ -175,22 +178,25 @@ def second_rounds(play: Play) -> list[Ask]:
     return asks
 
 
-def flips(asks: list[Ask]) -> list[tuple[int, Ask, Ask, bool]]:
-    """(j, one, two, a) for every decision and every agent j that the player did not choose in round 1. `one`
-    is the decision where j did not choose the player then, `two` that where j did; nothing else differs. a:
-    whether the best reply to round 1 chooses j in only one of the two."""
-    found = []
-    for ask, j in product(asks, range(asks[0].state.game.N)):
-        proposals_NN, *later = ask.state.history
-        if j != ask.seat and not proposals_NN[ask.seat, j]:
-            pair = []
-            for choice in (0, 1):
-                changed_NN = proposals_NN.copy()
-                changed_NN[j, ask.seat] = choice
-                pair.append(replace(ask, state=State(ask.state.game, (changed_NN, *later))))
-            one, two = (BestReply()(changed.state, ask.seat, NO_DRAWS).action[j] for changed in pair)
-            found.append((j, *pair, bool(one != two)))
-    return found
+def flipped(ask: Ask, j: int) -> Ask:
+    """The same decision after a round 1 in which only one thing was otherwise: whether agent j chose the
+    player."""
+    proposals_NN, *later = ask.state.history
+    changed_NN = proposals_NN.copy()
+    changed_NN[j, ask.seat] = 1 - changed_NN[j, ask.seat]
+    return replace(ask, state=State(ask.state.game, (changed_NN, *later)))
+
+
+def flips(asks: list[Ask]) -> dict[tuple[int, int], bool]:
+    """The pairs of question 3, (k, j): a. They are the k-th decision and the flipped one, for every agent j
+    that the player did not choose in round 1. a: whether the best reply to round 1 chooses j in only one of
+    the two."""
+    pairs = {}
+    for (k, ask), j in product(enumerate(asks), range(asks[0].state.game.N)):
+        if j != ask.seat and not ask.state.history[0][ask.seat, j]:
+            both = (BestReply()(x.state, ask.seat, NO_DRAWS).action[j] for x in (ask, flipped(ask, j)))
+            pairs[k, j] = len(set(both)) == 2
+    return pairs
 
 
 def ratio(values_P: np.ndarray, game_P: np.ndarray, games: int) -> np.ndarray:
@@ -202,16 +208,25 @@ def ratio(values_P: np.ndarray, game_P: np.ndarray, games: int) -> np.ndarray:
     return values_P.mean() + (sums - values_P.mean() * counts) / counts.mean()
 
 
-def counterfactual(make: Make, pairs: list[tuple[int, Ask, Ask, bool]], games: int) -> dict[str, Cell]:
-    one, two = (rows_of(make, [pair[k] for pair in pairs]) for k in (1, 2))
-    step_P = np.array([int(y[j]) - int(x[j]) for (j, *_), x, y in zip(pairs, one, two, strict=True)])
-    game_P, a_P = np.array([(ask.game, a) for _, ask, _, a in pairs]).T
+def counterfactual(player: Player, asks: list[Ask], pairs: dict[tuple[int, int], bool]) -> dict[str, Cell]:
+    """The player reads each decision, and then again with one agent flipped; where there is no such pair, it
+    is only asked again, so that it always continues the same conversations."""
+    before, after = rows_of(player, asks), {}
+    for j in sorted({j for _, j in pairs}):
+        asked = [flipped(ask, j) if (k, j) in pairs else ask for k, ask in enumerate(asks)]
+        after[j] = rows_of(player, asked)
+    games, step_P = asks[-1].game + 1, []
+    for k, j in pairs:  # how the decision about j changes with j's choice
+        sign = -1 if asks[k].state.history[0][j, asks[k].seat] else 1
+        step_P.append(sign * (int(after[j][k][j]) - int(before[k][j])))
+    step_P = np.array(step_P)
+    game_P, a_P = np.array([(asks[k].game, a) for (k, _), a in pairs.items()]).T
     a, b = (ratio(abs(step_P)[a_P == k], game_P[a_P == k], games) for k in (1, 0))
     follows = ratio(step_P[a_P == 1], game_P[a_P == 1], games)
     return {"a": cell(a), "b": cell(b), "a - b": cell(a - b), "a: follows": cell(follows)}
 
 
-def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
+def after_beliefs(play: Play, player: Player, asks: list[Ask]) -> dict[str, Cell]:
     """Forced are: by whom the player is really chosen, the opposite, and what is true in another game."""
     others, half, columns = np.arange(play.games[0].N) != play.seat, len(play.games) // 2 * DRAWS, {}
     really = [play.actions(ask.state, np.zeros(len(others), int)) for ask in asks]
@@ -222,7 +237,7 @@ def after_beliefs(play: Play, make: Make, asks: list[Ask]) -> dict[str, Cell]:
         "other": np.roll(true, half, 0),
     }.items():
         begins = [f"Belief: {LINKS.write_belief(belief_N)}\nDecision:" for belief_N in forced]
-        rows = rows_of(make, [replace(ask, begin=begin) for ask, begin in zip(asks, begins, strict=True)])
+        rows = rows_of(player, [replace(ask, begin=begin) for ask, begin in zip(asks, begins, strict=True)])
         equal = (np.array(rows) == forced)[:, others].mean(1)
         earned = [worth(a.state, a.seat, *given) for a, *given in zip(asks, really, rows, strict=True)]
         for label, values in (("equal", equal), ("U2", earned)):
@@ -306,16 +321,18 @@ def best_constant(play: Play) -> np.ndarray:
     return max(own_rows(play.games[0].N, play.seat), key=mean)
 
 
-def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, asks, pairs) -> dict[str, dict]:
-    """{question: {column: cell}} of one player. makers: for each play; asks: of question 4, none for exact
-    players; pairs: of question 3."""
+def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, is_exact, asks, pairs) -> dict:
+    """{question: {column: cell}} of one player. makers: for each play; asks, pairs: of questions 3 and 4,
+    which one player is asked, so that a policy reads their conversations once. An exact one has no reply
+    that could be forced to begin with a belief."""
     play, make = plays["main"], makers["main"]
     played = {key: own.played(name, makers[key]) for key, own in plays.items()}
     tables = {"1": regret(play, make, played["main"])}
     for rule in dict.fromkeys(rule.name for rule in play.others.rules):
         tables[f"2 {rule}"] = by_rule(play.others, played["main"], rule)
-    tables["3"] = {} if name == "oracle" else counterfactual(make, pairs, len(play.games))
-    tables["4"] = after_beliefs(play, make, asks) if asks else {}
+    player = make()
+    tables["3"] = {} if name == "oracle" else counterfactual(player, asks, pairs)
+    tables["4"] = {} if is_exact else after_beliefs(play, player, asks)
     tables["5"] = by_round(played["switching"], lambda turn: turn.U2)
     if "unmet" in plays:
         others, rule = plays["unmet"].others, plays["unmet"].others.rules[-1].name
@@ -379,9 +396,9 @@ def main(argv=None) -> None:
     for name in (*cast, *exact["main"]):
         makers = {key: cast.get(name) or own.player(exact[key][name]) for key, own in plays.items()}
         is_exact = name not in cast or name.startswith("expert:")
-        for question, columns in answers(plays, makers, name, () if is_exact else asks, pairs).items():
+        for question, columns in answers(plays, makers, name, is_exact, asks, pairs).items():
             tables.setdefault(question, {})[name] = columns
-    others, a = ", ".join(args.partners), sum(pair[-1] for pair in pairs)
+    others, a = ", ".join(args.partners), sum(pairs.values())
     print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
     print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
     print_tables(tables)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from play.metrics import UNKNOWN, mean_interval, tell_interval
+from play.intervals import UNKNOWN, mean_interval
+from play.report import tell_interval
 from prompts import last_line
 from rewards import Target
 from run.errors import InputError

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
 from games import KINDS
-from play import metrics
-from play.metrics import METRICS, UNKNOWN, paired_difference, possible
+from play.intervals import UNKNOWN, mean_interval, median_interval
+from play.metrics import METRICS
+from play.report import about_constant, paired_difference, possible
 from run.errors import InputError, one_line, reports_errors
 from run.files import read_json, read_lines, write_atomic
 from tools.page.games import games_of
@@ -52,11 +53,11 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
 
     def cell(metric, summary):
         if metric in MEDIANS:
-            return possible(metric, metrics.median_interval(row.get(metric) for row in summary["instances"]))
+            return possible(metric, median_interval(row.get(metric) for row in summary["instances"]))
         return possible(metric, summary["all rounds"].get(metric, UNKNOWN))
 
     def difference(metric, name):
-        centre = metrics.median_interval if metric in MEDIANS else metrics.mean_interval
+        centre = median_interval if metric in MEDIANS else mean_interval
         return possible(metric, paired_difference(results[first], results[name], metric, centre), True)
 
     first, *others = [*results] or [None]
@@ -96,7 +97,7 @@ def run_data(folder: Path, budget: int) -> dict:
             "name": clean(folder.name or str(folder)),
             "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
-            "constant": metrics.about_constant(found),
+            "constant": about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results if played else {}, budget // 3, config.get("partners")),
             "learned": rounded(learned(found if played else {}, config.get("expert"))),

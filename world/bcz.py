@@ -94,8 +94,9 @@ class BCZ(Game):
         """(links_NN, welfare) of the best graph at `nash` or `planner` efforts.
 
         Where all links cost the same, some best graph is a threshold graph in which agents with a higher
-        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2).
-        (tests/world/test_bcz.py compares with all graphs. It holds while the cap does not bind, which
+        alpha have at least as many links: 2^(N-1) candidates instead of 2^(N(N-1)/2). (For equal alphas see
+        Belhaj, Bervoets and Deroian, "Efficient networks in games with local complementarities", 2016; for
+        others tests/world/test_bcz.py compares with all graphs. It holds while the cap does not bind, which
         `effort_cap` ensures.)"""
         by_alpha = np.argsort(-np.array(self.alpha), kind="stable")  # equal alphas stay in the order of seats
         best_links, best_welfare = empty_graph(self.N), -math.inf
@@ -108,8 +109,8 @@ class BCZ(Game):
         return best_links, best_welfare
 
     def link_gains(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """What agent i gains from the link ij at these efforts, delta x_i x_j - c (without a fee), for all i
-        and j, (N, N)."""
+        """What agent i gains from the link ij at these efforts, delta x_i x_j - link_cost, for all i and j,
+        (N, N)."""
         return self.delta * np.outer(efforts_N, efforts_N) - self.link_cost
 
     # The words, of which prompts.py makes what an agent reads.

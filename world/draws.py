@@ -105,7 +105,7 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
 
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:
     """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both splits, in any
-    order of seats or with any stages, except one of which nothing is drawn. Raises GameError."""
+    order of seats or with any stages, except one whose numbers are all given by flags. Raises GameError."""
     nothing_drawn = family.types and len(family.fixed) == len(family.rules.fixable)
     for _ in range(10_000):
         types_N = np.ones(N)

@@ -16,6 +16,7 @@ import verifiers_tompo as bridge  # noqa: E402
 from chat_server import ChatServer, good_reply  # noqa: E402
 from serve_policy import answers  # noqa: E402
 
+import settings  # noqa: E402
 from eval import play_among_experts  # noqa: E402
 from models.load import load_policy  # noqa: E402
 from play.dataset import make_prompts, trained_seats  # noqa: E402
@@ -211,8 +212,28 @@ def test_flags_that_the_environment_cannot_follow_are_refused():
         "--partners self --seat all --reward-from game": "--partners self",
         "--reward-from joint --seat all": "--reward-from joint",
         "--seat 7": "--seat 7 must be below",
+        "--help": "--help: see train_rft.py --help",
+        "--nothing": "unrecognized arguments: --nothing",
+        "--m x": "argument --m: 'x' is not a whole number",
     }
     for flags, message in wrong.items():
         with pytest.raises(ValueError, match=message):
             make(flags=flags)
     assert make(flags="--preset paper --algo grpo").settings.rft.w_graph == 0
+
+
+def test_a_new_flag_is_followed_where_it_is_in_a_group_that_is(monkeypatch):
+    def with_new_flags(*given, make=bridge.training_parser):
+        parser = make(*given)
+        groups = {group.title: group for group in parser._action_groups}
+        for kind in (*followed, *others):
+            groups[kind.title].add_argument(f"--new-{kind.__name__}")
+        return parser
+
+    followed, others = (settings.Games, settings.Players, settings.Data), (settings.Model, settings.SFT)
+    monkeypatch.setattr(bridge, "training_parser", with_new_flags)
+    for kind in followed:
+        assert bridge.parse(f"--new-{kind.__name__} 3").flags[f"new_{kind.__name__}"] == "3"
+    for kind in others:
+        with pytest.raises(ValueError, match="the environment has no --new"):
+            bridge.parse(f"--new-{kind.__name__} 3")

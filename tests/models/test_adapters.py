@@ -227,6 +227,23 @@ def test_merged_folder_is_the_model_with_its_adapters(tiny_model_dir, tmp_path, 
     assert sorted(os.listdir()) == ["a", "b", "half", "out"]  # and no unfinished folder
 
 
+def test_a_chain_as_one_small_adapter_is_the_same_to_half_precision(tiny_model_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, _ = pretrained.load(tiny_model_dir)
+    plain = logits(model)
+    adapters.save_adapter(adapted(seed=0, model=model), "a", CONFIG)
+    adapters.save_adapter(adapted(seed=1, model=lora.merge(model)), "b", CONFIG)
+    on, argv = logits(model), ["a+b", "--model", str(tiny_model_dir), "--only-adapter", "--dtype", "float16"]
+    merge.main([*argv, "--out", "small"])
+    state, config = adapters.read_adapter("small")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert config.base_model == str(tiny_model_dir)
+    fresh, _ = pretrained.load(tiny_model_dir)
+    adapters.load_adapter(fresh, "small")
+    torch.testing.assert_close(logits(fresh), on, rtol=1e-2, atol=1e-2)
+    assert differ(on, plain)
+
+
 def test_merge_says_in_one_line_what_is_wrong(tiny_model_dir, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     adapters.save_adapter(adapted(), "b", CONFIG)

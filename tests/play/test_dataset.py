@@ -2,11 +2,12 @@
 makes of it: prompts and batches."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from whole_runs import edited, given
+from whole_runs import edited, given, parsed
 
 from experts import make_expert
 from games import game_from_json
@@ -78,7 +79,7 @@ def bad_lines(graph, effort):
     yield from BAD_LINES
     for record, section in ((graph, "record"), (effort, "efforts")):
         yield from (edited(json.dumps(record), change).decode() for change in given(section))
-    for name in graph:
+    for name in graph.keys() - {"style"}:  # which files of older versions lack
         yield json.dumps({k: v for k, v in graph.items() if k != name})
     yield json.dumps(graph | {"seat": 1, "label": "Decision: [0, 1, 1, 1]"})  # its own position is another
 
@@ -143,6 +144,33 @@ def test_the_script_writes_a_data_set(tmp_path, capsys):
     records = read_records(out)
     assert "80" in said and out.name in said and len(records) == 5 * 4 * 4
     assert records == simulate_many(5, "second-best", 3, families=TWO_ROUNDS)
+
+
+MADE = {"information": "full", "belief": True, "hints": True, "think": False}  # by default
+
+
+@pytest.mark.parametrize("flag", ["--information=local", "--no-belief", "--no-hints", "--think=60"])
+def test_a_file_says_with_which_flags_of_prompts_it_was_made_and_goes_with_no_others(flag, tmp_path, refused):
+    path, name = tmp_path / "games.jsonl", re.sub("--(no-)?|=.*", "", flag)
+    other = MADE | {name: flag.partition("=")[2] if name == "information" else not MADE[name]}
+    for own, foreign, made, here in (([], [flag], MADE, other), ([flag], [], other, MADE)):
+        expert_games.main(["--games", "2", "--out", str(path), *own])
+        assert {str(r.style) for r in read_records(path)} == {str(made)}
+        argv = ["--games", str(path), "--model", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
+        said = f"{path} was made with {made}, and not with {here}; give the same flags, or write one with"
+        assert said in refused(train_sft, [*argv, *foreign]) and not (tmp_path / "run").exists()
+        _, s = parsed([*argv, *own, "--max-new-tokens", "99"])
+        assert s.data.load(s.games, s.players) == read_records(path)
+        old = [{k: v for k, v in asdict(r).items() if k != "style"} for r in read_records(path)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in old))  # of an older version
+        _, s = parsed([*argv, *foreign])
+        assert len(s.data.load(s.games, s.players)) == len(old) == 16
+        path.unlink()
+
+
+def test_how_many_tokens_thoughts_have_is_free():
+    tight, long = PromptStyle(think=5), PromptStyle(think=60, max_new_tokens=9)
+    assert tight.recorded == long.recorded == MADE | {"think": True}
 
 
 def test_label_noise_replaces_its_share_of_the_decisions_and_nothing_else():

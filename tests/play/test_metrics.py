@@ -14,9 +14,11 @@ import eval as evaluation
 from decisions import EFFORTS, LINKS
 from experts import make_expert
 from games import Decision, State, complete_graph, empty_graph
-from play import metrics
+from play import intervals, metrics, report
 from play.expert_games import history_from_text
-from play.metrics import METRICS, Episode, Turn, mean_interval, paired_difference, per_instance, summarise
+from play.intervals import mean_interval
+from play.metrics import METRICS, Episode, Turn, per_instance
+from play.report import paired_difference, summarise
 from run.files import write_json
 from world.bcz import BCZ
 from world.draws import held_out_grid
@@ -26,20 +28,20 @@ def test_quantiles_of_t():
     table = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 9: 2.2622, 14: 2.1448, 29: 2.0452}
     table |= {59: 2.0010, 119: 1.9801, 10**6: 1.95997}
     for df, t in table.items():
-        assert metrics._t95(df) == pytest.approx(t, abs=1e-3 if df == 14 else 1e-4)
-    values = [metrics._t95(df) for df in range(1, 200)]
+        assert intervals._t95(df) == pytest.approx(t, abs=1e-3 if df == 14 else 1e-4)
+    values = [intervals._t95(df) for df in range(1, 200)]
     assert all(a > b > 1.95996 for a, b in itertools.pairwise(values))
 
 
 def test_wilson_ends_solve_the_score_equation():
     """|share - p| = z sqrt(p (1 - p) / n) at both ends; where all or none succeed, one end is the share."""
     for s, n in ((3, 17), (41, 60), (1, 200), (8, 10)):
-        v = metrics.wilson_interval(s, n)
+        v = intervals.wilson_interval(s, n)
         assert v["mean"] == s / n and v["n"] == n and v["low"] < s / n < v["high"]
         for p in (v["low"], v["high"]):
             assert abs(s / n - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / n))
     for s, low, high in ((0, 0.0, 0.2775), (10, 0.7225, 1.0)):
-        v = metrics.wilson_interval(s, 10)
+        v = intervals.wilson_interval(s, 10)
         assert (v["low"], v["high"]) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
 
@@ -58,27 +60,27 @@ def test_the_median_and_its_interval_by_hand():
     """Of 60 values the 22nd and the 39th (a table of the binomial distribution); of 10 the second and the
     ninth, since 11 of 1024 throws of ten coins have at most one head. Fewer than 6 values have none."""
     for n, low, high in ((60, 22, 39), (10, 2, 9), (6, 1, 6)):
-        v = metrics.median_interval([*map(float, range(n, 0, -1)), None])
+        v = intervals.median_interval([*map(float, range(n, 0, -1)), None])
         assert v == {"mean": (n + 1) / 2, "low": low, "high": high, "n": n}
-    assert metrics.median_interval([-252.0, 0.4, 0.5]) == {"mean": 0.4, "low": None, "high": None, "n": 3}
-    assert metrics.median_interval([None]) == metrics.UNKNOWN
+    assert intervals.median_interval([-252.0, 0.4, 0.5]) == {"mean": 0.4, "low": None, "high": None, "n": 3}
+    assert intervals.median_interval([None]) == intervals.UNKNOWN
 
 
 def test_intervals_end_where_the_metric_does():
     wide = mean_interval([0.2, 0.9])  # 0.55 ± 4.45
-    cells = {m: metrics.format_table({"a": {m: wide}}, [m]) for m in ("U2", "U3", "gap", "x")}
+    cells = {m: report.format_table({"a": {m: wide}}, [m]) for m in ("U2", "U3", "gap", "x")}
     told = {"U2": "0.550 [0, 1]", "U3": "0.550 [-3.90, 1]", "gap": "0.550 [0, 5.00]", "x": "0.550 ±4.45"}
     assert {m: cell.split("  ")[-1].strip() for m, cell in cells.items()} == told
-    assert metrics.format_table({"a": {"U2": wide}}, ["U2"], 2, "+").endswith("+0.550 [-1.00, 1]")
+    assert report.format_table({"a": {"U2": wide}}, ["U2"], 2, "+").endswith("+0.550 [-1.00, 1]")
 
 
 def test_a_constant_answer_is_said_to_be_one_where_proposals_are_free():
     def results(name, **more):
         return {name: {"instances": [{"instance": {"game": "bcz"} | more}]}}
 
-    assert "no constant answer is good" in metrics.about_constant(results("expert:always-link"))
-    assert metrics.about_constant(results("expert:always-link", fee=0.05)) == ""
-    assert metrics.about_constant(results("expert:random")) == ""
+    assert "no constant answer is good" in report.about_constant(results("expert:always-link"))
+    assert report.about_constant(results("expert:always-link", fee=0.05)) == ""
+    assert report.about_constant(results("expert:random")) == ""
 
 
 def test_paired_difference():
@@ -145,7 +147,7 @@ def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_wo
     monkeypatch.setattr(metrics, "welfare_bounds", lambda game: (0.0, 0.0))
     s = summarise([Episode(TRIO, turns, [0.0])])
     assert s["instances"][0]["U3"] is None and s["all rounds"]["U3"]["n"] == 0
-    assert metrics.report({"a": s, "b": s}).endswith(" -")
+    assert report.report({"a": s, "b": s}).endswith(" -")
 
 
 def test_summary_counts_decisions_and_averages_instances():
@@ -178,7 +180,7 @@ def test_the_mean_over_seats_leaves_out_what_is_not_there():
     """One seat is never compliant: `U2 | ok` of a game is that of the other seat; U1 counts both."""
     grid, nash = list(held_out_grid(4))[:3], make_expert("nash")
     played = [play(grid, expert("nash"), 0, nash, 0), play(grid, constant("no"), 1, nash, 0)]
-    mean = metrics.mean_over_seats(played)
+    mean = report.mean_over_seats(played)
     assert mean["U1"]["mean"] == 0.5 and mean["U1"]["n"] == 6
     assert mean["U2 | ok"]["mean"] == pytest.approx(np.mean([per_instance(p)["U2 | ok"] for p in played[0]]))
 
@@ -187,7 +189,7 @@ def test_lines_fit_into_120_columns_and_long_names_have_their_own():
     grid = list(held_out_grid(4))[::15]
     s = summarise(play(grid, expert("random"), 0, make_expert("nash"), 0))
     name = "runs/a-rather-long-name-of-a-run-" * 2 + "/adapter"
-    lines = metrics.report({"base": s, name: s}).splitlines()
+    lines = report.report({"base": s, name: s}).splitlines()
     assert max(map(len, lines)) <= 120 and lines[0].split() == "policy U1 s row U2 U3 belief".split()
     assert lines[2] == name and lines[3].split() == lines[1].split()[1:] and lines.count(name) == 2
     for metric in ("s", "row", "U2", "U3", "belief"):

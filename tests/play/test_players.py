@@ -14,8 +14,9 @@ from games import KINDS, State
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import expert_games, players
-from play.metrics import METRICS, per_instance, summarise
+from play.metrics import METRICS, per_instance
 from play.players import Ask, expert_examples, play_tables, policy_player, with_examples
+from play.report import summarise
 from prompts import PromptStyle, Reply, messages, parse_reply, read_reply
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
 from run.seeds import torch_generator
@@ -241,6 +242,21 @@ def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     assert expert_examples(3, family, N, second_best, STYLE, 0) == chats
     assert expert_examples(2, family, N, second_best, STYLE, 0) == chats[:2]
     assert expert_examples(3, family, N, second_best, STYLE, 1) != chats
+
+
+@pytest.mark.parametrize("hints", [True, False])
+def test_with_think_every_answer_of_an_example_begins_with_a_thought(hints):
+    """The worked number of the question that it answers, as in the labels of SFT. Else nothing differs."""
+    plain, style = PromptStyle(hints=hints), PromptStyle(hints=hints, think=40)
+    given, ask = (3, Family("bcz", "GE", 2), 3, make_expert("planner")), "Think first, then reply"
+    pairs = zip(expert_examples(*given, style, 0), expert_examples(*given, plain, 0), strict=True)
+    for chat, other in pairs:
+        assert chat[0]["content"] == other[0]["content"].replace("Reply", ask) and chat[1::2] == other[1::2]
+        for question, turn, without in zip(chat[1::2], chat[2::2], other[2::2], strict=True):
+            thought = turn["content"].removesuffix(without["content"])
+            alone = " 0 links" in question["content"]  # then there is no number to work out
+            assert without["content"][:8] == "Belief: " and bool(thought) != alone
+            assert not hints or thought.rstrip("\n. ") in question["content"]
 
 
 def test_examples_stand_before_the_conversation():

@@ -139,17 +139,20 @@ def test_what_a_terminal_cannot_show_is_no_error(tmp_path):
         assert (tmp_path / encoding).read_bytes().rstrip() == shown
 
 
-def test_without_standard_output_a_script_runs_to_its_end(tmp_path):
-    """Closed when it was started, as by `>&-`: a file that is opened later must not take its place."""
+@pytest.mark.parametrize("closed, said", [(1, b"e"), (2, b"a\nb\n")], ids=["output", "error"])
+def test_without_standard_output_or_error_a_script_runs_to_its_end(closed, said, tmp_path):
+    """Closed when it was started, as by `>&-`: a file that is opened later must not take its place, and what
+    is meant for it must not come out of the other one."""
     code = "from run.errors import reports_errors; from tqdm import tqdm\n@reports_errors\ndef main():\n"
     code += "    f = open('file', 'w'); print('a', flush=True); tqdm.write('b'); f.write('c')\n"
-    code += "    import os; os.write(1, b'of a library in C')\nmain()"
-    command = f'{sys.executable} -c "$0" >&-'
+    code += "    import os, sys; print(end='e', file=sys.stderr, flush=True)\n"
+    code += f"    os.write({closed}, b'of a library in C')\nmain()"
+    command = f'{sys.executable} -c "$0" {closed}>&-'
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        ["bash", "-c", command, code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
-    )
-    assert (done.returncode, done.stderr, (tmp_path / "file").read_text()) == (0, b"", "c")
+    how = dict(cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run(["bash", "-c", command, code], **how)
+    assert (done.returncode, done.stdout + done.stderr) == (0, said)
+    assert (tmp_path / "file").read_text() == "c"
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -10,6 +10,7 @@ import pytest
 import whole_runs as runs
 
 import train_rft
+from run import files
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +90,19 @@ def test_a_probe_that_a_lost_process_cut_short_is_asked_again(full, copied):
 
 
 def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prompts(
-    copied, model_dir, tmp_path, refused, capsys
+    copied, model_dir, tmp_path, refused, capsys, monkeypatch
 ):
     """Libraries may have been updated for a good reason; but a run of two chat templates is none."""
 
     def resumed():
-        capsys.readouterr()
+        capsys.readouterr(), read.clear()
         settings = runs.parsed(["--resume", str(copied.folder)])[1]
-        return settings.load_model(), capsys.readouterr().out.splitlines()[1:]
+        policy = settings.load_model()
+        assert read == [copied.folder / "config.json"]  # once
+        return policy, capsys.readouterr().out.splitlines()[1:]
+
+    read, read_json = [], files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path: read.append(path) or read_json(path))
 
     begun = json.loads((copied.folder / "config.json").read_text())
     policy, said = resumed()

@@ -10,7 +10,8 @@ import eval as evaluation
 import settings
 from eval import playing_parser
 from experts import make_expert
-from play.metrics import mean_interval, per_instance
+from play.intervals import mean_interval
+from play.metrics import per_instance
 from settings import Model
 from tools import crossplay
 from world.draws import held_out_grid

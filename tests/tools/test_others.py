@@ -160,7 +160,10 @@ def test_partners_that_switch():
 def test_pairs_differ_in_one_digit_of_who_chose_the_player_for_every_agent_that_was_not_chosen():
     assert len(ASKS) == 12 * others.DRAWS and len({str(a.state.history[0][0]) for a in ASKS}) > 4
     assert len(PAIRS) == sum(int((a.state.history[0][0, 1:] == 0).sum()) for a in ASKS)
-    for j, one, two, a in PAIRS:
+    for (k, j), a in PAIRS.items():
+        one, two = ASKS[k], others.flipped(ASKS[k], j)
+        if two.state.history[0][j, 0] < one.state.history[0][j, 0]:
+            one, two = two, one
         assert two.state.history[0][j, 0] - one.state.history[0][j, 0] == 1
         assert a == (best(one.state, [one.state.history[0]])[j] != best(two.state, [two.state.history[0]])[j])
         a, b = ("".join(m["content"] for m in messages(x.state, 0, x.replies, STYLE)) for x in (one, two))
@@ -179,8 +182,8 @@ EXPECTED |= {Exact("always-link"): (0, 0, 0, 0), contrary: (1, 1, 0, -1)}
 
 @pytest.mark.parametrize("player", EXPECTED)
 def test_counterfactual_pairs(player):
-    make = (lambda: player) if player is contrary else PLAY.player(player)
-    cells = others.counterfactual(make, PAIRS, 12).values()
+    asked = player if player is contrary else PLAY.player(player)()
+    cells = others.counterfactual(asked, ASKS, PAIRS).values()
     assert [cell["mean"] for cell in cells] == pytest.approx(EXPECTED[player])
 
 
@@ -197,12 +200,12 @@ def test_forced_beliefs_are_true_opposite_and_of_another_game():
         seen.append([json.loads(a.begin.split("\n")[0].removeprefix("Belief: ")) for a in asks])
         return [f"{a.begin} {belief}" for a, belief in zip(asks, seen[-1], strict=True)]
 
-    columns = others.after_beliefs(PLAY, lambda: copy, ASKS)
+    columns = others.after_beliefs(PLAY, copy, ASKS)
     assert np.array_equal(seen, [TRUE, (1 - TRUE) * [0, 1, 1, 1], [*TRUE[18:], *TRUE[:18]]])
     assert all(columns[f"{name}: equal"]["mean"] == 1 for name in ("true", "opposite", "other"))
     earned = [others.worth(a.state, 0, PLAY.actions(a.state, t), t) for a, t in zip(ASKS, TRUE, strict=True)]
     assert columns["true: U2"]["games"] == pytest.approx(np.reshape(earned, (12, 3)).mean(1))
-    silent = others.after_beliefs(PLAY, lambda: lambda asks: ["?"] * len(asks), ASKS)
+    silent = others.after_beliefs(PLAY, lambda asks: ["?"] * len(asks), ASKS)
     assert silent["true: equal"]["mean"] == pytest.approx(1 - TRUE[:, 1:].mean())
 
 

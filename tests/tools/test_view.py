@@ -23,7 +23,8 @@ from games import State, game_from_json
 from play import rft_log
 from play.dataset import Prompt, targets
 from play.expert_games import history_from_text, simulate
-from play.metrics import METRICS, summarise
+from play.metrics import METRICS
+from play.report import summarise
 from prompts import Reply, format_reply, messages, parse_reply
 from rewards import WEIGHTS, Memory, Sample, expert_rewards
 from run.files import JsonLines, write_json
