@@ -74,9 +74,7 @@ def restore(folder: Path, parameters: dict[str, Parameter], optimizer: Optimizer
 
 
 def _checksum(tensors: bytes, step: int, state: dict) -> str:
-    checksum = hashlib.sha256(tensors)
-    checksum.update(json.dumps([step, state]).encode())
-    return checksum.hexdigest()
+    return hashlib.sha256(tensors + json.dumps([step, state]).encode()).hexdigest()
 
 
 def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:

@@ -25,14 +25,14 @@ def one_line(text, longest: int = 300) -> str:
 
 
 @contextmanager
-def library_errors(what: str, advice: str = "", kind: type[InputError] = InputError):
+def library_errors(what: str, advice: str = ""):
     """Turns whatever a library raises inside the block into an InputError: "WHAT: its own words ADVICE"."""
     try:
         yield
     except InputError:
         raise
     except Exception as e:
-        raise kind(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
+        raise InputError(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
 
 
 @contextmanager

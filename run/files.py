@@ -113,8 +113,6 @@ def _make_folder(path: Path) -> None:
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
             advice = f"name another --out, or continue a run with --resume {path}"
             raise InputError(f"{path} already holds something and is not overwritten; {advice}")
-        if path.is_symlink() and not path.exists():
-            raise InputError(f"{path} is a link to a folder that does not exist; name another --out")
         path.mkdir(parents=True, exist_ok=True)
 
 
@@ -137,30 +135,26 @@ class JsonLines:
     writes; of several, one does."""
 
     def __init__(self, path: Path, keeps: Callable[[dict], bool], writes: bool = True):
-        self.path, self.file = path, None
-        self.rows = [row for row in read_lines(path) if keeps(row)]
+        self.path, self.rows = path, [row for row in read_lines(path) if keeps(row)]
         self.count = len(self.rows)
         if writes:
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-            self.file = open(path, "ab", buffering=0)
+        self.file = open(path if writes else os.devnull, "ab", buffering=0)
 
     def write(self, row: dict) -> None:
-        if self.file:
-            data = (json.dumps(row) + "\n").encode()
-            with library_errors(f"cannot write {self.path}"):
-                while data:  # a disk that is almost full takes a part of it
-                    data = data[self.file.write(data) :]
-            self.count += 1
+        data = (json.dumps(row) + "\n").encode()
+        with library_errors(f"cannot write {self.path}"):
+            while data:  # a disk that is almost full takes a part of it
+                data = data[self.file.write(data) :]
+        self.count += 1
 
     def sync(self) -> None:
         """What was written is on the disk when it returns."""
-        if self.file:
-            os.fsync(self.file.fileno())
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Nothing can be written any more. Windows lets nobody replace a file that is open."""
-        if self.file:
-            self.file.close()
+        self.file.close()
 
 
 class StopSignal:

@@ -41,10 +41,8 @@ def number_or_range(least: int, most: int):
 
     def parse(text: str) -> tuple[int, int]:
         low, dash, high = text.partition("-")
-        try:
-            a, b = int(low), int(high if dash else low)
-        except ValueError:
-            a, b = most, least
+        words = [low, high if dash else low]
+        a, b = map(int, words) if all(map(str.isdecimal, words)) else (most, least)
         if not least <= a <= b <= most:
             kinds = "a number such as 4, or a range that rises such as 4-8"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kinds}, from {least} to {most}")

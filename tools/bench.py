@@ -11,7 +11,7 @@ step counts: the first also pays for memory and kernels that the process keeps.
 
 The floor of a stage is the time its necessary operations take at the best matrix product speed measured in
 the same run (for decoding: or the bytes of the weights at the measured copy bandwidth, whichever is more).
-The peers are listed in PEERS below; trl needs `pip install -r requirements-bench.txt`.
+The peers are listed in RUNS below; trl needs `pip install -r requirements-bench.txt`.
 """
 
 import run.threads  # isort: skip  # noqa: F401 (before torch: it says how idle threads wait)
@@ -36,22 +36,24 @@ from models.load import default_device, load_policy
 from play.report import align
 from policy import Policy
 from run.errors import InputError, reports_errors
-from run.files import Stopwatch, peak_memory_gib, refuse_existing, write_json
+from run.files import Stopwatch, peak_memory_gib
 from run.flags import add_flags
 from run.seeds import Stream, torch_generator
-from run.values import non_negative, number, positive_int, seed_int
+from run.values import number, positive_int
 from settings import Model
 from train_sft import clip_gradient, make_optimizer
 
 STAGES = ("prompts", "decoding", "reference", "update", "optimizer")
+RANK, BETA, LR = 64, 0.04, 1e-5
+MICRO_BATCH = 2  # prompts in a pass of the update
 DEVICE = default_device()
 
 
-def random_prompts(tokenizer, count: int, tokens: int, seed: int) -> list[str]:
+def random_prompts(tokenizer, count: int, tokens: int) -> list[str]:
     """Texts of exactly so many tokens: words that are one token each, in random order."""
     decoded = [tokenizer.decode([i]) for i in range(len(tokenizer))]
     words = [i for i, word in enumerate(decoded) if word.startswith(" ") and word[1:].isalpha()]
-    generator, texts = torch_generator(seed, Stream.BENCH), []
+    generator, texts = torch_generator(0, Stream.BENCH), []
     while len(texts) < count:
         text = tokenizer.decode([words[i] for i in torch.randint(len(words), (tokens,), generator=generator)])
         if len(tokenizer.encode(text, add_special_tokens=False)) == tokens:
@@ -66,8 +68,8 @@ def step(work: Namespace, policy: Policy, optimizer, prompts: list[list[int]]) -
     """Seconds by stage of one step of this work, which the flags describe. The advantages are random: a step
     costs the same whatever they are."""
     shape, clock = (work.prompts, work.m, work.reply_tokens), Stopwatch()
-    uniforms_PMS = torch.rand(shape, generator=torch_generator(work.seed, Stream.BENCH + 1))
-    A_PM = torch.randn(shape[:2], generator=torch_generator(work.seed, Stream.BENCH + 2)).to(DEVICE)
+    uniforms_PMS = torch.rand(shape, generator=torch_generator(0, Stream.BENCH + 1))
+    A_PM = torch.randn(shape[:2], generator=torch_generator(0, Stream.BENCH + 2)).to(DEVICE)
 
     @contextmanager
     def timed(stage):
@@ -81,18 +83,16 @@ def step(work: Namespace, policy: Policy, optimizer, prompts: list[list[int]]) -
     with timed("decoding"):
         groups = policy.sample(prompts, uniforms_PMS)
     replies = [[reply.ids for reply in group] for group in groups]
-    for part in policy.batches(prompts, replies, work.micro_batch):
+    for part in policy.batches(prompts, replies, MICRO_BATCH):
         texts = [prompts[i] for i in part], [replies[i] for i in part]
         with timed("reference"):
-            ref_T = torch.cat(policy.reference_logps(*texts)) if work.beta else None
+            ref_T = torch.cat(policy.reference_logps(*texts))
         with timed("update"):
             old_logps = [logp for i in part for reply in groups[i] for logp in reply.logps]
             logp_T, old_T = torch.cat(policy.token_logps(*texts)), torch.tensor(old_logps, device=DEVICE)
             A_T = A_PM[part].flatten().repeat_interleave(work.reply_tokens)
-            objective_T = tompo.clipped((logp_T - old_T).exp(), A_T, 0.8, 1.2)
-            if work.beta:
-                objective_T = objective_T - work.beta * tompo.k3(logp_T, ref_T)
-            (-objective_T.sum() / uniforms_PMS.numel()).backward()
+            J_T = tompo.clipped((logp_T - old_T).exp(), A_T, 0.8, 1.2) - BETA * tompo.k3(logp_T, ref_T)
+            (-J_T.sum() / uniforms_PMS.numel()).backward()
     with timed("optimizer"):
         clip_gradient(optimizer, 1.0)
         optimizer.step()
@@ -101,7 +101,8 @@ def step(work: Namespace, policy: Policy, optimizer, prompts: list[list[int]]) -
 
 
 def needed(work: Namespace, policy: Policy) -> dict[str, dict[str, float]]:
-    """The operations a stage needs (2 per multiply-add), and for decoding also the bytes of the weights."""
+    """The operations that a stage needs (2 per multiply-add; few in the optimizer), and for decoding also the
+    bytes of the weights."""
     config, head_weight = policy.model.config, policy.model.get_output_embeddings().weight
     layers, head = lora.lora_layers(policy.model).values(), head_weight.numel()
     linear = sum(layer.base.weight.numel() for layer in layers)
@@ -116,10 +117,9 @@ def needed(work: Namespace, policy: Policy) -> dict[str, dict[str, float]]:
     return {
         "prompts": {"flop": 2 * linear * P * p + prompt_pairs + 2 * head * P},
         "decoding": {"flop": decoding, "bytes": (s - 1) * (linear + head) * head_weight.element_size()},
-        "reference": {"flop": (rows + 2 * head * targets) if work.beta else 0},
+        "reference": {"flop": rows + 2 * head * targets},
         # Backward takes the gradient of every input, not of frozen weights; A x, B^T g, and those of A and B.
         "update": {"flop": 2 * rows + prompt_pairs + reply_pairs + 4 * adapter * tokens + 4 * head * targets},
-        "optimizer": {"flop": 0},
     }
 
 
@@ -141,12 +141,12 @@ def peaks(policy: Policy) -> dict[str, float]:
 
 def run_tompo(work: Namespace) -> dict:
     policy = load_policy(work.model, work.dtype, DEVICE, work.engine)
-    config = lora.LoRAConfig(work.rank, 2.0 * work.rank, lora.DEFAULT_TARGETS, policy.name)
-    lora.inject(policy.model, config, torch_generator(work.seed, Stream.BENCH + 3), policy.layer)
+    config = lora.LoRAConfig(RANK, 2.0 * RANK)
+    lora.inject(policy.model, config, torch_generator(0, Stream.BENCH + 3), policy.layer)
     policy.end_ids = ()  # replies of exactly this length
     optimizer = make_optimizer(policy.model)
-    optimizer.param_groups[0]["lr"] = 1e-5
-    texts = random_prompts(policy.tokenizer, work.prompts, work.prompt_tokens, work.seed)
+    optimizer.param_groups[0]["lr"] = LR
+    texts = random_prompts(policy.tokenizer, work.prompts, work.prompt_tokens)
     prompts = [policy.tokenizer.encode(text, add_special_tokens=False) for text in texts]
     for _ in range(2):
         seconds = step(work, policy, optimizer, prompts)
@@ -159,7 +159,7 @@ def run_tompo(work: Namespace) -> dict:
 def load_plainly(work: Namespace):
     """(model, tokenizer, texts)."""
     model, tokenizer = pretrained.load(work.model, dtype=getattr(torch, work.dtype), device=DEVICE)
-    return model, tokenizer, random_prompts(tokenizer, work.prompts, work.prompt_tokens, work.seed)
+    return model, tokenizer, random_prompts(tokenizer, work.prompts, work.prompt_tokens)
 
 
 def run_generate(work: Namespace) -> dict:
@@ -170,10 +170,8 @@ def run_generate(work: Namespace) -> dict:
     sampling |= dict(attention_mask=torch.ones_like(ids), num_return_sequences=work.m)
     for _ in range(2):
         start = time.perf_counter()
-        out = model.generate(ids, **sampling)
+        model.generate(ids, **sampling)
         seconds = time.perf_counter() - start
-    if out.shape != (len(ids) * work.m, ids.shape[1] + n):
-        raise InputError(f"generate did other work: an answer of shape {tuple(out.shape)}")
     return {"seconds": {"rollouts": seconds}}
 
 
@@ -185,7 +183,7 @@ def run_trl(work: Namespace) -> dict:
 
     (model, tokenizer, texts), times, lengths = load_plainly(work), [], []
     size, divisors = work.prompts * work.m, [n for n in range(1, work.prompts + 1) if work.prompts % n == 0]
-    passes = next(n for n in divisors if work.prompts // n <= work.micro_batch)
+    passes = next(n for n in divisors if work.prompts // n <= MICRO_BATCH)
 
     def reward(completions, completion_ids, **kwargs):
         lengths.extend(map(len, completion_ids))
@@ -199,13 +197,13 @@ def run_trl(work: Namespace) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, max_steps=2, per_device_train_batch_size=size // passes, seed=work.seed,
+            output_dir=folder, max_steps=2, per_device_train_batch_size=size // passes,
             num_generations=work.m, gradient_accumulation_steps=passes, gradient_checkpointing=False,
             max_completion_length=work.reply_tokens, generation_kwargs={"min_new_tokens": work.reply_tokens},
-            beta=work.beta, learning_rate=1e-5, temperature=1.0, report_to=[], save_strategy="no",
+            beta=BETA, learning_rate=LR, temperature=1.0, report_to=[], save_strategy="no",
             disable_tqdm=True, use_cpu=DEVICE == "cpu", bf16=work.dtype == "bfloat16",
         )  # fmt: skip
-        adapter = LoraConfig(r=work.rank, lora_alpha=2 * work.rank, target_modules=list(lora.DEFAULT_TARGETS))
+        adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(lora.DEFAULT_TARGETS))
         others = dict(processing_class=tokenizer, peft_config=adapter, callbacks=[Clock()])
         GRPOTrainer(model, reward, config, Dataset.from_dict({"prompt": texts}), **others).train()
     if lengths != [work.reply_tokens] * 2 * size:
@@ -213,8 +211,9 @@ def run_trl(work: Namespace) -> dict:
     return {"seconds": {"step": times[-1] - times[-2]}}
 
 
-# peer -> (its run, what it does, those of our stages that do the same, changes of the flags)
-PEERS = {
+# name -> (its run, what it does, those of our stages that do the same, changes of the flags)
+RUNS = {
+    "tompo": (run_tompo, "whole step", STAGES, {}),
     "plain": (run_tompo, "whole step", STAGES, {"engine": "plain"}),  # policy.py
     "generate": (run_generate, "rollouts", STAGES[:2], {}),  # transformers, with num_return_sequences = m
     "trl": (run_trl, "whole step", STAGES, {}),  # GRPOTrainer with PEFT, the same beta
@@ -247,38 +246,37 @@ def seconds_of(runs: list[dict], stages: tuple[str, ...] | None = None) -> float
 
 def stage_table(work: Namespace, runs: list[dict]) -> str:
     seconds = {s: seconds_of(runs, (s,)) for s in STAGES}
-    reply_tokens = work.prompts * work.m * (work.reply_tokens - 1)
-    tokens = {"prompts": work.prompts * work.prompt_tokens, "decoding": reply_tokens}
+    tokens = {"prompts": work.prompts * work.prompt_tokens}
+    tokens["decoding"] = work.prompts * work.m * (work.reply_tokens - 1)
     tokens["reference"] = tokens["update"] = sum(tokens.values())
     rows = [["stage", "seconds", "share", "tokens/s", "floor s", "of floor"]]
     for s in STAGES:
-        speed = f"{tokens[s] / seconds[s]:.0f}" if s in tokens and seconds[s] else "-"
-        rows.append([s, f"{seconds[s]:.2f}", f"{seconds[s] / sum(seconds.values()):.0%}", speed, "-", "-"])
-        floors = [max(r["needed"][s][k] / r["peaks"][k] for k in r["needed"][s]) for r in runs]
-        if any(floors):
+        rows.append([s, f"{seconds[s]:.2f}", f"{seconds[s] / sum(seconds.values()):.0%}", "-", "-", "-"])
+        if s in tokens:  # all but the optimizer
+            floors = [max(r["needed"][s][k] / r["peaks"][k] for k in r["needed"][s]) for r in runs]
             reached = median(floor / r["seconds"][s] for floor, r in zip(floors, runs, strict=True))
-            rows[-1][-2:] = f"{median(floors):.2f}", f"{reached:.0%}"
+            rows[-1][3:] = f"{tokens[s] / seconds[s]:.0f}", f"{median(floors):.2f}", f"{reached:.0%}"
     memory = median(r["peak_memory_gib"] for r in runs)
     flop, copied = (median(r["peaks"][k] for r in runs) / 1e9 for k in ("flop", "bytes"))
     total = f"step: {seconds_of(runs):.2f} s, peak memory {memory:.1f} GiB"
     return f"{align(rows)}\n{total}\nmeasured peaks: {flop:.0f} GFLOP/s, {copied:.1f} GB/s"
 
 
-def beside_peers(args: Namespace) -> dict[str, list[dict]]:
+def beside_peers(work: Namespace) -> dict[str, list[dict]]:
     """Our step and its peers, taking turns. Prints the tables and returns every run."""
-    peers = {name: PEERS[name] for name in args.peer}
-    dtype = args.peer_dtype or args.dtype
-    results = {name: [] for name in ("tompo", *peers)}
-    for _ in range(args.repeats):
-        results["tompo"].append(run_alone(run_tompo, args))
-        for peer, (work, _, _, changes) in peers.items():
-            results[peer].append(run_alone(work, Namespace(**vars(args) | {"dtype": dtype} | changes)))
-    print(stage_table(args, results["tompo"]))
-    for peer, (_, what, stages, _) in peers.items():
-        own, other = seconds_of(results["tompo"], stages), seconds_of(results[peer])
-        memory = median(r["peak_memory_gib"] for r in results[peer])
-        print(f"{peer} ({dtype}): {what} {other:.2f} s, ours {own:.2f} s, ", end="")
-        print(f"ratio of medians {other / own:.1f}; its peak memory {memory:.1f} GiB")
+    results = {name: [] for name in ("tompo", *work.peer)}
+    for _ in range(work.repeats):
+        for name, runs in results.items():
+            run, _, _, changes = RUNS[name]
+            runs.append(run_alone(run, Namespace(**vars(work) | changes)))
+    own = results["tompo"]
+    print(stage_table(work, own))
+    for peer, runs in list(results.items())[1:]:
+        _, what, stages, _ = RUNS[peer]
+        ours, other = seconds_of(own, stages), seconds_of(runs)
+        memory = median(r["peak_memory_gib"] for r in runs)
+        print(f"{peer}: {what} {other:.2f} s, ours {ours:.2f} s, ", end="")
+        print(f"ratio of medians {other / ours:.1f}; its peak memory {memory:.1f} GiB")
     return results
 
 
@@ -287,26 +285,14 @@ def main(argv=None) -> None:
     text = "Time one step of reinforcement fine-tuning, beside its peers."
     parser = argparse.ArgumentParser(description=text)
     add_flags(parser, Model)
-    add, dtypes = parser.add_argument, ("float32", "bfloat16")
-    add("--rank", type=positive_int, default=64, help="LoRA rank")
+    add = parser.add_argument
     add("--prompts", type=positive_int, default=4, help="prompts per step")
     add("--prompt-tokens", type=positive_int, default=400, help="tokens of each prompt")
     add("--m", type=positive_int, default=8, help="replies per prompt")
     add("--reply-tokens", type=number(int, 2), default=48, help="tokens of each reply")
-    beta = "weight of the KL term; 0 skips the reference"
-    add("--beta", type=non_negative, default=0.04, help=beta)
-    add("--micro-batch", type=positive_int, default=2, help="prompts per forward pass of the update")
     add("--repeats", type=positive_int, default=3, help="runs of each, taking turns")
-    add("--peer", action="append", choices=PEERS, default=[], help="also run this")
-    add("--peer-dtype", choices=dtypes, help="the peers' dtype (else --dtype)")
-    add("--seed", type=seed_int, default=0, help="of prompts and sampling")
-    add("--json", metavar="FILE", help="write every run to a new file")
-    args = parser.parse_args(argv)
-    if args.json:
-        refuse_existing(args.json)
-    results = beside_peers(args)
-    if args.json:
-        write_json(args.json, {"arguments": vars(args), "runs": results})
+    add("--peer", action="append", choices=list(RUNS)[1:], default=[], help="also run this")
+    beside_peers(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

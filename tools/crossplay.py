@@ -18,23 +18,28 @@ from play.metrics import per_instance
 from play.report import format_table
 from run import ranks
 from run.errors import InputError, reports_errors
-from run.files import refuse_existing, write_json
 from run.seeds import Stream
 
 DEFAULT = ["expert:second-best", "expert:planner", "expert:nash", "expert:always-link", "expert:random"]
 SHOWN = {"U3": "U3, welfare of all against the first best", "U2": "U2 of the seat that the row's player has"}
 
 
+def cross_play(settings: flags.Settings, names: list[str]) -> dict[tuple[str, str], list[dict]]:
+    """{(player in one seat, player in all others): the metrics of each game}."""
+    cast, pairs = make_cast(settings, names, "--player"), {}
+    for a, b in product(names, names):
+        makers = {True: partial(cast[a], Stream.PLAYERS), False: partial(cast[b], Stream.PLAYERS + 1)}
+        played = play_held_out(settings, settings.evaluation.seat, makers, [a, b])
+        pairs[a, b] = [per_instance(game) for game in played]
+    return pairs
+
+
 @reports_errors
 def main(argv=None) -> None:
     parser = playing_parser("Every player against every other on the held-out games.", "rotate")
-    add = parser.add_argument
-    add("--player", nargs="+", default=DEFAULT, help="as --policy of eval.py")
-    add("--json", metavar="FILE", help="write means, intervals and per-game values to a new file")
+    parser.add_argument("--player", nargs="+", default=DEFAULT, help="as --policy of eval.py")
     ranks.start()
     args = parser.parse_args(argv)
-    if args.json:
-        refuse_existing(args.json)
     if args.partners:
         raise InputError("--player names who meets whom: leave out --partners")
     names = list(dict.fromkeys(args.player))
@@ -42,27 +47,15 @@ def main(argv=None) -> None:
         raise InputError("--player: cross-play needs at least two different players")
     settings = flags.resolve(args)
     games = instances(settings.games, settings.evaluation)
-    cast = make_cast(settings, names, "--player")
-    pairs = {}
-    for a, b in product(names, names):
-        makers = {True: partial(cast[a], Stream.PLAYERS), False: partial(cast[b], Stream.PLAYERS + 1)}
-        played = play_held_out(settings, settings.evaluation.seat, makers, [a, b])
-        pairs[a, b] = [per_instance(game) for game in played]
-    tables = {m: {p: mean_interval(row[m] for row in rows) for p, rows in pairs.items()} for m in SHOWN}
+    pairs = cross_play(settings, names)
     print(f"{len(games)} games of {args.agents}; row: in one seat ({args.seat}), column: in all others")
-    columns = [f"against {k}" for k in range(1, len(names) + 1)]  # adapters have long names
+    columns = {f"against {k}": name for k, name in enumerate(names, 1)}  # adapters have long names
     for metric, title in SHOWN.items():
-        rows = {f"{k} {a}": [tables[metric][a, b] for b in names] for k, a in enumerate(names, 1)}
-        rows = {name: dict(zip(columns, row, strict=True)) for name, row in rows.items()}
-        print(f"\n{title}\n{format_table(rows, columns)}")
-    if args.json and ranks.first():
-        entries = [
-            {"one": a, "rest": b} | {m: tables[m][a, b] | {"games": [row[m] for row in rows]} for m in SHOWN}
-            for (a, b), rows in pairs.items()
-        ]
-        played = [game.to_json() for game in games]
-        write_json(args.json, {"arguments": settings.flags, "instances": played, "pairs": entries})
-        print(f"\nwritten: {args.json}")
+        rows = {
+            f"{k} {a}": {c: mean_interval(game[metric] for game in pairs[a, b]) for c, b in columns.items()}
+            for k, a in enumerate(names, 1)
+        }
+        print(f"\n{title}\n{format_table(rows, list(columns))}")
 
 
 if __name__ == "__main__":

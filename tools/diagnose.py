@@ -62,10 +62,6 @@ def judge(value: float, watch: float, bad: float) -> int:
     return sum(value < limit if bad < watch else value > limit for limit in (watch, bad))
 
 
-def answer_of(reply: str) -> str:
-    return last_line(reply, "Decision:")
-
-
 # -------------------- known failures
 
 
@@ -103,12 +99,10 @@ def changing_links(run: Run) -> Judgement:
         if s["kind"] == "G" and s["broken"] is None:
             # The expert's reply stands for the state: a noisy history may call for another answer.
             state = s["game"], s["seat"], s["stage"], s["expert"]
-            votes[state][s["step"]][answer_of(s["reply"])] += 1
+            votes[state][s["step"]][last_line(s["reply"], "Decision:")] += 1
     modes = [[v.most_common(1)[0][0] for _, v in sorted(steps.items())] for steps in votes.values()]
     changes = [before != after for mode in modes for before, after in pairwise(mode)]
-    text = (
-        f"an instance was met again {len(changes)} times, the most common links had changed in {sum(changes)}"
-    )
+    text = f"an instance was met again {len(changes)} times, its most common links changed in {sum(changes)}"
     advice = "Lower --lr or raise --beta, and see in samples.jsonl whether the reward prefers any answer."
     return judge(fmean(changes), 0.30, 0.60) if len(changes) >= 8 else 0, text, advice
 
@@ -129,7 +123,8 @@ def collapse(run: Run) -> Judgement:
     for letter, kind in KINDS.items():
         part = [s for s in compliant if s["kind"] == letter]
         if part:
-            own, expert = (Counter(answer_of(s[who]) for s in part) for who in ("reply", "expert"))
+            answers = [[last_line(s[who], "Decision:") for who in ("reply", "expert")] for s in part]
+            own, expert = map(Counter, zip(*answers, strict=True))
             (common, count), (_, usual) = own.most_common(1)[0], expert.most_common(1)[0]
             text += f"; late {kind.name} answers: {len(own)} different (expert: {len(expert)}), the most "
             text += f"common, {common[:40]}, {count / len(part):.2f} of all (expert: {usual / len(part):.2f})"

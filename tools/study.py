@@ -33,12 +33,13 @@ import settings
 from eval import playing_parser
 from run.errors import InputError, reports_errors
 from run.files import JsonLines, cpu_name, read_json, read_lines
-from run.values import positive_int
+from run.values import number_or_range, positive_int
 from tools import study_report
 from tools.page.groups import read_prompts
 from tools.page.text import rounded
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
 STORED = ("U1", "s", "row", "U2", "U3", "belief", "U2 | ok", "U3 | ok")
 PROBED = ("step", "seconds", "U1", "row", "s", "U2", "belief")
 
@@ -149,23 +150,15 @@ def commands(arm: Arm, seed: int, common: str, folder: Path) -> list[tuple[Path,
     return [*steps, (result, ["eval.py", *played, "--policy", str(policy), "--json", str(result)])]
 
 
-def units(names: list[str] | None, seeds: list[int] | None) -> list[tuple[Arm, int]]:
-    """Of these arms and families (default: all) these seeds, by default those that each arm is to have. They
-    come arm by arm: the seeds of the first arm make the SFT stages, and no two jobs wait for the same one."""
-    arms = [arm for arm in ARMS if not names or {arm.family, arm.name} & set(names)]
-    return [(arm, seed) for arm in arms for seed in seeds or range(arm.seeds)]
-
-
 # -------------------- running
 
 
 class Study:
-    """Makes and measures units, also several at once. folder: of the runs; common: flags of every run;
-    threads: of each. Once `stopped` is set, no command is begun."""
+    """Makes and measures units, also several at once. folder: of the runs; common: flags of every run. Once
+    `stopped` is set, no command is begun."""
 
-    def __init__(self, folder: Path, common: str, threads: int):
-        self.folder, self.common, self.threads = folder, common, threads
-        self.stopped = threading.Event()
+    def __init__(self, folder: Path, common: str):
+        self.folder, self.common, self.stopped = folder, common, threading.Event()
         self.locks = defaultdict(threading.Lock)  # by product: two arms may want the same SFT stage at once
 
     def run(self, arm: Arm, seed: int) -> dict:
@@ -180,22 +173,20 @@ class Study:
         return measured(arm, seed, steps) | {"minutes": minutes} | machine()
 
     def make(self, product: Path, command: list[str]) -> None:
-        """Runs one command, or resumes it. InputError: it was stopped, or failed, or left no product."""
+        """Runs one command, or resumes it. InputError: it left no product."""
         run = Path(command[-1])  # its folder, or eval.py's file
         if (run / "config.json").exists():
             command = [command[0], "--resume", str(run)]
         run.parent.mkdir(parents=True, exist_ok=True)
-        log = run.with_name(run.stem + ".log")
-        environment = os.environ | dict(OMP_NUM_THREADS=str(self.threads), OMP_WAIT_POLICY="PASSIVE")
-        if not self.stopped.is_set():
-            with open(log, "a", encoding="utf-8") as file:
+        environment = os.environ | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+        with open(run.with_name(run.stem + ".log"), "a+", encoding="utf-8", errors="replace") as log:
+            if not self.stopped.is_set():
                 argv = [sys.executable, *command]
-                done = subprocess.run(argv, cwd=ROOT, stdout=file, stderr=file, env=environment)
-        if self.stopped.is_set() or done.returncode in (130, -2):  # Ctrl-C
-            raise InputError("stopped; the same command goes on")
-        if done.returncode or not product.exists():
-            last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""])[-1]
-            raise InputError(f"{last[-200:]} (see {log})")
+                subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            if not product.exists():
+                log.seek(0)
+                last = (log.read().strip().splitlines() or [""])[-1]
+                raise InputError(f"{last[-200:]} (see {log.name})")
 
 
 def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
@@ -210,8 +201,7 @@ def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
         line["probe"] = [{key: entry.get(key) for key in PROBED} for entry in probe if "stage" in entry]
         line["levels"] = study_report.levels_of(samples)
         line |= study_report.graph_replies(samples)
-        targets = {place: target for place, (target, _) in read_prompts(run).items()}
-        line["rule"] = study_report.rules_of(samples, targets)
+        line["rule"] = study_report.rules_of(samples, read_prompts(run))
         line |= {"groups": study_report.a_dozen(samples)} if seed == 0 else {}
     return rounded(line, 4)
 
@@ -228,35 +218,31 @@ def machine() -> dict:
     return {"commit": commit or "unknown", "machine": cpu_name() + gpu, "packages": packages}
 
 
-def parse_seeds(text: str) -> list[int]:
-    """`3` -> [3], `0-2` -> [0, 1, 2]; for argparse, which reports a ValueError."""
-    low, high = map(int, (text.split("-") * 2)[:2])
-    return list(range(low, high + 1))
-
-
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Trains and evaluates many arms over several seeds.")
     add = parser.add_argument
     known = sorted({name for arm in ARMS for name in (arm.name, arm.family)})
     add("--arms", nargs="+", metavar="NAME", choices=known, help="arms or families (default: all)")
-    add("--seeds", type=parse_seeds, help="such as 0-7 (default: as many as each arm is to have)")
+    add("--seeds", type=number_or_range(0, 2**32 - 1), help="such as 0-7 (default: those of each arm)")
     add("--jobs", type=positive_int, default=2, help="runs at once")
-    add("--threads", type=positive_int, default=1, help="threads of each")
     add("--flags", default="", help="flags of every run, in one string, for a quick look")
-    add("--folder", type=Path, default=Path("runs/study"), help="the runs")
-    add("--results", type=Path, default=Path("results/study.jsonl"), help="the measured units, a line each")
-    report = "run nothing: write tables and figures"
-    add("--report", type=Path, metavar="FOLDER", nargs="?", const=Path("results"), help=report)
+    file = "the measured units, a line each; their runs lie in runs/STEM, where STEM.jsonl is this file"
+    add("--results", type=Path, metavar="FILE", default=Path("results/study.jsonl"), help=file)
+    add("--report", action="store_true", help="run nothing: write tables and figures beside the results")
     args = parser.parse_args(argv)
     if args.report:
-        print(study_report.write(args.results, args.report, {arm.name: arm.seeds for arm in ARMS}))
+        print(study_report.write(args.results, {arm.name: arm.seeds for arm in ARMS}))
         return
     args.results.parent.mkdir(parents=True, exist_ok=True)
     log = JsonLines(args.results, lambda line: True)  # removes half a line that a kill has left
     done = {(line["arm"], line["seed"]) for line in log.rows}
-    todo = [(arm, seed) for arm, seed in units(args.arms, args.seeds) if (arm.name, seed) not in done]
-    study, failed = Study(args.folder, args.flags, args.threads), 0
+    arms = [arm for arm in ARMS if not args.arms or {arm.family, arm.name} & set(args.arms)]
+    # The seeds of the first arm come first and make the SFT stages: no two jobs wait for the same one.
+    seeds = args.seeds and range(args.seeds[0], args.seeds[1] + 1)
+    units = [(arm, seed) for arm in arms for seed in seeds or range(arm.seeds)]
+    todo = [(arm, seed) for arm, seed in units if (arm.name, seed) not in done]
+    study, failed = Study(RUNS / args.results.stem, args.flags), 0
     with ThreadPoolExecutor(args.jobs) as pool:
         try:
             running = {pool.submit(study.run, arm, seed): f"{arm.name}, seed {seed}" for arm, seed in todo}

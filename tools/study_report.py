@@ -24,7 +24,7 @@ from prompts import last_line
 from rewards import Target
 from run.errors import InputError
 from run.files import read_lines, write_atomic
-from tools.page.learned import best_threshold, training_choices
+from tools.page.learned import best_threshold, choices_of
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
@@ -108,14 +108,19 @@ def graph_replies(samples: list[dict]) -> dict[str, list[float | None]]:
     return {"belief followed": [followed(first), followed(last)], "links chosen": chosen}
 
 
-def rules_of(samples: list[dict], targets: dict[tuple, Target]) -> dict[str, list[float] | None]:
+def rules_of(samples: list[dict], asked: dict[tuple, tuple[Target, list]]) -> dict[str, list | None]:
     """(t, share): the best rule of the kind "link iff the worked number is at least t", and the share of the
-    choices that it explains: of the expert, of the SFT policy, and of the last quarter of RFT."""
+    choices that it explains: of the expert, of the SFT policy, and of the last quarter of RFT. asked: of
+    read_prompts."""
+    places = itemgetter("game", "stage", "seat")
+
+    def rule(part, author="reply"):
+        decisions = [(asked[places(s)][0], s[author]) for s in part if places(s) in asked]
+        best = best_threshold(choices_of((target.state, target.seat, text) for target, text in decisions))
+        return best and [best["t"], best["agreed"]]
+
     sft, final = [s for s in samples if s["step"] == 0], outer_quarters(samples)[1]
-    choices = [training_choices(samples, targets, "expert")]
-    choices += [training_choices(part, targets) for part in (sft, final)]
-    rules = zip(RULES, map(best_threshold, choices), strict=True)
-    return {name: rule and [rule["t"], rule["agreed"]] for name, rule in rules}
+    return {"expert": rule(samples, "expert"), "sft": rule(sft), "final": rule(final)}
 
 
 # -------------------- statistics
@@ -260,10 +265,10 @@ def rows_of_groups(dozen: list[dict]) -> Rows:
 # -------------------- the report
 
 
-def write(results: Path, folder: Path, planned: dict[str, int]) -> str:
-    """Writes FOLDER/study.md, study-forest.png and study-curves.png. planned: how many seeds every arm is to
-    have. Returns what to print. Raises InputError if there are no results."""
-    lines, place = read_lines(results), {name: i for i, name in enumerate(planned)}
+def write(results: Path, planned: dict[str, int]) -> str:
+    """Writes study.md, study-forest.png and study-curves.png beside the results. planned: how many seeds
+    every arm is to have. Returns what to print. Raises InputError if there are no results."""
+    lines, folder, place = read_lines(results), results.parent, {name: i for i, name in enumerate(planned)}
     if not lines:
         raise InputError(f"{results} holds no results yet; run python -m tools.study first")
     lines.sort(key=lambda line: (place.get(line["arm"], len(place)), line["seed"]))
@@ -286,13 +291,11 @@ def write(results: Path, folder: Path, planned: dict[str, int]) -> str:
             title = f"A dozen groups of {line['arm']}, seed {line['seed']}"
             sections[title] = markdown(rows_of_groups(line["groups"]))
     done = Counter(line["arm"] for line in lines)
-    lacking = {name: seeds - done[name] for name, seeds in planned.items()}
-    told = ", ".join(f"{name} ({seeds})" for name, seeds in lacking.items() if seeds > 0)
-    plan = f"Arms, and how many seeds they lack; `python -m tools.study` runs them: {told}."
-    sections["Not run yet"] = [plan if told else "Nothing: all arms have all their seeds."]
+    lacking = [f"{name} ({n - done[name]})" for name, n in planned.items() if n > done[name]]
+    plan = "Arms, and how many seeds they lack; `python -m tools.study` runs them: "
+    sections["Not run yet"] = [f"{plan}{', '.join(lacking) or 'none'}."]
     text = "\n".join([__doc__.split("\n\n", 1)[1].strip(), "", about(lines)])
     text += "".join(f"\n\n## {title}\n\n" + "\n".join(body) for title, body in sections.items())
-    folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "study.md", (text + "\n").encode())
     draw_forest(compared, folder / "study-forest.png")
     draw_curves(lines, folder / "study-curves.png")
@@ -355,9 +358,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     """The probe of ToMPO and GRPO during RFT, in the seeds that both have: the mean and a 95 % t interval as
     a band. The interval of two seeds would be as wide as the picture and is left out."""
     styles = {"tompo": "C0-o", "grpo": "C1--o"}
-    probes = {name: {s["seed"]: s.get("probe") or [] for s in lines if s["arm"] == name} for name in styles}
-    probes = {name: by_seed for name, by_seed in probes.items() if by_seed}
-    seeds = set.intersection(*map(set, probes.values())) if probes else set()
+    probes = {name: {s["seed"]: s["probe"] for s in lines if s["arm"] == name} for name in styles}
+    seeds = set.intersection(*map(set, probes.values()))
     for axis, metric in picture(path, 3.6, ("row", "U2", "belief")):
         for name, probe in probes.items():
             entries = [entry for seed in seeds for entry in probe[seed]]

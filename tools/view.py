@@ -29,14 +29,10 @@ from tools.page.text import clean, escaped, rounded
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ALGORITHMS = {"tompo": "ToMPO", "grpo": "GRPO"}
+PLAYERS = dict.fromkeys(ALGORITHMS, "RFT policy") | {"sft": "SFT policy", "base": "base model"}
+PLAYERS["expert:random"] = "random play"  # of the table, apart from the name of the algorithm
 MEDIANS = ("U3 gain",)  # one game in which cooperation can add little would make the mean
 PAGE = 2_700_000  # characters of data on a page; half of a run's share is for groups, a third for games
-
-
-def player_name(name: str, algo: str) -> str:
-    """Of a row of the table, apart from the names of the run and of the algorithm."""
-    known = {algo: "RFT policy", "sft": "SFT policy", "base": "base model", "expert:random": "random play"}
-    return known.get(name, name.replace("expert:", "expert "))
 
 
 def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
@@ -86,28 +82,25 @@ def run_data(folder: Path, budget: int) -> dict:
     folder that holds no run."""
     if not (folder / "config.json").exists() or not (folder / "samples.jsonl").exists():
         raise InputError(f"{folder} is not the folder of a run of train_rft.py: it has no samples.jsonl")
-    config, timing, evaluation = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("config.json", "timing.json", "eval.json")
-    )
+    files = (folder / f"{name}.json" for name in ("config", "timing", "eval"))
+    config, timing, evaluation = (read_json(file) if file.exists() else {} for file in files)
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
-        results = {player_name(name, config.get("algo")): summary for name, summary in found.items()}
-        asked, played = read_prompts(folder), all("actions" in summary for summary in results.values())
+        results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}
+        asked, played = read_prompts(folder), all("actions" in row for row in found.values())
         missing = {
-            "prompts.jsonl: no prompts, instances and graphs of the experts in the groups": not asked,
-            "eval.json: the run has not been evaluated (yet)": not results,
-            "all agents' choices in eval.json: of its games there are only measures": not played,
+            "prompts.jsonl: no groups": not asked,
+            "eval.json: the run has not been evaluated (yet)": not found,
+            "all agents' choices in eval.json: no games": not played,
         }
-        targets = {place: target for place, (target, _) in asked.items()}
         return {
             "name": clean(folder.name or str(folder)),
             "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
             "constant": about_constant(found),
             "groups": groups_of(config, samples, asked, budget // 2),
-            "games": games_of(results, budget // 3, config.get("partners")),
-            "learned": rounded(learned(samples, targets, found, config.get("expert"))),
+            "games": games_of(results if played else {}, budget // 3, config.get("partners")),
+            "learned": rounded(learned(found if played else {}, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

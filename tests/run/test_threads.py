@@ -37,12 +37,8 @@ def test_idle_threads_spin_for_a_short_time_unless_the_user_chose(script, own, e
 
 def test_a_quota_of_a_container_limits_the_threads(tmp_path):
     limit, all_cores = tmp_path / "cpu.max", os.cpu_count()
-    for text, cores in (
-        ("100000 100000", 1),
-        ("30000 100000", 1),
-        ("max 100000", all_cores),
-        ("x", all_cores),
-    ):
+    limits = {"100000 100000": 1, "30000 100000": 1, "max 100000": all_cores, "x": all_cores}
+    for text, cores in limits.items():
         limit.write_text(text + "\n")
         assert threads.cores(str(limit)) == cores
     assert threads.cores(str(tmp_path / "none")) == all_cores

@@ -1,6 +1,5 @@
 """The benchmark counts the right work, and runs from end to end on the tiny model. It is never timed here."""
 
-import json
 import os
 import re
 from argparse import Namespace
@@ -13,7 +12,7 @@ import lora
 from models.load import load_policy
 from tools import bench
 
-SMALL = "--rank 4 --prompts 2 --prompt-tokens 12 --m 3 --reply-tokens 4 --repeats 1".split()
+SMALL = "--prompts 2 --prompt-tokens 12 --m 3 --reply-tokens 4 --repeats 1".split()
 
 
 @pytest.fixture(scope="module")
@@ -25,16 +24,16 @@ def model(tmp_path_factory):
 
 
 def work(model, **changes):
-    values = dict(engine="fast", dtype="float32", rank=4, prompts=2, prompt_tokens=12, m=3, reply_tokens=4)
-    return Namespace(model=model, **values | dict(beta=0.1, micro_batch=1, seed=0) | changes)
+    values = dict(engine="fast", dtype="float32", prompts=2, prompt_tokens=12, m=3, reply_tokens=4)
+    return Namespace(model=model, **values | changes)
 
 
 def test_prompts_are_random_words_of_exactly_the_asked_length(model):
     tokenizer = load_policy(model).tokenizer
-    texts = bench.random_prompts(tokenizer, 5, 12, 0)
+    texts = bench.random_prompts(tokenizer, 5, 12)
     ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     assert [len(x) for x in ids] == [12] * 5 and len(set(map(tuple, ids))) == 5
-    assert bench.random_prompts(tokenizer, 5, 12, 0) == texts != bench.random_prompts(tokenizer, 5, 12, 1)
+    assert bench.random_prompts(tokenizer, 5, 12) == texts
 
 
 def test_the_floor_counts_what_a_forward_pass_multiplies(model):
@@ -53,7 +52,6 @@ def test_the_floor_counts_what_a_forward_pass_multiplies(model):
     adapter = sum(p.numel() for p in lora.lora_parameters(policy.model))
     backward = 2 * linear * 42 + 2 * (2 * 12**2 / 2 + 18 * 14) * pair
     assert flop["update"] == prompts + replies + backward + 4 * adapter * 42 + 4 * head * 24
-    assert bench.needed(work(model, beta=0), policy)["reference"]["flop"] == 0
 
 
 def process_of(work):
@@ -65,21 +63,15 @@ def test_a_run_is_a_process_of_its_own():
     assert alone["pid"] != here["pid"] == os.getpid() and 0.1 < alone["peak_memory_gib"]
 
 
-def test_it_runs_beside_its_peers_and_writes_every_run(model, tmp_path, capsys, monkeypatch):
+def test_it_runs_beside_its_peers(model, capsys, monkeypatch):
     monkeypatch.setattr(bench, "run_alone", bench.with_memory)  # to save time
-    out, peers = tmp_path / "bench.json", ["--peer", "plain", "--peer", "generate", "--peer", "plain"]
-    bench.main(["--model", model, *SMALL, *peers, "--json", str(out)])
+    bench.main(["--model", model, *SMALL, "--peer", "plain", "--peer", "generate", "--peer", "plain"])
     printed = capsys.readouterr().out
     for stage in bench.STAGES:
         assert re.search(rf"^{stage} +-?\d+\.\d\d", printed, re.M)  # decoding is a difference of two times
     assert "GFLOP/s" in printed and printed.count("ratio of medians") == 2
-    assert re.search(r"^plain \(float32\): whole step", printed, re.M)
-    assert re.search(r"^generate \(float32\): rollouts", printed, re.M)
-    runs = json.loads(out.read_text())["runs"]
-    assert [len(part) for part in runs.values()] == [1, 1, 1]
-    for name in ("tompo", "plain"):
-        assert set(runs[name][0]["seconds"]) == set(bench.STAGES) and runs[name][0]["peak_memory_gib"] > 0.1
-    assert runs["generate"][0]["seconds"]["rollouts"] > 0
+    assert re.search(r"^plain: whole step \d+\.\d\d s, ours \d", printed, re.M)
+    assert re.search(r"^generate: rollouts \d+\.\d\d s, ours", printed, re.M)
 
 
 def test_what_is_timed_is_a_whole_step_the_same_in_both_engines(model, monkeypatch):

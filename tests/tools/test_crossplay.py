@@ -7,6 +7,8 @@ import pytest
 from tables import expert, play
 
 import eval as evaluation
+import settings
+from eval import playing_parser
 from experts import make_expert
 from play.intervals import mean_interval
 from play.metrics import per_instance
@@ -22,52 +24,49 @@ def chosen_games():
     return [grid[i] for i in np.linspace(0, 59, 6).round().astype(int)]
 
 
-def pairs_of(path):
-    return {(p["one"], p["rest"]): p for p in json.loads(path.read_text())["pairs"]}
+def shown(games):
+    """Of the metrics of each game those that are shown."""
+    return [(row["U2"], row["U3"]) for row in games]
 
 
-def test_entries_are_those_of_evaluation_against_that_expert(tmp_path, capsys):
-    path, names = tmp_path / "matrix.json", ["second-best", "planner", "always-link", "random"]
-    crossplay.main([*FLAGS, "--player", *(f"expert:{n}" for n in names), "--json", str(path)])
-    printed, pairs = capsys.readouterr().out, pairs_of(path)
-    chosen = chosen_games()
+def pairs_of(names, *argv):
+    args = playing_parser("", "rotate").parse_args([*FLAGS, *argv])
+    return crossplay.cross_play(settings.resolve(args), names)
+
+
+def test_entries_are_those_of_evaluation_against_that_expert(capsys):
+    kinds = ["second-best", "planner", "always-link", "random"]
+    names = [f"expert:{kind}" for kind in kinds]
+    crossplay.main([*FLAGS, "--player", *names])
+    printed, pairs = capsys.readouterr().out, pairs_of(names)
     assert len(pairs) == 16
-    for one in names:
-        for rest in names:
-            played = play(chosen, expert(one), 0, make_expert(rest), 0)
-            rows = [per_instance(p) for p in played]
-            pair = pairs[f"expert:{one}", f"expert:{rest}"]
-            for metric in ("U2", "U3"):
-                assert pair[metric]["games"] == [row[metric] for row in rows]
-                v = mean_interval(row[metric] for row in rows)
-                assert pair[metric]["mean"] == v["mean"]
-                assert f"{v['mean']:.3f} ±{(v['high'] - v['low']) / 2:.2f}" in printed
+    for one, rest in pairs:
+        others = make_expert(rest.removeprefix("expert:"))
+        played = play(chosen_games(), expert(one.removeprefix("expert:")), 0, others, 0)
+        assert shown(pairs[one, rest]) == shown(map(per_instance, played))
     heads = [line.split() for line in printed.splitlines() if line.startswith("4 expert:random")]
     for metric, (_, _, *texts) in zip(("U3", "U2"), heads, strict=True):  # a row is of the player in one seat
-        own = [pairs["expert:random", f"expert:{rest}"][metric]["mean"] for rest in names]
-        assert texts[::2] == [f"{mean:.3f}" for mean in own]
-    random_among = {rest: pairs["expert:random", f"expert:{rest}"]["U3"]["mean"] for rest in names}
-    assert pairs["expert:planner", "expert:planner"]["U3"]["mean"] == pytest.approx(1, abs=1e-4)
-    assert 1 > random_among["planner"] > random_among["random"]
+        own = [mean_interval(row[metric] for row in pairs["expert:random", rest]) for rest in names]
+        told = [[f"{v['mean']:.3f}", f"±{(v['high'] - v['low']) / 2:.2f}"] for v in own]
+        assert texts == sum(told, [])
+    U3 = {pair: np.mean([row["U3"] for row in rows]) for pair, rows in pairs.items()}
+    assert U3["expert:planner", "expert:planner"] == pytest.approx(1, abs=1e-4)
+    assert 1 > U3["expert:random", "expert:planner"] > U3["expert:random", "expert:random"]
 
 
-def test_seats_in_turn(tmp_path):
-    path, players = tmp_path / "matrix.json", ["expert:nash", "expert:never-link"]
-    crossplay.main([*FLAGS, "--player", *players, "--seat", "rotate", "--json", str(path)])
-    seats = [(i % 4,) for i in range(6)]
+def test_seats_in_turn():
+    players, seats = ["expert:nash", "expert:never-link"], [(i % 4,) for i in range(6)]
     played = play(chosen_games(), expert("nash"), seats, make_expert("never-link"), 0)
-    assert pairs_of(path)[*players]["U2"]["games"] == [per_instance(p)["U2"] for p in played]
+    assert shown(pairs_of(players, "--seat", "rotate")[*players]) == shown(map(per_instance, played))
 
 
 def test_models_share_one_base(model_dir, tmp_path, monkeypatch):
     loads, load = [], Model.load
     monkeypatch.setattr(Model, "load", lambda self: loads.append(1) or load(self))
     flags = ["--model", model_dir, "--max-new-tokens", "4", "--eval-games", "2"]
-    names = ["base", "few-shot:1", "expert:nash"]
-    crossplay.main([*flags, "--player", *names, "--json", str(tmp_path / "m.json")])
-    pairs = pairs_of(tmp_path / "m.json")
+    pairs = pairs_of(["base", "few-shot:1", "expert:nash"], *flags)
     assert loads == [1] and len(pairs) == 9
-    assert pairs["base", "base"]["U3"]["mean"] == 0  # silence in all seats: effort 0
+    assert [row["U3"] for row in pairs["base", "base"]] == [0, 0]  # silence in all seats: effort 0
     evaluation.main([*flags, "--policy", "base", "--expert", "nash", "--json", str(tmp_path / "eval.json")])
     alone = json.loads((tmp_path / "eval.json").read_text())["results"]["base"]["instances"]
-    assert pairs["base", "expert:nash"]["U3"]["games"] == [row["U3"] for row in alone]
+    assert [row["U3"] for row in pairs["base", "expert:nash"]] == [row["U3"] for row in alone]

@@ -102,14 +102,6 @@ def non_compliant(run, share):
         s["broken"] = "wrong length" if s["kind"] == "G" else "number outside [0, cap]"
 
 
-def test_replies_that_were_cut_off_are_counted(tmp_path):
-    run = healthy()
-    for k, s in enumerate(run[1]):
-        s["ended"] = k >= 7
-    (folder,) = [write(tmp_path / "run", *run)]
-    assert "; 7 were cut off at the limit (--max-new-tokens)" in findings(folder)[FORMAT][1]
-
-
 def flip(run):
     for s in run[1]:
         if s["kind"] == "G":
@@ -123,7 +115,8 @@ def one_answer(run):
     # (The answers differ from those before in 3 of 4 games once: 12 of 112 occasions do not "keep changing".)
 
 
-def set_metrics(run, steps=range(STEPS), **values):
+def set_metrics(run, steps=range(STEPS), config=(), **values):
+    run[3].update(config)
     for row in run[0]:
         if row["step"] in steps:
             row |= values
@@ -138,6 +131,7 @@ def same_but_expert(run):
 
 SELFISH, CHANGING = "good for itself, bad for all (high U2, low U3)", "links that keep changing"
 FORMAT, IDLE = "replies that break the format", "groups without variance"
+BF16, EPOCHS = {"dtype": "bfloat16"}, {"inner_epochs": 4}
 FAILURES = {
     "format, watch": (lambda run: non_compliant(run, 0.1), FORMAT, "watch"),
     "format, bad": (lambda run: non_compliant(run, 0.25), FORMAT, "bad"),
@@ -150,28 +144,14 @@ FAILURES = {
     "KL, bad": (lambda run: [row.update(kl=0.1 * row["step"]) for row in run[0]], KL, "bad"),
     "KL, a spike": (lambda run: set_metrics(run, [7], kl=2.0), KL, "watch"),
     "ratio": (lambda run: set_metrics(run, [3], max_ratio_error=0.2), CLIPPED, "bad"),
-    "ratio in bf16": (
-        lambda run: [run[3].update(dtype="bfloat16"), set_metrics(run, [3], approx_kl=0.002)],
-        CLIPPED,
-        "bad",
-    ),
-    "clipped": (
-        lambda run: [run[3].update(inner_epochs=4), set_metrics(run, clip_fraction=0.2, max_ratio_error=0.5)],
-        CLIPPED,
-        "watch",
-    ),
+    "ratio in bf16": (lambda run: set_metrics(run, [3], BF16, approx_kl=0.002), CLIPPED, "bad"),
+    "clipped": (lambda run: set_metrics(run, config=EPOCHS, clip_fraction=0.2), CLIPPED, "watch"),
     # What only looks like a failure:
     "bad play is no social dilemma": (lambda run: run[2].update(results_of(0.4, 0.3)),),
     "silence is no social dilemma": (lambda run: run[2].update(results_of(0.9, 0.3, u1=0.1)),),
-    "the rounding of bf16": (
-        lambda run: [
-            run[3].update(dtype="bfloat16"),
-            set_metrics(run, [3], max_ratio_error=0.4, approx_kl=2e-4),
-        ],
-    ),
-    "a level KL with a small hump": (
-        lambda run: [set_metrics(run, kl=0.08), set_metrics(run, [7], kl=0.12)],
-    ),
+    "the rounding of bf16": (lambda run: set_metrics(run, [3], BF16, max_ratio_error=0.4, approx_kl=2e-4),),
+    "several epochs": (lambda run: set_metrics(run, config=EPOCHS, max_ratio_error=0.5),),
+    "a hump of a level KL": (lambda run: [set_metrics(run, kl=0.08), set_metrics(run, [7], kl=0.12)],),
     "an expert that changes its answer": (same_but_expert,),
 }
 
@@ -193,11 +173,14 @@ def test_a_failure_is_named_and_nothing_else(case, tmp_path):
 def test_the_numbers_are_those_of_the_run(tmp_path):
     run = healthy()
     non_compliant(run, 0.25)
+    for k, s in enumerate(run[1]):
+        s["ended"] = k >= 7
     _, text, _ = findings(write(tmp_path / "run", *run))[FORMAT]
     total = len(run[1])
     graph, effort = (sum(s["broken"] is not None and s["kind"] == kind for s in run[1]) for kind in "GE")
     assert f"U1 0.990 early, 0.750 late; {graph + effort} of {total} replies" in text
     assert f"wrong length (G) {graph}" in text and f"number outside [0, cap] (E) {effort}" in text
+    assert text.endswith("; 7 were cut off at the limit (--max-new-tokens)")
     set_metrics(run, zero_variance_groups=1.0, U1=0.0)  # groups that fail alike get another advice
     advice = findings(write(tmp_path / "run", *run))[IDLE][2]
     assert "SFT" in advice and "harder" not in advice

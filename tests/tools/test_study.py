@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -94,33 +96,25 @@ def test_beliefs_and_links_of_both_ends_of_a_run_by_hand():
         return sample(step, 0, kind, compliance, text, expert)
 
     a, b, none = "[0, 1, 0]", "[0, 1, 1]", "[0, 0, 0]"
-    first = [
-        reply(0, a, a),
-        reply(1, a, none),
-        reply(1, b, a),
-        reply(1, b, a),
-        reply(0, a, "all", a, "G", -0.5),
-    ]
+    first = [reply(0, a, a), reply(1, a, none), *[reply(1, b, a)] * 2, reply(0, a, "all", a, "G", -0.5)]
     last = [reply(6, b, b, b), reply(7, a, a), reply(7, "[1]", "1.2", "1", "E"), reply(7, "", a)]
     replies = study_report.graph_replies([*first, reply(3, a, b), *last])
     assert replies["belief followed"] == [0.25, 1.0]
     assert replies["links chosen"] == pytest.approx([0.375, 2 / 3, 2 / 3])
-    assert study_report.graph_replies([reply(0, "", a)]) == {
-        "belief followed": [None, None],
-        "links chosen": [0.5, None, None],
-    }
+    replies = study_report.graph_replies([reply(0, "", a)])
+    assert replies == {"belief followed": [None, None], "links chosen": [0.5, None, None]}
 
 
 def test_threshold_rules_by_hand(monkeypatch):
     numbers = {0: [0, 0.5, 1.5, 2.5], 1: [0.9, 0, 1.1, 3.0]}  # in the prompt of each seat
     monkeypatch.setattr(learned, "worked_numbers", lambda state, seat: numbers[seat])
     game = BCZ((1.0,) * 4, 0.1, 0.1, 3.0)
-    targets = {(seat, 0, seat): Target(State(game), seat, None, seat) for seat in (0, 1)}
+    asked = {(seat, 0, seat): (Target(State(game), seat, None, seat), []) for seat in (0, 1)}
 
     def final(*rows):
         texts = [(seat, row, row if row != "all" else "[0, 0, 0, 0]") for seat, row in rows]
         lines = [sample(4, s, reply=f"Decision: {row}", expert=e) | {"seat": s} for s, row, e in texts]
-        return study_report.rules_of(lines, targets)
+        return study_report.rules_of(lines, asked)
 
     clean = (0, "[0, 0, 1, 1]"), (1, "[0, 0, 1, 1]")
     assert final(*clean, (1, "all")) == {"expert": [1.1, 7 / 9], "sft": None, "final": [1.1, 1.0]}
@@ -163,7 +157,8 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     tiny = f"--model {model_dir} --games 4 --sft-steps 2 --steps 2 --eval-games 2 --max-new-tokens 14"
     broken = Arm("broken", "algorithm", "--objective loss=none", 2)
     monkeypatch.setattr(study, "ARMS", [ARMS[0], broken, ARMS[2]])
-    argv = ["--flags", tiny, "--folder", str(tmp_path / "runs"), "--results", str(tmp_path / "study.jsonl")]
+    monkeypatch.setattr(study, "RUNS", tmp_path / "runs")
+    argv = ["--flags", tiny, "--results", str(tmp_path / "study.jsonl")]
     with pytest.raises(SystemExit) as stop:
         study.main([*argv, "--seeds", "5"])
     said = capsys.readouterr().out
@@ -172,7 +167,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     assert sorted((line["arm"], line["seed"]) for line in lines) == [("sft", 5), ("tompo", 5)]
     tompo = next(line for line in lines if line["arm"] == "tompo")
     assert [e["step"] for e in tompo["probe"]] == [0, 2] and len(tompo["values"]["row"]) == 2
-    config = json.loads((tmp_path / "runs" / "tompo" / "seed5" / "config.json").read_text())
+    config = json.loads((tmp_path / "runs/study/tompo/seed5/config.json").read_text())
     assert config["seed"] == 5 and config["sft_adapter"].endswith("seed5/adapter")
 
     # what is finished is not done again: with its files gone, the line is enough
@@ -181,7 +176,7 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     study.main([*argv, "--seeds", "5-5"])
     assert lines_of(tmp_path / "study.jsonl") == lines
 
-    study.main([*argv, "--report", str(tmp_path)])
+    study.main([*argv, "--report"])
     report = (tmp_path / "study.md").read_text()
     assert report.count("| tompo |") == 4 and "| sft | SFT alone | 1 |" in report
     before, after = (next(line for line in lines if line["arm"] == arm) for arm in ("sft", "tompo"))
@@ -196,9 +191,8 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
 def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypatch):
     """The reference minus the arm, as in the README; what leaves the picture is an arrow and its mean."""
     drawn, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
-    )
+    kept = lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
+    monkeypatch.setattr(Figure, "savefig", kept)
 
     def row(n, mean, half):
         known = {"low": mean - half, "high": mean + half} if half else {"low": None, "high": None}
@@ -208,11 +202,8 @@ def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypa
     study_report.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
     axis = drawn[0].axes[0]
     marks = {m: [line.get_ydata()[0] for line in axis.lines if line.get_marker() == m] for m in "s<>"}
-    assert axis.get_xlim() == pytest.approx((0.042, 0.158)) and marks == {
-        "s": [0, 3],
-        "<": [1, 2],
-        ">": [1, 2],
-    }
+    assert axis.get_xlim() == pytest.approx((0.042, 0.158))
+    assert marks == {"s": [0, 3], "<": [1, 2], ">": [1, 2]}
     assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"] == [0.1, 0.1]
     assert [text.get_text().strip() for text in axis.texts] == ["-0.00", "+0.90"]
 
@@ -220,7 +211,8 @@ def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypa
 def test_the_stored_results_give_the_stored_tables(tmp_path):
     """The lines of results/study.jsonl, whose flags are partly those of older versions."""
     stored = study.ROOT / "results"
-    study_report.write(stored / "study.jsonl", tmp_path, {arm.name: arm.seeds for arm in ARMS})
+    results = shutil.copy(stored / "study.jsonl", tmp_path)
+    study_report.write(Path(results), {arm.name: arm.seeds for arm in ARMS})
     new, old = ((folder / "study.md").read_text().splitlines() for folder in (tmp_path, stored))
     assert [line for line in new if line[:1] == "|"] == [line for line in old if line[:1] == "|"]
 
@@ -234,6 +226,4 @@ def test_a_unit_says_where_it_was_run(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_run_is_refused(refused, tmp_path):
-    results = ["--results", tmp_path / "none.jsonl"]
-    assert "no results yet" in refused(study.main, ["--report", tmp_path, *results])
-    assert study.parse_seeds("0-3") == [0, 1, 2, 3] and study.parse_seeds("5") == [5]
+    assert "no results yet" in refused(study.main, ["--report", "--results", tmp_path / "none.jsonl"])

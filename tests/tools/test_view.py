@@ -172,58 +172,28 @@ def test_the_values_of_choices_are_exact(made):
             assert player["stages"][-1]["payoffs"] == pytest.approx(payoffs, abs=1e-4)
 
 
-def check_choices(table, who, choices):
-    """choices: (worked number, whether linked), found in another way."""
-    edges = [-np.inf, *learned.EDGES, np.inf]
-    for (linked, n), low, high in zip(table["bins"][who], edges[:-1], edges[1:], strict=True):
+def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
+    """Independently: the number is read in the prompt, the choice in the reply."""
+    table, choices = view.run_data(made, view.PAGE)["learned"], []
+    assert list(table["bins"]) == ["before RFT", "after RFT", "expert"]
+    own = results_of(made)["tompo"]
+    for row, replies in zip(own["instances"], own["replies"], strict=True):
+        question = messages(State(game_from_json(row["instance"])), 0, [], STYLE)[-1]["content"]
+        worth = json.loads(question.split("a link earns ")[1].split("]")[0] + "]")
+        chosen = json.loads(replies[0].split("Decision: ")[1])
+        choices += [(worth[j], chosen[j]) for j in (1, 2, 3)]
+    edges, counted = [-np.inf, *learned.EDGES, np.inf], table["bins"]["after RFT"]
+    for (linked, n), low, high in zip(counted, edges[:-1], edges[1:], strict=True):
         inside = [row for worth, row in choices if low <= worth < high]
         assert (linked, n) == (sum(inside), len(inside))
-    best = table["thresholds"][who]
+    best = table["thresholds"]["after RFT"]
+    agreed = lambda t: np.mean([(worth >= t) == row for worth, row in choices])
     assert best["n"] == len(choices)
-    agreed = {t: np.mean([(worth >= t) == row for worth, row in choices]) for t in np.linspace(-1, 9, 4001)}
-    assert best["agreed"] == pytest.approx(max(agreed.values()), abs=1e-5)
-    assert best["agreed"] == pytest.approx(np.mean([(worth >= best["t"]) == row for worth, row in choices]))
-    assert best["even"] == pytest.approx(np.mean([(worth >= 1) == row for worth, row in choices]))
-
-
-def worked(question):
-    return json.loads(question.split("a link earns ")[1].split("]")[0] + "]")
-
-
-def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
-    """Independently: the number is read in the prompt, the choice in the reply. First in the held-out games,
-    then, in a run without evaluation, in the groups of training."""
-    table, choices = view.run_data(made, view.PAGE)["learned"], []
-    assert table["where"] == "the held-out games" and list(table["bins"]) == [
-        "before RFT",
-        "after RFT",
-        "expert",
-    ]
-    for row, replies in zip(
-        *(results_of(made)["tompo"][key] for key in ("instances", "replies")), strict=True
-    ):
-        question = messages(State(game_from_json(row["instance"])), 0, [], STYLE)[-1]["content"]
-        chosen = json.loads(replies[0].split("Decision: ")[1])
-        choices += [(worked(question)[j], chosen[j]) for j in (1, 2, 3)]
-    check_choices(table, "after RFT", choices)
-
+    assert best["agreed"] == pytest.approx(max(map(agreed, np.linspace(-1, 9, 4001))), abs=1e-5)
+    assert best["agreed"] == pytest.approx(agreed(best["t"])) and best["even"] == pytest.approx(agreed(1))
     shutil.copytree(made, tmp_path / "run")
-    (tmp_path / "run" / "eval.json").unlink()
-    prompts = {place(p): p for p in lines_of(made / "prompts.jsonl")}
-    table, choices = view.run_data(tmp_path / "run", view.PAGE)["learned"], []
-    assert table["where"] == "the groups of training" and "late in RFT (steps 3 to 3)" in table["bins"]
-    for s in lines_of(made / "samples.jsonl"):
-        if s["kind"] == "G" and s["step"] == 0 and not s["broken"]:
-            worth = worked(prompts[place(s)]["prompt"][-1]["content"])
-            row = json.loads(s["reply"].split("Decision: ")[1])
-            choices += [(worth[j], row[j]) for j in (1, 2, 3)]
-    check_choices(table, "before RFT (step 0)", choices)
-    write_json(
-        tmp_path / "run" / "config.json", CONFIG | NEW | {"expert": "random"}
-    )  # coin flips: no measure
-    assert (
-        "expert" in table["bins"] and len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2
-    )
+    write_json(tmp_path / "run/config.json", CONFIG | NEW | {"expert": "random"})  # coin flips: no measure
+    assert len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2
 
 
 def test_the_gain_is_a_median_and_intervals_are_possible(made):
@@ -258,7 +228,7 @@ def test_older_runs_open_with_what_they_have(made, tmp_path):
     run = view.run_data(old, view.PAGE)
     missing = [text.split(":")[0] for text in run["missing"]]
     assert missing == ["prompts.jsonl", "all agents' choices in eval.json"]
-    assert len(run["groups"]["groups"]) == 16 and run["games"]["count"] == 5 and not run["learned"]["bins"]
+    assert not run["groups"]["groups"] and not run["games"]["games"] and not run["learned"]["bins"]
     (old / "eval.json").unlink()
     (old / "timing.json").unlink()
     assert "eval.json: the run has not" in view.run_data(old, view.PAGE)["missing"][1]
@@ -308,9 +278,8 @@ def test_many_replies_make_a_small_page_that_says_what_it_left_out(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="no selenium: pip install -r requirements-test.txt"
-    )
+    no_selenium = "no selenium: pip install -r requirements-test.txt"
+    webdriver = pytest.importorskip("selenium.webdriver", reason=no_selenium)
     driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
     if not driver or not chromium:
         pytest.skip("no browser: apt-get install chromium chromium-driver")
@@ -479,36 +448,25 @@ BROKEN = {  # a reply of the first seat, and what is marked in it
 }
 
 
-def test_what_is_wrong_in_a_reply_is_marked(browser, tmp_path):
+def test_what_is_wrong_in_a_reply_is_marked_and_what_stands_before_it_folded(browser, tmp_path):
     """None of these replies is compliant; their texts stay as they are."""
-    folder = made_run(tmp_path / "run", hostile=reversed([*BROKEN, "no"]))
-    view.write_page([folder], tmp_path / "run.html")
-    page, found = Page(browser, tmp_path / "run.html"), {}
-    page.choose("g-group", "0")
-    for _ in range(2):
-        for pre in page.run(
-            "return [...document.querySelectorAll('.reply pre')].map(e => "
-            "[e.textContent, [...e.querySelectorAll('mark')].map(m => m.textContent)])"
-        ):
-            found[pre[0]] = pre[1]
-        page.click("g-group-after")
-    assert {text: found[text] for text in BROKEN} == BROKEN
-    page.check_quiet()
-
-
-def test_what_stands_before_the_two_lines_is_folded(browser, tmp_path):
     thinks = "Two or three?\nI say two.\nDecision: [0, 1, 1]"
-    folder = made_run(tmp_path / "run", hostile=[thinks, *BROKEN])
+    folder = made_run(tmp_path / "run", hostile=reversed([*BROKEN, thinks]))
     view.write_page([folder], tmp_path / "run.html")
-    page, found = Page(browser, tmp_path / "run.html"), []
+    page, marked, folded = Page(browser, tmp_path / "run.html"), {}, []
     page.choose("g-group", "0")
     for _ in range(2):
-        found += page.run(
+        marked |= page.run(
+            "return Object.fromEntries([...document.querySelectorAll('.reply pre')].map(e => "
+            "[e.textContent, [...e.querySelectorAll('mark')].map(m => m.textContent)]))"
+        )
+        folded += page.run(
             "return [...document.querySelectorAll('.reply pre details')].map(e => "
             "[e.open, e.lastChild.textContent, e.parentElement.textContent])"
         )
         page.click("g-group-after")
-    assert found == [[False, thinks.split("Decision")[0], f"thought{thinks}"]]
+    assert {text: marked[text] for text in BROKEN} == BROKEN
+    assert folded == [[False, thinks.split("Decision")[0], f"thought{thinks}"]]
     page.check_quiet()
 
 

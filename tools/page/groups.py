@@ -1,10 +1,9 @@
 """The groups of RFT: prompts with what their replies have in common, and the replies with every number."""
 
-import math
 from pathlib import Path
 
 from decisions import EFFORTS, LINKS
-from games import KINDS, game_from_json
+from games import game_from_json
 from play.expert_games import history_from_text
 from prompts import read_reply
 from rewards import TERMS, WEIGHTS, Target, accuracy, f1
@@ -28,40 +27,35 @@ def read_prompts(folder: Path) -> dict[tuple, tuple[Target, list[dict]]]:
     return asked
 
 
-def prompt_data(s: dict, target: Target | None, chat: list[dict]) -> dict:
-    """What the replies to a prompt have in common. s: a line of samples.jsonl. Without the target it is less:
-    N is then read off the expert's reply (0 where that holds no list)."""
-    label = clean(s["expert"])
-    lists = [text.count(",") + 1 for text in label.split("\n") if "[" in text]
-    prompt = {key: s[key] for key in ("kind", "game", "stage", "seat")} | {"label": label}
-    if target is None:
-        return prompt | {"N": max(lists, default=0)}
-    return prompt | {
-        "N": target.game.N,
-        "types": target.game.types,
-        "type": target.game.type_name,
-        "instance": tell_game(target.game),
-        "key": target.game.key,
+def prompt_data(s: dict, target: Target, chat: list[dict]) -> dict:
+    """What the replies to a prompt have in common. s: a line of samples.jsonl."""
+    label, game = clean(s["expert"]), target.game
+    return {key: s[key] for key in ("kind", "game", "stage", "seat")} | {
+        "label": label,
+        "N": game.N,
+        "types": game.types,
+        "type": game.type_name,
+        "instance": tell_game(game),
+        "key": game.key,
         "chat": [[message["role"], clean(message["content"], 20 * LONGEST)] for message in chat],
         "experts": target.actions,
         "values": decision_of(target.state, target.seat, target.actions, label),
     }
 
 
-def reply_row(s: dict, N: int, cap: float, optional: dict[str, float]) -> list:
+def reply_row(s: dict, target: Target, optional: dict[str, float]) -> list:
     """One reply, by COLUMNS, with what was read in it; the optional terms follow."""
-    kind, seat = KINDS[s["kind"]], s["seat"]
-    values = s | {"text": clean(s["reply"])}
-    decision, expert = (read_reply(s[key], kind, seat, N, cap)[0] for key in ("reply", "expert"))
+    kind, seat = target.kind, target.seat
+    values, how = s | {"text": clean(s["reply"])}, (kind, seat, target.game.N, target.cap)
+    decision, expert = (read_reply(s[key], *how)[0] for key in ("reply", "expert"))
     if decision and not s["broken"]:
         values |= {"action": kind.write(decision.action), "expected": decision.belief}
         if kind is EFFORTS:
             values["action"] = decision.action
         elif kind is LINKS:
-            values["action"] = "".join(map(str, decision.action))
-            if expert:
-                rows = decision.action, expert.action, seat
-                values |= {"f1": f1(*rows), "accuracy": accuracy(*rows)}
+            rows = decision.action, expert.action, seat
+            values |= {"action": "".join(map(str, decision.action)), "f1": f1(*rows)}
+            values["accuracy"] = accuracy(*rows)
     return rounded([values.get(name) for name in (*COLUMNS.split(), *optional)])
 
 
@@ -74,22 +68,23 @@ def weights_of(config: dict) -> dict[str, float]:
 
 
 def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budget: int) -> dict:
-    """Every group of m replies, of all steps or of those that fit on the page. asked: of read_prompts;
-    budget: in characters."""
+    """Every group of m replies whose prompt is known, of all steps or of those that fit on the page. asked:
+    of read_prompts; budget: in characters."""
     weights, m = weights_of(config), config.get("m", 8)
     optional = {name: weights.get(name, 0) for name in TERMS}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
         place = s["game"], s["stage"], s["seat"]
-        target, chat = asked.get(place, (None, []))
+        if place not in asked:
+            continue
+        target, chat = asked[place]
         if place not in numbers:
             numbers[place] = len(prompts)
             prompts.append(rounded(prompt_data(s, target, chat)))
         number, groups = numbers[place], steps.setdefault(s["step"], [])
         if not groups or groups[-1]["prompt"] != number or len(groups[-1]["replies"]) == m:
             groups.append({"step": s["step"], "prompt": number, "replies": []})
-        cap = target.cap if target else math.inf
-        groups[-1]["replies"].append(reply_row(s, prompts[number]["N"], cap, optional))
+        groups[-1]["replies"].append(reply_row(s, target, optional))
     groups = list(steps.values())
     prompt_sizes, step_sizes = ([len(escaped(part)) for part in parts] for parts in (prompts, groups))
 
@@ -112,7 +107,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "game": config.get("reward_from") == "game",
             "credit": config.get("credit") is not None or config.get("reward_from") == "credit",
         },
-        "instances": len({prompt.get("key", prompt["game"]) for prompt in prompts}),
+        "instances": len({prompt["key"] for prompt in prompts}),
         "groups": [group for i in chosen for group in groups[i]],
         "steps": [len(chosen), len(steps)],
         "prompts": [prompt if k in shown else None for k, prompt in enumerate(prompts)],

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from decisions import LINKS
-from games import State, game_from_json
-from play.expert_games import history_from_text
+from games import State
 from prompts import observe, parse_reply
-from rewards import Target
+from tools.page.games import stages_of
 
 EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins of worked numbers
 Choices = list[tuple[float, bool]]
@@ -37,13 +36,6 @@ def choices_of(decisions: Iterable[tuple[State, int, str]]) -> Choices:
             numbers = enumerate(worked_numbers(state, seat))
             choices += [(number, bool(decision.action[j])) for j, number in numbers if j != seat]
     return choices
-
-
-def training_choices(samples: list[dict], targets: dict[tuple, Target], author: str = "reply") -> Choices:
-    """The choices of these lines of samples.jsonl, or with the author `expert` of the expert in their place.
-    targets: by (game, stage, seat)."""
-    asked = [(targets.get((s["game"], s["stage"], s["seat"])), s[author]) for s in samples]
-    return choices_of((target.state, target.seat, text) for target, text in asked if target)
 
 
 def best_threshold(choices: Choices) -> dict | None:
@@ -69,34 +61,19 @@ def links_by_number(choices: Choices) -> list[list[int]]:
 
 
 def held_out_choices(summary: dict) -> Choices:
-    """Those of one row of the evaluation, in all its games; [] in an older file, which has no actions."""
-    decisions = []
-    for row, actions, seats, replies in zip(
-        *(summary.get(key, ()) for key in ("instances", "actions", "seats", "replies")), strict=False
-    ):
-        end, left = history_from_text(game_from_json(row["instance"]), actions), iter(replies)
-        states = (end.before(stage) for stage in range(len(end.history)))
-        decisions += [(state, seat, next(left)) for state in states for seat in seats]
-    return choices_of(decisions)
+    """Those of one row of the evaluation, in all its games."""
+    games = range(len(summary["instances"]))
+    played = [(state, said) for i in games for state, _, _, said in stages_of(summary, i)]
+    return choices_of((state, seat, reply) for state, said in played for seat, reply in said)
 
 
-def learned(samples: list[dict], targets: dict[tuple, Target], results: dict[str, dict], expert: str) -> dict:
-    """The bins and the best threshold before RFT, after it, and of the expert (unless it plays at random): in
-    the held-out games, else in the first step and the last quarter of training. Nothing where neither is
-    known, or after a single step."""
-    names = {"before RFT": "sft", "after RFT": next(iter(results), ""), "expert": f"expert:{expert}"}
-    choices = {who: held_out_choices(results.get(name, {})) for who, name in names.items()}
-    steps, where = sorted({s["step"] for s in samples}), "the held-out games"
-    if not choices["before RFT"] or not choices["after RFT"]:
-        choices, where = {}, "the groups of training"
-        if targets and len(steps) > 1:
-            late = steps[-max(1, len(steps) // 4) :]
-            first, last = ([s for s in samples if s["step"] in part] for part in (steps[:1], late))
-            choices["before RFT (step 0)"] = training_choices(first, targets)
-            choices[f"late in RFT (steps {late[0]} to {late[-1]})"] = training_choices(last, targets)
-            choices["expert"] = training_choices(first + last, targets, "expert")
-    if expert == "random" or not choices.get("expert"):
-        choices.pop("expert", None)
-    bins = {who: links_by_number(part) for who, part in choices.items()}
-    thresholds = {who: best_threshold(part) for who, part in choices.items()}
-    return {"where": where, "edges": EDGES, "bins": bins, "thresholds": thresholds}
+def learned(results: dict[str, dict], expert: str) -> dict:
+    """The bins and the best threshold before RFT, after it, and of the expert (unless it plays at random), in
+    the held-out games. Nothing where those of the policy are not known."""
+    rows = {"before RFT": "sft", "after RFT": next(iter(results), ""), "expert": f"expert:{expert}"}
+    choices = {who: held_out_choices(results[row]) for who, row in rows.items() if row in results}
+    known = choices.get("before RFT") and choices.get("after RFT")
+    shown = {who: part for who, part in choices.items() if known and part and rows[who] != "expert:random"}
+    bins = {who: links_by_number(part) for who, part in shown.items()}
+    thresholds = {who: best_threshold(part) for who, part in shown.items()}
+    return {"edges": EDGES, "bins": bins, "thresholds": thresholds}
