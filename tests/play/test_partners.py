@@ -103,7 +103,7 @@ def test_the_probe_asks_among_partners():
     for target, _ in moments:
         for seat in (0, 2, 3):
             assert np.allclose(target.actions[seat], choice(PARTNERS, target.state, seat))
-    own = {tuple(t.state.last("G")[1]) for t, _ in moments if t.kind is EFFORTS}
+    own = {tuple(t.state.last("G")[1]) for t, _ in moments if t.state.history}
     assert len(own) > 4  # the own past is random
 
 
