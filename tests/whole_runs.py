@@ -200,7 +200,7 @@ def start(argv, output, ranks=1, method="forkserver", environment=None, **more):
     return processes
 
 
-def ended(processes, seconds=60):
+def ended(processes, seconds=180):
     """The exit status of each process; one that takes longer is killed."""
     deadline = time.monotonic() + seconds
     for process in processes:
