@@ -1,6 +1,6 @@
 """ToMPO without a language model: where do the weights of the two levels lead, if nothing else is in the way?
 
-    python -m docs.two_levels --figure results/levels.png      # less than an hour on one core; prints a table
+    python -m docs.two_levels --figure results/levels.png      # half an hour on one core; prints a table
 
 The groups, the rewards and the advantages are those of training; only the policy is a table. In every game
 each agent has a probability of choosing each other agent, and a number k for its effort x = Nash effort
@@ -12,6 +12,7 @@ agents themselves, and U3, the welfare as a share of the largest possible.
 
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -23,8 +24,9 @@ from play.report import align
 from prompts import Reply
 from rewards import Memory, Sample, Target
 from run.curves import png
-from run.errors import reports_errors
+from run.errors import InputError, reports_errors
 from run.files import write_atomic
+from run.values import number
 from train_rft import advantages
 from variants.game import game_rewards
 from variants.objective import ADVANTAGES
@@ -177,8 +179,10 @@ def draw(points: dict, landmarks: dict) -> bytes:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Where the weights of the two levels lead a tabular policy.")
     parser.add_argument("--figure", metavar="PNG", help="draw U2 against U3")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=number(int, 2), default=4, help="runs of each pair of weights")
     args = parser.parse_args(argv)
+    if args.figure and not Path(args.figure).absolute().parent.is_dir():
+        raise InputError(f"--figure {args.figure}: there is no such folder")
     points, landmarks, lines = {}, {}, [["game", "advantage", "A_S", "A_G", "U2", "U3", "links", "k"]]
     for name in ("bcz", "pgg"):
         games, points[name] = held_out_games([Family(name)], 4, GAMES), {}

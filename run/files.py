@@ -150,7 +150,8 @@ class JsonLines:
 
     def sync(self) -> None:
         """What was written is on the disk when it returns."""
-        os.fsync(self.file.fileno())
+        if self.file.name != os.devnull:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Nothing can be written any more. Windows lets nobody replace a file that is open."""

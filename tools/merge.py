@@ -26,7 +26,8 @@ def main(argv=None):
     add = parser.add_argument
     add("adapter", help="adapter folder, or several, each trained on those before: A+B")
     add("--out", required=True, help="new folder for the model and its tokenizer")
-    add("--model", default=DEFAULT_MODEL, help="the base: name, folder or hub id")
+    base = f"the base: name, folder or hub id (default: {DEFAULT_MODEL}; of adapters what they name)"
+    add("--model", help=base)
     dtypes = ("float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="float32", help="of the saved weights")
     add("--only-adapter", action="store_true", help="save the adapters as one, without the base")
@@ -37,11 +38,12 @@ def main(argv=None):
         with library_errors(args.adapter):
             state, config = adapters.read_chain(args.adapter)
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        adapters.write_adapter(args.out, state, replace(config, base_model=args.model))
+        config = replace(config, base_model=args.model or config.base_model)
+        adapters.write_adapter(args.out, state, config)
         size = sum(file.stat().st_size for file in Path(args.out).iterdir()) / 1e6
         print(f"{args.out}: rank {config.r}, {args.dtype}, {size:.1f} MB")
         return
-    policy = load_policy(args.model, engine="plain")
+    policy = load_policy(args.model or DEFAULT_MODEL, engine="plain")
     put_adapter(policy, args.adapter)
     with library_errors(f"cannot merge {args.adapter}"):
         model = lora.merge(policy.model)
