@@ -74,7 +74,9 @@ def restore(folder: Path, parameters: dict[str, Parameter], optimizer: Optimizer
 
 
 def _checksum(tensors: bytes, step: int, state: dict) -> str:
-    return hashlib.sha256(tensors + json.dumps([step, state]).encode()).hexdigest()
+    checksum = hashlib.sha256(tensors)
+    checksum.update(json.dumps([step, state]).encode())  # a sum of both would be a copy of the tensors
+    return checksum.hexdigest()
 
 
 def _read(path: Path) -> tuple[int, dict[str, torch.Tensor], dict]:

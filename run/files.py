@@ -113,6 +113,8 @@ def _make_folder(path: Path) -> None:
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - early):
             advice = f"name another --out, or continue a run with --resume {path}"
             raise InputError(f"{path} already holds something and is not overwritten; {advice}")
+        if path.is_symlink() and not path.exists():
+            raise InputError(f"{path} is a link to a folder that does not exist; name another --out")
         path.mkdir(parents=True, exist_ok=True)
 
 

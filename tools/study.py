@@ -173,7 +173,7 @@ class Study:
         return measured(arm, seed, steps) | {"minutes": minutes} | machine()
 
     def make(self, product: Path, command: list[str]) -> None:
-        """Runs one command, or resumes it. InputError: it left no product."""
+        """Runs one command, or resumes it. InputError: it was stopped, or failed, or left no product."""
         run = Path(command[-1])  # its folder, or eval.py's file
         if (run / "config.json").exists():
             command = [command[0], "--resume", str(run)]
@@ -182,8 +182,10 @@ class Study:
         with open(run.with_name(run.stem + ".log"), "a+", encoding="utf-8", errors="replace") as log:
             if not self.stopped.is_set():
                 argv = [sys.executable, *command]
-                subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, env=environment)
-            if not product.exists():
+                done = subprocess.run(argv, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            if self.stopped.is_set() or done.returncode in (130, -2):  # Ctrl-C
+                raise InputError("stopped; the same command goes on")
+            if done.returncode or not product.exists():
                 log.seek(0)
                 last = (log.read().strip().splitlines() or [""])[-1]
                 raise InputError(f"{last[-200:]} (see {log.name})")

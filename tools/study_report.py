@@ -358,8 +358,9 @@ def draw_curves(lines: list[dict], path: Path) -> None:
     """The probe of ToMPO and GRPO during RFT, in the seeds that both have: the mean and a 95 % t interval as
     a band. The interval of two seeds would be as wide as the picture and is left out."""
     styles = {"tompo": "C0-o", "grpo": "C1--o"}
-    probes = {name: {s["seed"]: s["probe"] for s in lines if s["arm"] == name} for name in styles}
-    seeds = set.intersection(*map(set, probes.values()))
+    probes = {name: {s["seed"]: s.get("probe") or [] for s in lines if s["arm"] == name} for name in styles}
+    probes = {name: by_seed for name, by_seed in probes.items() if by_seed}
+    seeds = set.intersection(*map(set, probes.values())) if probes else set()
     for axis, metric in picture(path, 3.6, ("row", "U2", "belief")):
         for name, probe in probes.items():
             entries = [entry for seed in seeds for entry in probe[seed]]

@@ -1,4 +1,4 @@
-"""Run folders and logs: what is refused and left as it was, terminals. Full disks: tests/campaign (disks)."""
+"""Run folders and logs: what is refused and left as it was, what a kill leaves, full disks, terminals."""
 
 import ast
 import os
@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from whole_runs import ROOT, tree
+import torch
+from whole_runs import ROOT, lines_of, tree
 
-from run import files
+from lora import LoRAConfig
+from models import adapters
+from run import checkpoint, files
 from run.curves import plot_curves
 from run.errors import InputError, library_errors, reports_errors
-from run.files import write_atomic
+from run.files import JsonLines, write_atomic
 
 
 def refuses(message, folder, flags):
@@ -66,6 +69,52 @@ def test_a_run_folder_is_of_one_process_at_a_time(tmp_path):
         assert files.read_json(tmp_path / "run" / "config.json") == {}
     with files.run_folder(tmp_path / "run", None) as folder:
         assert folder == tmp_path / "run"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that holds 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_is_one_line_and_costs_nothing(disk):
+    p, name = torch.nn.Parameter(torch.ones(2, 4)), "base_model.model.x.lora_A.weight"
+    optimizer, config = torch.optim.AdamW([p], lr=0.1), LoRAConfig(2, 4, ("x",))
+    p.sum().backward()
+    optimizer.step()
+    old, new = {name: p.detach().clone()}, {name: torch.zeros(2, 20_000)}
+    checkpoint.save(disk, 1, {"p": p}, optimizer, {"memory": {}})
+    adapters.write_adapter(disk / "adapter", old, config)
+    log = JsonLines(disk / "log.jsonl", lambda row: True)
+    log.write({"step": 0})
+    (disk / "other").write_bytes(b"x" * 8192)
+    before = {k: v for k, v in tree(disk).items() if k != "log.jsonl"}
+    writers = {
+        "log.jsonl": lambda: [log.write({"step": 1, "text": "x" * 1000}) for _ in range(100)],
+        "step-000002": lambda: checkpoint.save(disk, 2, new, optimizer, {}),
+        "adapter_model.safetensors": lambda: adapters.write_adapter(disk / "adapter", new, config),
+        "new.json": lambda: write_atomic(disk / "new.json", b"x" * 100_000),
+    }
+    for file, write in writers.items():
+        with pytest.raises(InputError, match=rf"{file}.*No space left"):
+            write()
+    left = tree(disk)
+    assert left | before == left and not [file for file in left if "step-000002/" in file or ".tmp" in file]
+    assert log.count == left["log.jsonl"].count(b"\n")  # the line of which a part was written does not count
+    p.data.zero_()
+    assert checkpoint.restore(disk, {"p": p}, optimizer) == (1, {"memory": {}}) and torch.equal(p, old[name])
+    assert torch.equal(adapters.read_adapter(disk / "adapter")[0][name], old[name])
+    (disk / "other").unlink()
+    again = JsonLines(disk / "log.jsonl", lambda row: row["step"] < 1)  # what a resume does, with room again
+    again.write({"step": 1})
+    assert [line["step"] for line in lines_of(disk / "log.jsonl")] == [0, 1]
 
 
 def test_a_file_that_another_process_has_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch):
@@ -168,6 +217,11 @@ def test_running_out_of_memory_is_one_line_that_names_the_stage(capsys, error):
     assert line.startswith("error: out of memory in SFT (") and "--micro-batch" in line
     with pytest.raises(RuntimeError, match="another"):
         reports_errors(lambda: exec("raise RuntimeError('another')"))()
+
+
+def test_a_link_to_nothing_is_no_run_folder(tmp_path):
+    (tmp_path / "run").symlink_to(tmp_path / "nowhere")
+    refuses("run is a link to a folder that does not exist", tmp_path / "run", {})
 
 
 def test_a_log_that_cannot_be_drawn_costs_no_run(tmp_path, capsys):

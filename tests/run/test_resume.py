@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import signal
+from datetime import datetime, timedelta
 
 import pytest
+import transformers.utils.chat_template_utils as chat_template_utils
 import whole_runs as runs
+from transformers import AutoTokenizer
 
 import train_rft
 from run import files
@@ -122,6 +125,43 @@ def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prom
         del begun[new]
     (copied.folder / "config.json").write_text(json.dumps(begun | {"model": str(other)}))
     assert resumed()[1] == []
+
+
+def tomorrow(monkeypatch):
+    """From now on templates are told that it is the next day."""
+
+    class Clock(chat_template_utils.datetime):
+        @classmethod
+        def now(cls):
+            return super().now() + timedelta(days=1)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+
+def test_a_run_that_is_killed_before_midnight_and_resumed_after_it_ends_the_same(
+    sft_adapter, model_dir, tmp_path, monkeypatch
+):
+    """With a template that prints the date, as Llama 3.1's."""
+    dated = shutil.copytree(model_dir, tmp_path / "model") / "chat_template.jinja"
+    text = "{{ '<|im_start|>' + strftime_now('%d %b %Y') }}" + dated.read_text()
+    dated.write_text(text)
+    folders = tmp_path / "whole", tmp_path / "killed"
+    how = dict(sft_adapter=sft_adapter, steps=5, eval_games=0)
+    whole, killed = (runs.rft_flags(str(dated.parent), folder, **how) for folder in folders)
+    runs.run_rft(whole)
+    processes = runs.start(killed, tmp_path / "output")
+    runs.wait_for_lines(folders[1] / "metrics.jsonl", 3)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    assert runs.ended(processes) == [-signal.SIGKILL] and not (folders[1] / "adapter").exists()
+    tomorrow(monkeypatch)
+    chat, told = [{"role": "user", "content": ""}], AutoTokenizer.from_pretrained(dated.parent)
+    tells = told.apply_chat_template(chat, tokenize=False)
+    assert f"{datetime.now() + timedelta(days=1):%d %b %Y}" in tells
+    resume(runs.Run(folders[1]))
+    a, b = map(runs.Run, folders)
+    assert a.weights() == b.weights()
+    for name in ("samples.jsonl", "prompts.jsonl", "metrics.jsonl"):
+        assert runs.without_timings(a.lines(name)) == runs.without_timings(b.lines(name))
 
 
 def test_settings_that_are_gone(copied, refused):
