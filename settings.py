@@ -180,9 +180,9 @@ class Data:
             records, with_partners = dataset.read_records(self.games), players.partners is not None
             dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
             here = players.style.recorded
-            for made in (r.style for r in records):
-                what = f"{self.games} was made with {one_line(made)}, and not with {here}"
-                refuse(made not in (None, here), f"{what}; give the same flags, or {dataset.WRITE_ONE}")
+            made = next((r.style for r in records if r.style not in (None, here)), None)
+            what = f"{self.games} was made with {one_line(made)}, and not with {here}"
+            refuse(made is not None, f"{what}; give the same flags, or {dataset.WRITE_ONE}")
             return records
         return self.simulate(games, players, self.games)
 

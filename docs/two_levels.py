@@ -11,8 +11,8 @@ agents themselves, and U3, the welfare as a share of the largest possible.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
@@ -20,12 +20,13 @@ from decisions import EFFORTS, LINKS
 from experts import make_expert
 from games import Decision, Game, State
 from play.intervals import mean_interval
+from play.metrics import Episode, welfare_share
 from play.report import align
 from prompts import Reply
 from rewards import Memory, Sample, Target
 from run.curves import png
-from run.errors import InputError, reports_errors
-from run.files import write_atomic
+from run.errors import reports_errors
+from run.files import refuse_missing_folder, write_atomic
 from run.values import number
 from train_rft import advantages
 from variants.game import game_rewards
@@ -54,6 +55,14 @@ class Play:
     second: State
     efforts_N: np.ndarray
 
+    @classmethod
+    def of(cls, game: Game, choose: Callable[[State, int], np.ndarray | float]) -> "Play":
+        """choose: (state, seat) -> the action of that seat."""
+        seats, first = range(game.N), State(game)
+        proposals_NN = np.array([choose(first, i) for i in seats])
+        second = first.step(proposals_NN)
+        return cls(first, proposals_NN, second, np.array([choose(second, i) for i in seats]))
+
     @property
     def U2(self) -> float:
         seats = range(self.first.game.N)
@@ -63,9 +72,8 @@ class Play:
 
     @property
     def U3(self) -> float:
-        game = self.first.game
-        W = game.round_payoffs(self.proposals_NN, self.efforts_N).sum()
-        return float(W / game.efficient_graph("planner")[1])
+        W = self.first.game.round_payoffs(self.proposals_NN, self.efforts_N).sum()
+        return welfare_share(Episode(self.first.game, [], [W]))
 
 
 @dataclass
@@ -94,18 +102,15 @@ class Table:
         return float(np.clip(effort, 0, self.game.caps[seat]))
 
     def play(self, rng: np.random.Generator) -> Play:
-        seats, first = range(self.game.N), State(self.game)
-        proposals_NN = np.array([self.row(i, rng) for i in seats])
-        second = first.step(proposals_NN)
-        efforts_N = np.array([self.effort(second, i, rng.standard_normal()) for i in seats])
-        return Play(first, proposals_NN, second, efforts_N)
+        def choose(state, i):
+            return self.row(i, rng) if state.kind is LINKS else self.effort(state, i, rng.standard_normal())
+
+        return Play.of(self.game, choose)
 
 
 def played_by_expert(name: str, game: Game) -> Play:
-    expert, rng, first, seats = make_expert(name), np.random.default_rng(0), State(game), range(game.N)
-    proposals_NN = np.array([expert(first, i, rng).action for i in seats])
-    second = first.step(proposals_NN)
-    return Play(first, proposals_NN, second, np.array([expert(second, i, rng).action for i in seats]))
+    expert, rng = make_expert(name), np.random.default_rng(0)
+    return Play.of(game, lambda state, i: expert(state, i, rng).action)
 
 
 def step(tables: list[Table], memory: Memory, weights: tuple[float, float], series: str, rng) -> None:
@@ -178,11 +183,11 @@ def draw(points: dict, landmarks: dict) -> bytes:
 @reports_errors
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description="Where the weights of the two levels lead a tabular policy.")
-    parser.add_argument("--figure", metavar="PNG", help="draw U2 against U3")
+    parser.add_argument("--figure", metavar="PNG", help="draw U3 and U2 over the weight of the graph level")
     parser.add_argument("--seeds", type=number(int, 2), default=4, help="runs of each pair of weights")
     args = parser.parse_args(argv)
-    if args.figure and not Path(args.figure).absolute().parent.is_dir():
-        raise InputError(f"--figure {args.figure}: there is no such folder")
+    if args.figure:
+        refuse_missing_folder(args.figure)
     points, landmarks, lines = {}, {}, [["game", "advantage", "A_S", "A_G", "U2", "U3", "links", "k"]]
     for name in ("bcz", "pgg"):
         games, points[name] = held_out_games([Family(name)], 4, GAMES), {}

@@ -70,6 +70,11 @@ def refuse_existing(path: str | os.PathLike) -> None:
     """To be called before any work. InputError: the output file exists, or its folder does not."""
     if Path(path).exists():
         raise InputError(f"{path} exists already and is not overwritten; name another file or remove it")
+    refuse_missing_folder(path)
+
+
+def refuse_missing_folder(path: str | os.PathLike) -> None:
+    """The same for a file that may be overwritten."""
     if not Path(path).parent.is_dir():
         raise InputError(f"the folder of {path} does not exist; make it first")
 

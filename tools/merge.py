@@ -14,7 +14,7 @@ import torch
 
 import lora
 from models import adapters
-from models.load import load_policy, put_adapter
+from models.load import DTYPES, load_policy, put_adapter
 from models.pretrained import DEFAULT_MODEL
 from run.errors import library_errors, reports_errors
 from run.files import refuse_existing
@@ -28,8 +28,7 @@ def main(argv=None):
     add("--out", required=True, help="new folder for the model and its tokenizer")
     base = f"the base: name, folder or hub id (default: {DEFAULT_MODEL}; of adapters what they name)"
     add("--model", help=base)
-    dtypes = ("float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="float32", help="of the saved weights")
+    add("--dtype", choices=(*DTYPES, "float16"), default="float32", help="of the saved weights")
     add("--only-adapter", action="store_true", help="save the adapters as one, without the base")
     args = parser.parse_args(argv)
     refuse_existing(args.out)
