@@ -69,6 +69,8 @@ GRAPH_ALONE = "--weights A_S=0 A_G=1"
 ALL_SEATS = "--seat all --games 63"
 ONE_GRAPH = f"{ALL_SEATS} --reward-from joint --prompts 2 2"
 in_one_graph = partial(Arm, family="where it may act, one graph", evaluation="--seat all")
+STAKES = f"{ALL_SEATS} --reward-from game"  # own payoff and welfare, in all seats: the levels disagree
+in_stakes = partial(Arm, family="own stake and common good", evaluation="--seat all")
 TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}") for rate in (0, 0.25, 0.75, 0.9, 1)),
     Arm("SFT on efforts", "teachers", "--train-on effort"),
@@ -110,6 +112,10 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     in_one_graph("graph level alone, all seats", flags=f"{GRAPH_ALONE} {ALL_SEATS}"),
     in_one_graph("one graph", flags=ONE_GRAPH),
     in_one_graph("graph level alone, one graph", flags=f"{GRAPH_ALONE} {ONE_GRAPH}"),
+    in_stakes("tompo, game's rewards", flags=STAKES),
+    in_stakes("grpo, game's rewards", flags=f"--algo grpo {STAKES}"),
+    in_stakes("weights 0.2 0.8, game's rewards", flags=f"--weights A_S=0.2 A_G=0.8 {STAKES}"),
+    in_stakes("sft, game's rewards", flags=STAKES, sft=True),
 ]
 
 # -------------------- the commands of an arm
