@@ -250,9 +250,10 @@ def after_beliefs(play: Play, player: Player, asks: list[Ask]) -> dict[str, Cell
 
 def over_seeds(paths: list[str]) -> dict[str, dict]:
     """The tables of several files of --json, which differ in the seed of their policies: means over the means
-    of the files, with intervals over files. The k-th policies of all files belong together, under the name
-    that the first file has for them. Raises InputError for files of different kinds."""
-    runs, asked = [], []
+    of the files that have the question, with intervals over files. The k-th policies of all files belong
+    together, under the name that the first file has for them. Raises InputError for files of different kinds.
+    """
+    runs, asked, counts = [], [], {}
     for path in paths:
         with library_errors(f"{path} is no file that --json wrote"):
             written = read_json(path)
@@ -261,18 +262,16 @@ def over_seeds(paths: list[str]) -> dict[str, dict]:
             for rows in runs[-1].values():
                 [cell["mean"] for columns in rows.values() for cell in columns.values()]
             [columns["lost"] for columns in runs[-1]["1"].values()]
-        first, now = (
-            [(question, len(rows)) for question, rows in run.items()] for run in (runs[0], runs[-1])
-        )
-        if now != first:
-            raise InputError(f"{path} and {paths[0]} do not ask the same questions of as many policies")
+        if any(counts.setdefault(question, len(rows)) != len(rows) for question, rows in runs[-1].items()):
+            raise InputError(f"{path} and {paths[0]} are not of as many policies")
         if other := [name for name in SAME if asked[-1][name] != asked[0][name]]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in other)
             raise InputError(f"{path} and {paths[0]} differ in {flags}")
     tables: dict[str, dict] = {}
-    for question, named in runs[0].items():
+    for question in counts:
+        having = [run[question] for run in runs if question in run]
         tables[question] = {}
-        for name, *rows in zip(named, *(run[question].values() for run in runs), strict=True):
+        for name, *rows in zip(having[0], *(run.values() for run in having), strict=True):
             columns = {column: [row.get(column, UNKNOWN)["mean"] for row in rows] for column in rows[0]}
             tables[question][name] = {column: mean_interval(means) for column, means in columns.items()}
     return tables
@@ -307,10 +306,12 @@ def means_of(tables: dict) -> dict:
     return {key: means_of(value) for key, value in tables.items()}
 
 
-def print_tables(tables: dict[str, dict]) -> None:
+def print_tables(tables: dict[str, dict], runs: bool = False) -> None:
     for question, rows in tables.items():
         columns = list(max(rows.values(), key=len)) or ["no language model"]
-        print(f"\n{question}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
+        n = max((cell["n"] for row in rows.values() for cell in row.values()), default=0)
+        over = f" ({n} runs)" if runs else ""
+        print(f"\n{question}{over}: {TITLES[question[0]]}\n{format_table(rows, columns)}")
 
 
 def best_constant(play: Play) -> np.ndarray:
@@ -322,18 +323,20 @@ def best_constant(play: Play) -> np.ndarray:
 
 
 def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, is_exact, asks, pairs) -> dict:
-    """{question: {column: cell}} of one player. makers: for each play; asks, pairs: of questions 3 and 4,
-    which one player is asked, so that a policy reads their conversations once. An exact one has no reply
-    that could be forced to begin with a belief."""
+    """{question: {column: cell}} of one player. makers: for each play; asks, pairs: of questions 3 and 4
+    (without pairs they are not asked), which one player is asked, so that a policy reads their conversations
+    once. An exact one has no reply that could be forced to begin with a belief."""
     play, make = plays["main"], makers["main"]
     played = {key: own.played(name, makers[key]) for key, own in plays.items()}
     tables = {"1": regret(play, make, played["main"])}
     for rule in dict.fromkeys(rule.name for rule in play.others.rules):
         tables[f"2 {rule}"] = by_rule(play.others, played["main"], rule)
-    player = make()
-    tables["3"] = {} if name == "oracle" else counterfactual(player, asks, pairs)
-    tables["4"] = {} if is_exact else after_beliefs(play, player, asks)
-    tables["5"] = by_round(played["switching"], lambda turn: turn.U2)
+    if pairs:
+        player = make()
+        tables["3"] = {} if name == "oracle" else counterfactual(player, asks, pairs)
+        tables["4"] = {} if is_exact else after_beliefs(play, player, asks)
+    if "switching" in plays:
+        tables["5"] = by_round(played["switching"], lambda turn: turn.U2)
     if "unmet" in plays:
         others, rule = plays["unmet"].others, plays["unmet"].others.rules[-1].name
         tables[f"6 {rule}"] = by_rule(others, played["unmet"], rule)
@@ -361,6 +364,7 @@ def main(argv=None) -> None:
     add = parser.add_argument
     add("--policy", nargs="+", default=["base"], help="as in eval.py")
     add("--unmet", metavar="EXPERT", help="question 6: a rule that was not met in training")
+    add("--quick", action="store_true", help="leave out questions 3, 4 and 5, which take the most time")
     add("--json", metavar="FILE", help="write means and intervals to a new file")
     add("--seeds", nargs="+", metavar="FILE", help="play nothing: combine files of --json")
     add("--figure", metavar="PNG", help="with --seeds: draw U2 by round")
@@ -372,7 +376,7 @@ def main(argv=None) -> None:
         raise InputError("--seeds reads files of --json and writes none: leave out --json")
     if args.seeds:
         print(f"{len(args.seeds)} runs: means and 95 % t intervals over the means of the runs")
-        print_tables(tables := over_seeds(args.seeds))
+        print_tables(tables := over_seeds(args.seeds), runs=True)
         if args.figure:
             write_atomic(args.figure, draw(tables))
         return
@@ -383,15 +387,14 @@ def main(argv=None) -> None:
     play, rules = Play(settings, settings.players.partners), settings.players.partners.rules
     if len(play.games) < 2:
         raise InputError("the placebo needs another game: these flags leave only one")
-    halves = Halves(play.games, *map(make_expert, SWITCHES))
-    plays = {
-        "main": play,
-        "switching": Play(replace(settings, games=replace(settings.games, rounds=6)), halves),
-    }
+    plays = {"main": play}
+    if not args.quick:
+        halves = Halves(play.games, *map(make_expert, SWITCHES))
+        plays["switching"] = Play(replace(settings, games=replace(settings.games, rounds=6)), halves)
     if args.unmet:
         plays["unmet"] = Play(settings, Partners([*rules, make_expert(args.unmet)]))
     asks, cast, row_N, tables = second_rounds(play), make_cast(settings, args.policy), best_constant(play), {}
-    pairs = flips(asks)
+    pairs = {} if args.quick else flips(asks)
     exact = {key: exact_players(row_N, rules, own.others) for key, own in plays.items()}
     for name in (*cast, *exact["main"]):
         makers = {key: cast.get(name) or own.player(exact[key][name]) for key, own in plays.items()}
@@ -400,7 +403,8 @@ def main(argv=None) -> None:
             tables.setdefault(question, {})[name] = columns
     others, a = ", ".join(args.partners), sum(pairs.values())
     print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
-    print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
+    if pairs:
+        print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
     print_tables(tables)
     if args.json and ranks.first():
         write_json(args.json, {"arguments": settings.flags, "questions": means_of(tables)})

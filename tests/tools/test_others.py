@@ -257,5 +257,18 @@ def test_the_whole_command(tmp_path, capsys):
     )
     for questions in ([], {}, {"1": 3}, {"1": {"a": {}}}, {"1": {"a": {"lost": 1}}}):
         assert "no file that --json wrote" in complaint(questions=questions)
-    del tables["4"]
-    assert "do not ask the same" in complaint()
+    assert "not of as many policies" in complaint(questions={"1": dict(list(tables["1"].items())[1:])})
+
+
+def test_quick_leaves_out_three_questions(tmp_path, capsys):
+    path, whole = tmp_path / "quick.json", tmp_path / "whole.json"
+    argv = [*FLAGS, "--eval-games", "2", "--policy", "expert:reciprocal", "--json"]
+    others.main([*argv, str(path), "--quick"])
+    questions = json.loads(path.read_text())["questions"]
+    assert list(questions) == ["1", *(f"2 {rule}" for rule in RULES), "7"]
+    others.main([*argv, str(whole)])
+    capsys.readouterr()
+    others.main(["--seeds", str(path), str(whole)])
+    printed = capsys.readouterr().out
+    assert "\n1 (2 runs): " in printed and "\n5 (1 runs): " in printed
+    assert others.over_seeds([str(path), str(whole)])["1"]["best-reply"]["round 1"]["n"] == 2
