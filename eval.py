@@ -34,7 +34,7 @@ from run.errors import InputError, library_errors, reports_errors
 from run.files import refuse_existing, write_json
 from run.flags import add_flags
 from run.seeds import Stream, numpy_generator
-from run.values import number_or_word, positive_int
+from run.values import number_or_word
 from settings import Evaluation, Games, Model, Players, Playing, Settings
 from teachers.language import print_report
 from world.draws import held_out_games
@@ -264,7 +264,6 @@ def main(argv=None) -> None:
     add = parser.add_argument
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)
-    add("--few-shot", type=positive_int, metavar="K", help="add base after K expert games")
     add("--repair", action="store_true", help="add rows in which replies are read leniently")
     add("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
     add("--table", nargs="+", metavar="PLAYER", help="a player for each seat, named as in --policy")
@@ -277,9 +276,8 @@ def main(argv=None) -> None:
         return
     if args.json:
         refuse_existing(args.json)
-    few_shot = [f"few-shot:{args.few_shot}"] if args.few_shot else []
-    if (args.by_seat or args.table) and (args.seat or args.repair or few_shot):
-        raise InputError("--by-seat and --table take no --seat, --few-shot or --repair")
+    if (args.by_seat or args.table) and (args.seat or args.repair):
+        raise InputError("--by-seat and --table take no --seat or --repair")
     if args.table and args.partners:
         raise InputError("--table names a player for each seat: leave out --partners")
     if args.table and (len(args.table) != args.agents or args.policy != ["base"] or args.by_seat):
@@ -292,7 +290,7 @@ def main(argv=None) -> None:
     elif args.table:
         results = evaluate_table(settings, args.table)
     else:
-        results = evaluate_names(settings, args.policy + few_shot, args.repair)
+        results = evaluate_names(settings, args.policy, args.repair)
     print_report()
     if args.json and ranks.first():
         write_json(args.json, {"arguments": settings.flags, "results": results})

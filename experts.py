@@ -7,7 +7,8 @@ before, which only language models look at. The exact ones need no model:
                   economics the second best is the highest welfare that is possible when agents still choose
                   their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-    nash          what is left of the complete graph without links that do not pay, Nash efforts
+    nash          the complete graph, from which links that cost one end more than they earn it are dropped
+                  until none is left to drop; Nash efforts
     myopic        best response to the last round; in round 1 it assumes that everybody consents to every
                   link and plays effort alpha
     selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
@@ -31,7 +32,7 @@ from functools import lru_cache
 import numpy as np
 
 import games
-from decisions import EFFORTS, LINKS, own_rows
+from decisions import EFFORTS, LINKS, own_rows, row_payoffs
 from games import Decision, Game, State
 from run.errors import InputError
 from run.seeds import Stream, numpy_generator
@@ -40,14 +41,9 @@ from run.seeds import Stream, numpy_generator
 
 
 @lru_cache(maxsize=4096)
-def _selfish_row(game: Game, seat: int) -> tuple[int, ...]:
-    def own_payoff(row_N):
-        proposals_NN = games.complete_graph(game.N)
-        proposals_NN[seat] = row_N
-        links_NN = games.form_links(proposals_NN)
-        return game.payoffs(links_NN, game.nash_efforts(links_NN))[seat]
-
-    return tuple(max(own_rows(game.N, seat).tolist(), key=own_payoff))
+def _selfish_row(game: Game, seat: int) -> np.ndarray:
+    payoffs = row_payoffs(State(game), seat, games.complete_graph(game.N))
+    return own_rows(game.N, seat)[payoffs.argmax()]
 
 
 def _myopic_proposals(state: State) -> np.ndarray:

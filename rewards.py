@@ -67,7 +67,7 @@ class Target:
 
 @dataclass
 class Sample:
-    """One sampled reply to a prompt, and what training makes of it. (No game is played on from it.)
+    """One sampled reply to a prompt, and what training makes of it. (The game does not go on from it.)
     decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
     name, A^S and A^G too; advantage: A_i; weight: w_i, that of each of its tokens in J."""
 

@@ -292,6 +292,10 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
     refuse(
         len(args.clip_eps) > 2, "--clip-eps takes one number, or two: how far rho may go below 1 and above"
     )
+    given = {name.partition("=")[0] for name in args.weights or ()}
+    refuse(args.algo == "grpo" and given & set(LEVELS), "--algo grpo is --weights A_S=1 A_G=0: give neither")
+    unused = source != "credit" and given & set(credit.WEIGHTS)
+    refuse(unused, f"--weights {' '.join(credit.WEIGHTS)} go with --reward-from credit")
     one_graph = "--reward-from joint asks all seats of a game at once: give --seat all"
     refuse(source == "joint" and args.seat != "all", one_graph)
     refuse(source != "game" and players.self_play, "--partners self has no expert: give --reward-from game")
@@ -330,7 +334,7 @@ class Evaluation:
 class Playing(Evaluation):
     """Held-out games, the same for all policies."""
 
-    agents: int = flag("--agents", 4, "agents of the games", values.number(int, 3, MAX_AGENTS))
+    agents: int = flag("--agents", 4, "agents of the games", values.number(int, 2, MAX_AGENTS))
     games: int = flag("--eval-games", 60, "games of the grid (evenly spread; 60 = all)", values.positive_int)
     temperature: float = flag("--eval-temperature", 1.0, "0 is greedy; 1 as in training", values.non_negative)
     seed: int = flag("--eval-seed", 0, "of sampling and of the experts' draws", values.seed_int)
@@ -422,7 +426,7 @@ def resolve(args: argparse.Namespace, script: str = "", resume: str | None = Non
         groups["evaluation"] = from_flags(Playing, args, seat=args.seat)
     elif hasattr(args, "eval_games"):  # with the fewest agents that the run trains with, and in its seat
         seat = 0 if args.seat == "all" and not players.self_play else args.seat
-        groups["evaluation"] = from_flags(Evaluation, args, agents=max(3, args.agents[0]), seat=seat)
+        groups["evaluation"] = from_flags(Evaluation, args, agents=args.agents[0], seat=seat)
     if hasattr(args, "train_on"):
         groups |= {"data": from_flags(Data, args, seed=args.seed), "lora": from_flags(LoRA, args)}
         groups |= {"sft": from_flags(SFT, args), "run": from_flags(Run, args, resume=resume)}

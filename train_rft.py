@@ -60,7 +60,7 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
     formulas of tompo.py, and rho of every token by itself. `--algo grpo` sets w_sample, w_graph to 1, 0.
     pool: all prompts, by conversation; limit: the longest reply in tokens; stage: counts, logs, saves and
     stops (run/stage.py); M: the replies of a group; T: the tokens of all replies of a pass."""
-    memory = Memory(stage.state.setdefault("memory", {}))  # checkpoints hold stage.state
+    memory = Memory(stage.state.setdefault("memory", {}))  # stage.state is saved, so a resumed run remembers
     log = RFTLog(stage)
     for step in stage.steps():
         # 1. Prompts q: decisions of one agent in expert games.
@@ -125,15 +125,9 @@ def sample(
 
 def advantages(groups: list[list[Sample]], name: str, advantage: Callable) -> dict[int, Tensor]:
     """One level of advantage: the groups that have a reward of this name, by their numbers -> (M,)."""
-    rewards = {k: reward_tensor(group, name) for k, group in enumerate(groups) if name in group[0].rewards}
-    return dict(zip(rewards, advantage(list(rewards.values())), strict=True))
-
-
-def reward_tensor(group: list[Sample], name: str) -> Tensor:
-    """(M,), in the precision of the rewards: double where NumPy computed them (efforts), else single. Another
-    choice would change the last digits of runs that are published."""
-    rewards_M = torch.tensor([o.rewards[name] for o in group])
-    return rewards_M if rewards_M.is_floating_point() else rewards_M.float()
+    has_level = {k: group for k, group in enumerate(groups) if name in group[0].rewards}
+    rewards = [torch.tensor([o.rewards[name] for o in g], dtype=torch.double) for g in has_level.values()]
+    return dict(zip(has_level, advantage(rewards), strict=True))
 
 
 def note_advantages(
@@ -198,7 +192,7 @@ def run_rft(settings: Settings, policy: Policy, pool, folder: Path, stop: StopSi
     with Stage(folder, cfg.algo.upper(), cfg.steps, parameters, optimizer, stop, settings.flags) as stage:
         stage.probe = make_probe(settings, policy, stage, cfg.algo.upper(), PROBE_EVERY)
         if stage.steps_done == 0 and ranks.first():
-            tqdm.write("RFT: with one inner epoch the loss shows beta KL alone; its gradient holds A too")
+            tqdm.write("RFT: advantages sum to 0 in a group, so the loss starts near 0: watch the reward")
         rft(policy, cfg, pool, style.reply_limit(N), optimizer, stage)
     if stage.finished and ranks.first():
         save_both(policy, cfg.sft_adapter or folder / "sft" / "adapter", folder / "adapter", adapter)

@@ -51,7 +51,7 @@ class Stage:
         self.steps_done, self.seconds, self.state = 0, 0.0, {}
         self._steps, self._stop, self._out = steps, stop, flags["out"]
         as_saved = json.loads(json.dumps(flags))
-        others = {"out", "resumed"} | RECORDED
+        others = {"out"} | RECORDED
         self._settings = {name: as_saved[name] for name in as_saved if name not in others}
         self._stopping, self._changed = False, False  # _changed: the parameters, within this step
         self._logs: list[JsonLines] = []

@@ -98,7 +98,7 @@ def test_few_shot_adds_a_row_that_has_read_that_many_expert_games(model_flags, t
     noted = lambda *args: made.append((args[0], real(*args))) or made[-1][1]
     monkeypatch.setattr(evaluation, "expert_examples", noted)
     monkeypatch.setattr(Policy, "encode_prompt", lambda self, chat: read.append(chat) or encode(self, chat))
-    names = ["--policy", "base", "few-shot:2", "--few-shot", "1", "--agents", "3"]
+    names = ["--policy", "base", "few-shot:2", "few-shot:1", "--agents", "3"]
     results = run(tmp_path, *model_flags, *names, games=3)
     assert list(results) == ["base", "few-shot:2", "few-shot:1", "expert:second-best", "expert:random"]
     assert [count for count, _ in made] == [2, 1] == [len(chats) for _, chats in made]
@@ -136,8 +136,8 @@ def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp
     table = run(tmp_path, *model_flags, "--table", "base", adapter_dir, "expert:nash", "base", games=2)
     assert list(table) == ["seat 0 base", f"seat 1 {adapter_dir}", "seat 2 expert:nash", "seat 3 base"]
     assert loads == [1] and table["seat 2 expert:nash"]["all rounds"]["U1"]["mean"] == 1
-    more = ["--seat", "all", "--few-shot", "1", "--repair"]
-    alone = run(tmp_path, *model_flags, "--policy", "base", *more, games=2)
+    more = ["--seat", "all", "--repair"]
+    alone = run(tmp_path, *model_flags, "--policy", "base", "few-shot:1", *more, games=2)
     rows = ["base", "base repaired", "few-shot:1", "few-shot:1 repaired"]
     assert list(alone) == [*rows, "expert:second-best", "expert:random"]
     assert len(alone["base"]["replies"][0]) == 8  # 4 seats, 2 stages

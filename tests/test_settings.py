@@ -114,7 +114,7 @@ def test_what_flags_stand_for():
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.prompts) == (0.5, 2.0, {"G": 0, "E": 4})
     assert (s.rft.reward.func, s.rft.reward.keywords["score"]) == (expert_rewards, welfare)
     weights = settings.KNOWN_WEIGHTS | {"A_S": 0.5, "A_G": 2.0, "local": 3.0}
-    assert s.rft.reward.keywords["weights"] == weights and s.evaluation.agents == 3
+    assert s.rft.reward.keywords["weights"] == weights and s.evaluation.agents == 2
     _, s = parsed("--expert nash --train-on effort --reward-from credit --seed 5".split())
     assert s.sft.kinds == ("E",) and s.rft.reward.keywords["expert"].name == "nash"
     assert s.players.make_expert("noisy:random:0.5").name == "noisy:random:0.5"
@@ -160,7 +160,7 @@ def test_families_of_flags():
 ODD = "--agents 3-5 --seat random --no-belief --no-hints --label-noise 1 --types 1 2.5 --preset paper"
 ODD += " --sft-lr 1e-300 --games games.jsonl --fix c=0.2 --seed 4294967295"
 ODD_RFT = ODD + " --reward-from credit --weights local=0 gamma=0.30000000000000004 --sft-adapter a+b --m 4"
-ODD_RFT += " --clip-eps 0.1 0.30000000000000004 --objective kl=k1"
+ODD_RFT += " --clip-eps 0.1 0.30000000000000004 --objective kl=k2"
 
 
 @pytest.mark.parametrize("script, argv", [(train_rft, ""), (train_rft, ODD_RFT), (train_sft, ODD)])

@@ -69,7 +69,7 @@ def compliance(run: Run) -> Judgement:
     rules = Counter(f"{s['broken']} ({s['kind']})" for s in run.samples if s["broken"])
     text = f"U1 {run.trend('U1', 3)}; {rules.total()} of {len(run.samples)} replies broke a rule"
     text += "".join(f", {rule} {count}" for rule, count in rules.most_common(6))
-    cut = sum(not s.get("ended", True) for s in run.samples)  # older runs do not say it
+    cut = sum(not s["ended"] for s in run.samples)
     text += f"; {cut} were cut off at the limit (--max-new-tokens)" * (cut > 0)
     advice = "Train SFT longer (--sft-steps), or give cut-off replies more room (--max-new-tokens)."
     return judge(run.late("U1"), 0.95, FEW_COMPLIANT), text, advice

@@ -6,7 +6,7 @@
 The page opens from the disk and needs no network. It shows what was run and what came of it, the groups of
 replies of every step of RFT with the numbers that made their advantages, the games of the evaluation with the
 exact value of every choice that was not taken, and whom the policy links to before and after RFT. All of it
-comes from the files of the run. What the files of an older run lack is left out, and the page says so.
+comes from the files of the run. What they lack is left out, and the page says so.
 
 This file and tools/page/ read the files and compute values; tools/view.html draws them. What a model wrote is
 data there: it is embedded as escaped JSON and becomes text, never markup.
@@ -63,7 +63,7 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
     first, *others = [*results] or [None]
     differences = {f"{first} - {name}": [difference(m, name) for m in METRICS] for name in others}
     steps, sft, probe = (read_lines(folder / f"{n}.jsonl") for n in ("metrics", "sft/metrics", "probe"))
-    shown = {k: v for k, v in config.items() if v is not None and k not in ("script", "resumed", "out")}
+    shown = {k: v for k, v in config.items() if v is not None and k not in ("script", "out")}
     return {
         "facts": facts,
         "settings": {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in shown.items()},
@@ -87,20 +87,14 @@ def run_data(folder: Path, budget: int) -> dict:
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
         results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}
-        asked, played = read_prompts(folder), all("actions" in row for row in found.values())
-        missing = {
-            "prompts.jsonl: no groups": not asked,
-            "eval.json: the run has not been evaluated (yet)": not found,
-            "all agents' choices in eval.json: no games": not played,
-        }
         return {
             "name": clean(folder.name or str(folder)),
-            "missing": [what for what, lacking in missing.items() if lacking],
+            "missing": [] if found else ["eval.json: the run has not been evaluated (yet)"],
             "overview": rounded(overview(config, timing, results, folder)),
             "constant": about_constant(found),
-            "groups": groups_of(config, samples, asked, budget // 2),
-            "games": games_of(results if played else {}, budget // 3, config.get("partners")),
-            "learned": rounded(learned(found if played else {}, config.get("expert"))),
+            "groups": groups_of(config, samples, read_prompts(folder), budget // 2),
+            "games": games_of(results, budget // 3, config.get("partners")),
+            "learned": rounded(learned(found, config.get("expert"))),
         }
     except (LookupError, TypeError, AttributeError, ValueError) as e:
         what = f"{type(e).__name__}: {one_line(e)}"

@@ -51,7 +51,7 @@ def test_a_stopped_run_ends_the_same_whatever_flags_are_given(full, stopped, cop
     assert (copied.folder / "config.json").read_bytes() == config
     assert (copied.folder / "timing.json").exists()
     for said, times in ((full.said, 1), (stopped.said, 1), (capsys.readouterr().out, 0)):
-        assert said.count("RFT: ") == said.count("the loss shows beta KL alone") == times
+        assert said.count("RFT: ") == said.count("watch the reward") == times
 
 
 def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ def reply(decision, belief="[0, 1, 1, 1]"):
 
 def sample(step, game, decision, expert, kind="G", stage=0):
     place = {"step": step, "game": game, "stage": stage, "kind": kind, "seat": 0}
-    return place | {"reply": reply(decision), "expert": reply(expert), "broken": None}
+    return place | {"reply": reply(decision), "expert": reply(expert), "broken": None, "ended": True}
 
 
 def healthy():

@@ -44,7 +44,6 @@ HOSTILE = (
 CONFIG = dict(script="train_rft.py", model="none", algo="tompo", steps=4, prompts=[3, 1], m=M, seed=0)
 CONFIG |= dict(expert="second-best", objective=None, lr=1e-4, label="<b>bold</b>")
 NEW = dict(weights=["belief=0.5", "A_S=0.7", "A_G=0.3"], reward_from="expert")
-OLD = dict(reward=["belief=0.5"], level_weights=[0.7, 0.3], graph_score="hamming", credit=None, device="cpu")
 
 
 def log_file(folder, name):
@@ -211,27 +210,17 @@ def test_the_gain_is_a_median_and_intervals_are_possible(made):
     assert min(v["high"] for v in told[:4]) <= 1 and told[0]["low"] is not None  # U1 has an interval, too
 
 
-def test_older_runs_open_with_what_they_have(made, tmp_path):
-    old = tmp_path / "old"
-    shutil.copytree(made, old)
-    new = view.run_data(made, view.PAGE)["groups"]
-    write_json(old / "config.json", CONFIG | OLD)
-    assert view.run_data(old, view.PAGE)["groups"] == new and new["rule"]["weights"] == [0.7, 0.3]
-    for config in (OLD | {"credit": []}, NEW | {"reward_from": "credit"}):
-        write_json(old / "config.json", CONFIG | config)
-        assert view.run_data(old, view.PAGE)["groups"]["rule"]["credit"] and not new["rule"]["credit"]
-    (old / "prompts.jsonl").unlink()
-    results = results_of(old)
-    for summary in results.values():
-        del summary["actions"], summary["seats"]
-    write_json(old / "eval.json", {"results": results})
-    run = view.run_data(old, view.PAGE)
-    missing = [text.split(":")[0] for text in run["missing"]]
-    assert missing == ["prompts.jsonl", "all agents' choices in eval.json"]
-    assert not run["groups"]["groups"] and not run["games"]["games"] and not run["learned"]["bins"]
-    (old / "eval.json").unlink()
-    (old / "timing.json").unlink()
-    assert "eval.json: the run has not" in view.run_data(old, view.PAGE)["missing"][1]
+def test_a_run_without_an_evaluation_has_its_groups(made, tmp_path):
+    run, folder = view.run_data(made, view.PAGE), tmp_path / "run"
+    shutil.copytree(made, folder)
+    (folder / "eval.json").unlink()
+    (folder / "timing.json").unlink()
+    write_json(folder / "config.json", CONFIG | NEW | {"reward_from": "credit"})
+    alone = view.run_data(folder, view.PAGE)
+    assert alone["missing"] == ["eval.json: the run has not been evaluated (yet)"]
+    assert not alone["games"]["games"] and not alone["learned"]["bins"]
+    assert run["groups"]["rule"]["weights"] == [0.7, 0.3] and not run["groups"]["rule"]["credit"]
+    assert alone["groups"] == run["groups"] | {"rule": run["groups"]["rule"] | {"credit": True}}
 
 
 def test_a_page_that_cannot_be_written_costs_one_line(made, tmp_path, refused):

@@ -41,7 +41,6 @@ def test_the_sequence_ratio_is_the_geometric_mean_with_its_gradient():
 
 def test_kl_estimators_by_hand():
     logp, ref = torch.tensor([-1.0]), torch.tensor([-1.5])
-    close(objective.KL_ESTIMATORS["k1"](logp, ref), [0.5])
     close(objective.KL_ESTIMATORS["k2"](logp, ref), [0.125])
     close(objective.KL_ESTIMATORS["k3"](logp, ref), [math.exp(-0.5) + 0.5 - 1])
 

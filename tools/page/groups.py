@@ -17,7 +17,7 @@ COLUMNS = "text broken action expected f1 accuracy compliance sample r_S s local
 
 def read_prompts(folder: Path) -> dict[tuple, tuple[Target, list[dict]]]:
     """{(game, stage, seat): (the decision, with what the experts do there, and its prompt)}, from
-    prompts.jsonl, which older runs lack. Raises ValueError for lines that no game allows."""
+    prompts.jsonl. Raises ValueError for lines that no game allows."""
     asked = {}
     for line in read_lines(folder / "prompts.jsonl"):
         state = history_from_text(game_from_json(line["instance"]), line["before"])
@@ -60,23 +60,19 @@ def reply_row(s: dict, target: Target, optional: dict[str, float]) -> list:
 
 
 def weights_of(config: dict) -> dict[str, float]:
-    """The weights of the reward terms and of A_S and A_G. The settings of older runs have these in two
-    places, `reward` and `level_weights`."""
-    levels = dict(zip(LEVELS, config.get("level_weights") or (), strict=False))
-    named = [text.partition("=") for text in [*(config.get("reward") or ()), *(config.get("weights") or ())]]
-    return WEIGHTS | LEVELS | levels | {name: float(weight) for name, _, weight in named}
+    """The weights of the reward terms and of A_S and A_G."""
+    named = [text.partition("=") for text in config.get("weights") or ()]
+    return WEIGHTS | LEVELS | {name: float(weight) for name, _, weight in named}
 
 
 def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budget: int) -> dict:
-    """Every group of m replies whose prompt is known, of all steps or of those that fit on the page. asked:
-    of read_prompts; budget: in characters."""
+    """Every group of m replies, of all steps or of those that fit on the page. asked: of read_prompts;
+    budget: in characters."""
     weights, m = weights_of(config), config.get("m", 8)
     optional = {name: weights.get(name, 0) for name in TERMS}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
         place = s["game"], s["stage"], s["seat"]
-        if place not in asked:
-            continue
         target, chat = asked[place]
         if place not in numbers:
             numbers[place] = len(prompts)
@@ -105,7 +101,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "algo": config.get("algo", "tompo"),
             "advantage": objective.get("advantage", "std"),
             "game": config.get("reward_from") == "game",
-            "credit": config.get("credit") is not None or config.get("reward_from") == "credit",
+            "credit": config.get("reward_from") == "credit",
         },
         "instances": len({prompt["key"] for prompt in prompts}),
         "groups": [group for i in chosen for group in groups[i]],
