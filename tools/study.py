@@ -72,9 +72,9 @@ in_one_graph = partial(Arm, family="where it may act, one graph", evaluation="--
 STAKES = f"{ALL_SEATS} --reward-from game"  # own payoff and welfare, in all seats: the levels disagree
 in_stakes = partial(Arm, family="own stake and common good", evaluation="--seat all")
 TEACHERS = [
-    *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}") for rate in (0, 0.25, 0.75, 0.9, 1)),
-    Arm("SFT on efforts", "teachers", "--train-on effort"),
-    Arm("SFT on links", "teachers", "--train-on graph"),
+    *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}", 3) for rate in (0, 0.25, 0.75, 0.9, 1)),
+    Arm("SFT on efforts", "teachers", "--train-on effort", 2),  # no reply about links is ever compliant
+    Arm("SFT on links", "teachers", "--train-on graph", 2),  # none about efforts is
     *(Arm(f"{n} games", "teachers", f"--games {n}") for n in (13, 38)),
 ]
 ARMS = [  # in the order in which they are run; all others of a family are compared with its tompo
@@ -83,22 +83,22 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     Arm("sft", "algorithm", seeds=8, sft=True),
     Arm("weights 0.5 0.5", "graph level", "--weights A_S=0.5 A_G=0.5", 8),
     Arm("weights 0.2 0.8", "graph level", "--weights A_S=0.2 A_G=0.8", 8),
-    Arm("graph level alone", "graph level", GRAPH_ALONE, 8),
-    Arm("no memory", "graph level", "--weights global=0", 8),
-    Arm("no best of the group", "graph level", "--weights local=0", 8),
-    Arm("neither bonus", "graph level", "--weights local=0 global=0", 8),
-    Arm("welfare", "graph level", "--reward-from welfare", 8),
-    Arm("Dr. GRPO", "objective", DR_GRPO, 2),  # with a KL term, which its paper does without
+    Arm("graph level alone", "graph level", GRAPH_ALONE, 6),
+    Arm("no memory", "graph level", "--weights global=0"),
+    Arm("no best of the group", "graph level", "--weights local=0"),
+    Arm("neither bonus", "graph level", "--weights local=0 global=0"),
+    Arm("welfare", "graph level", "--reward-from welfare"),
+    Arm("Dr. GRPO", "objective", DR_GRPO),  # with a KL term, which its paper does without
     Arm("Dr. GRPO, beta 0", "objective", f"{DR_GRPO} --beta 0"),
     Arm("RLOO", "objective", "--algo grpo --objective advantage=loo"),
     Arm("no Belief line", "belief", "--no-belief"),
     *TEACHERS,
     *(replace(arm, name=f"{arm.name}, SFT alone", family="SFT alone", sft=True) for arm in TEACHERS),
     Arm("all seats", "seats", of="tompo, all seats", evaluation="--seat random"),
-    Arm("seat 0", "seats", seeds=8, of="tompo", evaluation="--seat random"),
-    *(Arm(f"{a} in all seats", "self-play", "", 8, a, a == "sft", "--seat all") for a in ALGORITHMS),
+    Arm("seat 0", "seats", of="tompo", evaluation="--seat random"),
+    *(Arm(f"{a} in all seats", "self-play", "", 4, a, a == "sft", "--seat all") for a in ALGORITHMS),
     *(
-        Arm(f"{a} on {game}", f"transfer, {game}", "", 8, a, a == "sft", flags)
+        Arm(f"{a} on {game}", f"transfer, {game}", "", 4, a, a == "sft", flags)
         for game, flags in GAMES.items()
         for a in ALGORITHMS
     ),
