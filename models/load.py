@@ -14,7 +14,7 @@ from models import adapters, pretrained
 from models.template import Template
 from policy import Policy
 from run import ranks
-from run.errors import InputError, one_line
+from run.errors import InputError, one_line, out_of_memory
 
 ENGINES = ("fast", "plain")
 DTYPES = ("float32", "bfloat16")
@@ -91,6 +91,8 @@ def load_policy(
                 return policy
             why = f"its log-probabilities would be {error:.2g} nats off"
         except Exception as e:
+            if out_of_memory(e):  # the plain engine needs more
+                raise
             why = one_line(e, 100)
         model.set_attn_implementation(attention)
         if policy_class is not Policy and ranks.first():

@@ -35,13 +35,18 @@ def library_errors(what: str, advice: str = ""):
         raise InputError(f"{what}: {one_line(getattr(e, 'strerror', None) or e)}{advice}") from e
 
 
+def out_of_memory(e: Exception) -> bool:
+    """Whether this says that the memory of the CPU or of a GPU is full."""
+    return isinstance(e, MemoryError) or bool(re.search("out of memory|allocate memory", str(e)))
+
+
 @contextmanager
 def memory_errors(what: str):
     """Turns running out of memory inside the block, of the CPU or of a GPU, into an InputError."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("out of memory|allocate memory", str(e)):
+        if not out_of_memory(e):
             raise
         advice = "less is needed with a smaller --micro-batch, --m or --prompts, or with --dtype bfloat16"
         raise InputError(f"out of memory in {what} ({one_line(e, 120)}); {advice}") from e

@@ -101,6 +101,18 @@ def test_an_engine_that_is_wrong_in_drafts_alone_is_seen(model_dir, monkeypatch,
     assert "does not fit --engine fast (its log-probabilities would be" in capfd.readouterr().err
 
 
+def test_a_full_memory_does_not_look_like_a_model_that_does_not_fit(model_dir, monkeypatch, capfd):
+    """The plain engine needs more memory than the fast one."""
+
+    def full(policy, attention):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(load, "error_of", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_policy(model_dir)
+    assert "plain" not in capfd.readouterr().err
+
+
 def test_a_model_that_no_engine_computes_is_refused_in_one_line(model_dir, monkeypatch, capfd):
     monkeypatch.setattr(load, "error_of", lambda policy, attention: float("nan"))
     with pytest.raises(InputError, match="cannot be sampled and scored: its log-prob.* nan nats off; choose"):
