@@ -273,25 +273,31 @@ def over_seeds(paths: list[str]) -> dict[str, dict]:
         tables[question] = {}
         for name, *rows in zip(having[0], *(run.values() for run in having), strict=True):
             columns = {column: [row.get(column, UNKNOWN)["mean"] for row in rows] for column in rows[0]}
-            tables[question][name] = {column: mean_interval(means) for column, means in columns.items()}
+            tables[question][name] = {column: cell(means) for column, means in columns.items()}
     return tables
 
 
 def draw(tables: dict[str, dict]) -> bytes:
-    """U2 of links by round as PNG; dashed: after the history of another game, for players that read it."""
+    """U2 of links by round as PNG, of tables of `over_seeds`: of a policy the mean and, thin, its runs;
+    dashed, the mean after the history of another game; dotted, exact players, which no run changes."""
     from matplotlib.figure import Figure  # it needs no screen
 
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
+
+    def line(columns: dict, word: str, value: Callable[[Cell], float], **look):
+        cells = {int(c.split()[1]): cell for c, cell in columns.items() if c.startswith(word)}
+        axis.plot(list(cells), [value(cell) for cell in cells.values()], **look)
+
     for k, (name, columns) in enumerate(tables["1"].items()):
-        mark = "os^Dv"[k // 10 % 5]  # there are ten colours
-        words = {"round": "-", "placebo": "--"} if columns["lost"]["mean"] else {"round": "-"}
-        for word, dashes in words.items():
-            cells = {int(c.split()[1]): cell for c, cell in columns.items() if c.startswith(word)}
-            means = [cell["mean"] for cell in cells.values()]
-            half = [cell["mean"] - cell["low"] if cell["n"] > 1 else 0 for cell in cells.values()]
-            look = dict(label=name, ls=dashes) if word == "round" else dict(ls=dashes, alpha=0.7)
-            axis.errorbar(list(cells), means, half, color=f"C{k}", marker=mark, capsize=3, **look)
+        color, runs = f"C{k}", columns["round 1"]["games"]
+        if len(runs) > 1 and max(runs) == min(runs):
+            line(columns, "round", lambda cell: cell["mean"], label=name, ls=":", marker=".", color=color)
+            continue
+        for run in range(len(runs)):
+            line(columns, "round", lambda cell, run=run: cell["games"][run], alpha=0.4, lw=0.8, color=color)
+        line(columns, "round", lambda cell: cell["mean"], label=name, marker="o", lw=2, color=color)
+        line(columns, "placebo", lambda cell: cell["mean"], ls="--", marker="o", lw=2, color=color)
     axis.set(xlabel="round", ylabel="U2 of links", ylim=(0, 1.02))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
