@@ -3,9 +3,10 @@
     python -m tools.diagnose runs/tompo
 
 The paper (arXiv 2509.21134) reports policies that break the format, that play well for themselves while the
-group does badly (high U2, low U3), and that keep changing their links. Group-relative training is known to
-fail in other ways too: groups without variance, collapse to one answer, a KL that runs away, a ratio that is
-clipped. The logs of a run of train_rft.py are read, and its eval.json if there is one.
+group does badly (high U2, low U3), and that keep changing their links. Here Belief lines were seen to decay
+to words of the prompt, since no reward depends on them. Group-relative training is known to fail in other
+ways too: groups without variance, collapse to one answer, a KL that runs away, a ratio that is clipped. The
+logs of a run of train_rft.py are read, and its eval.json if there is one.
 
 To look for another failure, write a function Run -> Judgement and put it into FINDINGS. "Late" is the last
 quarter of the steps, "early" the first. The limits are a [choice]: they say when to look closer.
@@ -21,7 +22,7 @@ from statistics import fmean
 
 import world  # noqa: F401  (it registers the kinds of decisions)
 from games import KINDS
-from prompts import last_line
+from prompts import last_line, read_list
 from run.errors import InputError, one_line, reports_errors
 from run.files import read_json, read_lines
 
@@ -89,6 +90,20 @@ def welfare(run: Run) -> Judgement:
     advice = "The group is poor: raise --weights A_G, or imitate a cooperative expert (--expert planner)."
     # With a lower U2, a low U3 is bad play and no social dilemma.
     return judge(u3 / reach, 0.95, 0.85) if u2 >= 0.80 and reach > 0 else 0, text, advice
+
+
+def beliefs(run: Run) -> Judgement:
+    """How many of the compliant late replies have no Belief line that is a list of numbers?"""
+    if not run.config["belief"]:
+        return 0, "not judged: the run asks for no Belief line (--no-belief)", ""
+    steps = late(sorted({s["step"] for s in run.samples}))
+    asked = [s for s in run.samples if s["step"] in steps and not s["broken"] and KINDS[s["kind"]].beliefs]
+    lines = [last_line(s["reply"], "Belief:") for s in asked]
+    unread = [line for line in lines if read_list(line) is None]
+    text = f"{len(unread)} of {len(lines)} compliant late replies have no Belief line with a list of numbers"
+    text += f", the most common: {Counter(unread).most_common(1)[0][0][:40]!r}" if unread else ""
+    advice = "No reward depends on the Belief line by default: give --weights belief=0.5."
+    return judge(len(unread) / max(1, len(lines)), 0.10, 0.30), text, advice
 
 
 def changing_links(run: Run) -> Judgement:
@@ -160,6 +175,7 @@ def clipping(run: Run) -> Judgement:
 
 FINDINGS = {
     "replies that break the format": compliance,
+    "Belief lines that say nothing": beliefs,
     "good for itself, bad for all (high U2, low U3)": welfare,
     "links that keep changing": changing_links,
     "groups without variance": idle_groups,

@@ -33,7 +33,7 @@ def healthy():
             samples += [sample(t, game, a, ROWS[game % 4]) for a in answers]
             efforts = [f"{1 + 0.1 * game + error:.2f}" for error in (0, 0.01)]
             samples += [sample(t, game, effort, efforts[0], "E", stage=1) for effort in efforts]
-    return metrics, samples, results_of(0.95, 0.87), {"inner_epochs": 1, "dtype": "float32"}
+    return metrics, samples, results_of(0.95, 0.87), {"inner_epochs": 1, "dtype": "float32", "belief": True}
 
 
 def results_of(u2, u3, u1=0.99):
@@ -65,10 +65,10 @@ def levels(folder):
 
 def test_a_healthy_run_is_silent(tmp_path, capsys):
     folder = write(tmp_path / "run", *healthy())
-    assert levels(folder) == {} and "none of 7" in diagnose.summary(folder)
+    assert levels(folder) == {} and "none of 8" in diagnose.summary(folder)
     diagnose.main([str(folder)])
     out = capsys.readouterr().out
-    assert out.count("ok     ") == 7 and "->" not in out
+    assert out.count("ok     ") == 8 and "->" not in out
     with open(folder / "samples.jsonl", "a") as f:
         f.write('{"step": 3, "ga')  # a line that a kill has cut
     (folder / "eval.json").unlink()
@@ -122,6 +122,11 @@ def set_metrics(run, steps=range(STEPS), config=(), **values):
             row |= values
 
 
+def placeholders(run, share):
+    for s in run[1][:: int(1 / share)]:
+        s["reply"] = s["reply"].replace("[0, 1, 1, 1]\n", "[what you expect, per agent]\n")
+
+
 def same_but_expert(run):
     """Where the state of the same stage differs (a noisy history), another answer is right."""
     for s in run[1]:
@@ -135,6 +140,8 @@ BF16, EPOCHS = {"dtype": "bfloat16"}, {"inner_epochs": 4}
 FAILURES = {
     "format, watch": (lambda run: non_compliant(run, 0.1), FORMAT, "watch"),
     "format, bad": (lambda run: non_compliant(run, 0.25), FORMAT, "bad"),
+    "beliefs, watch": (lambda run: placeholders(run, 0.2), "Belief lines that say nothing", "watch"),
+    "beliefs, bad": (lambda run: placeholders(run, 0.5), "Belief lines that say nothing", "bad"),
     "welfare, watch": (lambda run: run[2].update(results_of(0.9, 0.80)), SELFISH, "watch"),
     "welfare, bad": (lambda run: run[2].update(results_of(0.9, 0.50)), SELFISH, "bad"),
     "links between steps": (flip, CHANGING, "bad"),
@@ -148,6 +155,7 @@ FAILURES = {
     "clipped": (lambda run: set_metrics(run, config=EPOCHS, clip_fraction=0.2), CLIPPED, "watch"),
     # What only looks like a failure:
     "bad play is no social dilemma": (lambda run: run[2].update(results_of(0.4, 0.3)),),
+    "no belief was asked for": (lambda run: [run[3].update(belief=False), placeholders(run, 0.5)],),
     "silence is no social dilemma": (lambda run: run[2].update(results_of(0.9, 0.3, u1=0.1)),),
     "the rounding of bf16": (lambda run: set_metrics(run, [3], BF16, max_ratio_error=0.4, approx_kl=2e-4),),
     "several epochs": (lambda run: set_metrics(run, config=EPOCHS, max_ratio_error=0.5),),
@@ -165,7 +173,7 @@ def test_a_failure_is_named_and_nothing_else(case, tmp_path):
     assert levels(folder) == (dict([found]) if found else {})
     if found:
         name, level = found
-        assert name in diagnose.summary(folder) and "1 of 7" in diagnose.summary(folder)
+        assert name in diagnose.summary(folder) and "1 of 8" in diagnose.summary(folder)
         first, *_ = diagnose.format_findings(diagnose.diagnose(folder)).splitlines()
         assert first == f"{level:7}{name}" and findings(folder)[name][2].endswith(".")
 
@@ -212,7 +220,7 @@ def test_logs_that_cannot_be_read_are_one_line_and_never_end_a_run(case, tmp_pat
     metrics, samples, _, config = healthy()
     results = results_of(0.9, 0.9)
     folder = write(tmp_path / "run", metrics, samples, results, config)
-    assert diagnose.summary(folder).startswith("diagnosis: none of 7")
+    assert diagnose.summary(folder).startswith("diagnosis: none of 8")
     UNREADABLE[case](folder)
     line = diagnose.summary(folder)
     assert line.startswith("no diagnosis: ") and str(folder) in line and "\n" not in line
