@@ -282,8 +282,8 @@ class RFT:
 
 def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
     """The flags of RFT and the functions that they name. Raises InputError for what does not go together."""
-    weights = KNOWN_WEIGHTS | values.named_numbers(args.weights, "--weights", {**KNOWN_WEIGHTS, **TERMS})
-    source = args.reward_from
+    given = values.named_numbers(args.weights, "--weights", {**KNOWN_WEIGHTS, **TERMS})
+    weights, source = KNOWN_WEIGHTS | given, args.reward_from
     for term in TERMS:
         refuse(term in LOGGED, f"the reward term {term} has a name that the logs use; give it another")
     refuse(weights["belief"] and not args.belief, "--weights belief and --no-belief do not go together")
@@ -292,9 +292,9 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
     refuse(
         len(args.clip_eps) > 2, "--clip-eps takes one number, or two: how far rho may go below 1 and above"
     )
-    given = {name.partition("=")[0] for name in args.weights or ()}
-    refuse(args.algo == "grpo" and given & set(LEVELS), "--algo grpo is --weights A_S=1 A_G=0: give neither")
-    unused = source != "credit" and given & set(credit.WEIGHTS)
+    both_levels = args.algo == "grpo" and given.keys() & LEVELS.keys()
+    refuse(both_levels, "--algo grpo is --weights A_S=1 A_G=0: give neither")
+    unused = source != "credit" and given.keys() & credit.WEIGHTS.keys()
     refuse(unused, f"--weights {' '.join(credit.WEIGHTS)} go with --reward-from credit")
     one_graph = "--reward-from joint asks all seats of a game at once: give --seat all"
     refuse(source == "joint" and args.seat != "all", one_graph)

@@ -125,9 +125,13 @@ def sample(
 
 def advantages(groups: list[list[Sample]], name: str, advantage: Callable) -> dict[int, Tensor]:
     """One level of advantage: the groups that have a reward of this name, by their numbers -> (M,)."""
-    has_level = {k: group for k, group in enumerate(groups) if name in group[0].rewards}
-    rewards = [torch.tensor([o.rewards[name] for o in g], dtype=torch.double) for g in has_level.values()]
-    return dict(zip(has_level, advantage(rewards), strict=True))
+    rewards = {k: reward_tensor(group, name) for k, group in enumerate(groups) if name in group[0].rewards}
+    return dict(zip(rewards, advantage(list(rewards.values())), strict=True))
+
+
+def reward_tensor(group: list[Sample], name: str) -> Tensor:
+    """(M,), in double precision."""
+    return torch.tensor([o.rewards[name] for o in group], dtype=torch.double)
 
 
 def note_advantages(

@@ -21,7 +21,7 @@ from rewards import Memory, accuracy, f1
 from run.errors import reports_errors
 from run.files import write_atomic
 from run.seeds import Stream, torch_generator
-from train_rft import advantages, batches, note_advantages, sample, weigh
+from train_rft import advantages, batches, note_advantages, reward_tensor, sample, weigh
 from train_sft import clip_gradient, make_optimizer, new_adapter
 
 
@@ -52,7 +52,7 @@ def page(settings: flags.Settings) -> str:
         generator = torch_generator(seed, Stream.RFT_REPLIES, step)
         (group,) = groups = sample(policy, [q], cfg.m, limit, cfg.temperature, generator)
         cfg.reward([q.target], groups, Memory())
-        r_S, R_G = (torch.tensor([o.rewards[name] for o in group]) for name in ("r_S", "R_G"))
+        r_S, R_G = reward_tensor(group, "r_S"), reward_tensor(group, "R_G")
         A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
         A = cfg.w_sample * A_S[0] + cfg.w_graph * A_G[0]
         if A_S[0].any() and A_G[0].any() and all(o.decision for o in group):

@@ -273,7 +273,7 @@ def test_inner_epochs_take_that_many_steps_on_the_same_samples(model_dir, sft_ad
     rates = []
     hook = register_optimizer_step_pre_hook(lambda o, args, kwargs: rates.append(o.param_groups[0]["lr"]))
     try:
-        changes = dict(inner_epochs=3, temperature=0.7, beta=0.0, algo="grpo")
+        changes = dict(inner_epochs=3, temperature=0.7, beta=0.0, algo="grpo", weights=["local=0.5"])
         metrics, samples = runs.short_run(model_dir, sft_adapter, tmp_path / "inner", **changes)
     finally:
         hook.remove()

@@ -45,7 +45,7 @@ SHARED |= dict(expert="second-best", information="full", games=4, agents=3, nois
 SHARED |= dict(rank=4, lora_alpha=8, targets=lora.DEFAULT_TARGETS, train_on="both", sft_steps=6, sft_batch=3)
 SHARED |= dict(sft_lr=1e-3, seed=3, micro_batch=2, label_noise=0.0)
 RFT_ONLY = dict(algo="tompo", steps=6, prompts=[2, 2], m=4, lr=5e-3, inner_epochs=1, temperature=1.0)
-RFT_ONLY |= dict(reward_from="expert", weights=["local=0.5"], clip_eps=[0.2], beta=0.02)
+RFT_ONLY |= dict(reward_from="expert", weights=["A_S=0.8", "A_G=0.2"], clip_eps=[0.2], beta=0.02)
 RFT_ONLY |= dict(objective=["aggregation=sequence"], eval_games=2, max_new_tokens=14)
 GENTLE = 2e-4  # a learning rate of RFT at which rounding does not grow until it turns a sampled token
 

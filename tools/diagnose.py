@@ -49,6 +49,11 @@ class Run:
     def late(self, key: str) -> float:
         return fmean(late(self.values(key)))
 
+    def late_compliant(self) -> list[dict]:
+        """The compliant samples of the late steps."""
+        steps = late(sorted({s["step"] for s in self.samples}))
+        return [s for s in self.samples if s["step"] in steps and s["broken"] is None]
+
     def trend(self, key: str, digits: int = 2) -> str:
         values = self.values(key)
         return f"{fmean(values[: len(late(values))]):.{digits}f} early, {self.late(key):.{digits}f} late"
@@ -96,9 +101,8 @@ def beliefs(run: Run) -> Judgement:
     """How many of the compliant late replies have no Belief line that is a list of numbers?"""
     if not run.config["belief"]:
         return 0, "not judged: the run asks for no Belief line (--no-belief)", ""
-    steps = late(sorted({s["step"] for s in run.samples}))
-    asked = [s for s in run.samples if s["step"] in steps and not s["broken"] and KINDS[s["kind"]].beliefs]
-    lines = [last_line(s["reply"], "Belief:") for s in asked]
+    asked = [s["reply"] for s in run.late_compliant() if KINDS[s["kind"]].beliefs]
+    lines = [last_line(reply, "Belief:") for reply in asked]
     unread = [line for line in lines if read_list(line) is None]
     text = f"{len(unread)} of {len(lines)} compliant late replies have no Belief line with a list of numbers"
     text += f", the most common: {Counter(unread).most_common(1)[0][0][:40]!r}" if unread else ""
@@ -132,9 +136,8 @@ def idle_groups(run: Run) -> Judgement:
 
 def collapse(run: Run) -> Judgement:
     """By how much the most common (compliant) answer is more common than the expert's to the same prompts."""
-    steps = late(sorted({s["step"] for s in run.samples}))
     level, text = 0, f"distinct replies of a group / m: {run.trend('distinct_replies')}"
-    compliant = [s for s in run.samples if s["step"] in steps and s["broken"] is None]
+    compliant = run.late_compliant()
     for letter, kind in KINDS.items():
         part = [s for s in compliant if s["kind"] == letter]
         if part:

@@ -56,7 +56,7 @@ TITLES = {
 # The settings in which files that are combined must not differ.
 SAME = "game stages rounds types fix partners unmet agents seat eval_games eval_seed eval_temperature".split()
 SAME += "information belief hints think".split()
-Cell = dict  # that of mean_interval, and its values in "games"
+Cell = dict  # that of mean_interval, and its values in "games"; over several runs, the means of the runs
 Make = Callable[[], Player]  # a new player
 
 
@@ -192,10 +192,11 @@ def flips(asks: list[Ask]) -> dict[tuple[int, int], bool]:
     that the player did not choose in round 1. a: whether the best reply to round 1 chooses j in only one of
     the two."""
     pairs = {}
-    for (k, ask), j in product(enumerate(asks), range(asks[0].state.game.N)):
-        if j != ask.seat and not ask.state.history[0][ask.seat, j]:
-            both = (BestReply()(x.state, ask.seat, NO_DRAWS).action[j] for x in (ask, flipped(ask, j)))
-            pairs[k, j] = len(set(both)) == 2
+    for k, ask in enumerate(asks):
+        for j in np.flatnonzero(ask.state.history[0][ask.seat] == 0).tolist():
+            if j != ask.seat:
+                both = (BestReply()(x.state, ask.seat, NO_DRAWS).action[j] for x in (ask, flipped(ask, j)))
+                pairs[k, j] = len(set(both)) == 2
     return pairs
 
 
@@ -262,13 +263,14 @@ def over_seeds(paths: list[str]) -> dict[str, dict]:
             for rows in runs[-1].values():
                 [cell["mean"] for columns in rows.values() for cell in columns.values()]
             [columns["lost"] for columns in runs[-1]["1"].values()]
-        if any(counts.setdefault(question, len(rows)) != len(rows) for question, rows in runs[-1].items()):
-            raise InputError(f"{path} and {paths[0]} are not of as many policies")
+        for question, rows in runs[-1].items():
+            if len(rows) != counts.setdefault(question, len(rows)):
+                raise InputError(f"{path} and {paths[0]} are not of as many policies")
         if other := [name for name in SAME if asked[-1][name] != asked[0][name]]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in other)
             raise InputError(f"{path} and {paths[0]} differ in {flags}")
     tables: dict[str, dict] = {}
-    for question in counts:
+    for question in sorted(counts, key=lambda question: question[0]):  # the first file may lack some
         having = [run[question] for run in runs if question in run]
         tables[question] = {}
         for name, *rows in zip(having[0], *(run.values() for run in having), strict=True):
@@ -285,19 +287,21 @@ def draw(tables: dict[str, dict]) -> bytes:
     figure = Figure(figsize=(7.5, 4.2), layout="constrained")
     axis = figure.subplots()
 
-    def line(columns: dict, word: str, value: Callable[[Cell], float], **look):
+    def line(columns: dict, word: str, run: int | None = None, **look):
+        """The mean of the runs, or one of them."""
         cells = {int(c.split()[1]): cell for c, cell in columns.items() if c.startswith(word)}
-        axis.plot(list(cells), [value(cell) for cell in cells.values()], **look)
+        values = [cell["mean"] if run is None else cell["games"][run] for cell in cells.values()]
+        axis.plot(list(cells), values, **look)
 
     for k, (name, columns) in enumerate(tables["1"].items()):
         color, runs = f"C{k}", columns["round 1"]["games"]
         if len(runs) > 1 and max(runs) == min(runs):
-            line(columns, "round", lambda cell: cell["mean"], label=name, ls=":", marker=".", color=color)
+            line(columns, "round", label=name, ls=":", marker=".", color=color)
             continue
         for run in range(len(runs)):
-            line(columns, "round", lambda cell, run=run: cell["games"][run], alpha=0.4, lw=0.8, color=color)
-        line(columns, "round", lambda cell: cell["mean"], label=name, marker="o", lw=2, color=color)
-        line(columns, "placebo", lambda cell: cell["mean"], ls="--", marker="o", lw=2, color=color)
+            line(columns, "round", run, alpha=0.4, lw=0.8, color=color)
+        line(columns, "round", label=name, marker="o", lw=2, color=color)
+        line(columns, "placebo", ls="--", marker="o", lw=2, color=color)
     axis.set(xlabel="round", ylabel="U2 of links", ylim=(0, 1.02))
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
@@ -330,14 +334,14 @@ def best_constant(play: Play) -> np.ndarray:
 
 def answers(plays: dict[str, Play], makers: dict[str, Make], name: str, is_exact, asks, pairs) -> dict:
     """{question: {column: cell}} of one player. makers: for each play; asks, pairs: of questions 3 and 4
-    (without pairs they are not asked), which one player is asked, so that a policy reads their conversations
+    (not asked if empty), which one player is asked, so that a policy reads their conversations
     once. An exact one has no reply that could be forced to begin with a belief."""
     play, make = plays["main"], makers["main"]
     played = {key: own.played(name, makers[key]) for key, own in plays.items()}
     tables = {"1": regret(play, make, played["main"])}
     for rule in dict.fromkeys(rule.name for rule in play.others.rules):
         tables[f"2 {rule}"] = by_rule(play.others, played["main"], rule)
-    if pairs:
+    if asks:
         player = make()
         tables["3"] = {} if name == "oracle" else counterfactual(player, asks, pairs)
         tables["4"] = {} if is_exact else after_beliefs(play, player, asks)
@@ -399,8 +403,8 @@ def main(argv=None) -> None:
         plays["switching"] = Play(replace(settings, games=replace(settings.games, rounds=6)), halves)
     if args.unmet:
         plays["unmet"] = Play(settings, Partners([*rules, make_expert(args.unmet)]))
-    asks, cast, row_N, tables = second_rounds(play), make_cast(settings, args.policy), best_constant(play), {}
-    pairs = {} if args.quick else flips(asks)
+    asks = [] if args.quick else second_rounds(play)
+    pairs, cast, row_N, tables = flips(asks), make_cast(settings, args.policy), best_constant(play), {}
     exact = {key: exact_players(row_N, rules, own.others) for key, own in plays.items()}
     for name in (*cast, *exact["main"]):
         makers = {key: cast.get(name) or own.player(exact[key][name]) for key, own in plays.items()}
@@ -409,7 +413,7 @@ def main(argv=None) -> None:
             tables.setdefault(question, {})[name] = columns
     others, a = ", ".join(args.partners), sum(pairs.values())
     print(f"{len(play.games)} games of {args.agents}, the player in seat {args.seat}, among {others}")
-    if pairs:
+    if asks:
         print(f"pairs of question 3: {a} in a, {len(pairs) - a} in b")
     print_tables(tables)
     if args.json and ranks.first():

@@ -87,12 +87,17 @@ def run_data(folder: Path, budget: int) -> dict:
     try:
         samples, found = read_lines(folder / "samples.jsonl"), evaluation.get("results", {})
         results = {PLAYERS.get(n, n.replace("expert:", "expert ")): row for n, row in found.items()}
+        asked = read_prompts(folder)
+        missing = {
+            "prompts.jsonl: no groups": not asked,
+            "eval.json: the run has not been evaluated (yet)": not found,
+        }
         return {
             "name": clean(folder.name or str(folder)),
-            "missing": [] if found else ["eval.json: the run has not been evaluated (yet)"],
+            "missing": [what for what, lacking in missing.items() if lacking],
             "overview": rounded(overview(config, timing, results, folder)),
             "constant": about_constant(found),
-            "groups": groups_of(config, samples, read_prompts(folder), budget // 2),
+            "groups": groups_of(config, samples, asked, budget // 2),
             "games": games_of(results, budget // 3, config.get("partners")),
             "learned": rounded(learned(found, config.get("expert"))),
         }

@@ -223,6 +223,19 @@ def test_a_run_without_an_evaluation_has_its_groups(made, tmp_path):
     assert alone["groups"] == run["groups"] | {"rule": run["groups"]["rule"] | {"credit": True}}
 
 
+def test_prompts_that_were_lost_cost_their_groups_alone(made, tmp_path):
+    """One damaged line, then the whole file."""
+    folder = tmp_path / "run"
+    shutil.copytree(made, folder)
+    first, *rest = (folder / "prompts.jsonl").read_text().splitlines()
+    (folder / "prompts.jsonl").write_text("\n".join([first[:20], *rest]) + "\n")
+    whole, damaged = (view.run_data(f, view.PAGE) for f in (made, folder))
+    assert 0 < len(damaged["groups"]["groups"]) < len(whole["groups"]["groups"]) and not damaged["missing"]
+    (folder / "prompts.jsonl").unlink()
+    lost = view.run_data(folder, view.PAGE)
+    assert lost["missing"] == ["prompts.jsonl: no groups"] and not lost["groups"]["groups"]
+
+
 def test_a_page_that_cannot_be_written_costs_one_line(made, tmp_path, refused):
     assert view.of_run(tmp_path).startswith("no page of the run: ")
     assert "is not the folder of a run" in refused(view.main, [tmp_path])

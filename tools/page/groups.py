@@ -66,13 +66,15 @@ def weights_of(config: dict) -> dict[str, float]:
 
 
 def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budget: int) -> dict:
-    """Every group of m replies, of all steps or of those that fit on the page. asked: of read_prompts;
-    budget: in characters."""
+    """Every group of m replies whose prompt is known, of all steps or of those that fit on the page. asked:
+    of read_prompts; budget: in characters."""
     weights, m = weights_of(config), config.get("m", 8)
     optional = {name: weights.get(name, 0) for name in TERMS}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
         place = s["game"], s["stage"], s["seat"]
+        if place not in asked:  # prompts.jsonl was lost or damaged
+            continue
         target, chat = asked[place]
         if place not in numbers:
             numbers[place] = len(prompts)
