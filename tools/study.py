@@ -63,7 +63,7 @@ ALGORITHMS = ("tompo", "grpo", "sft")
 PGG = "--game pgg --expert planner"
 GAMES = {"GEE": "--stages GEE", "6 agents": "--agents 6", "PGG": PGG}
 GAMES |= {"heterogeneous": "--types linear half hub"}
-WHERE = {"few games": "--games 16 --steps 64", "6 agents": "--agents 6", "GGE": "--stages GGE", "PGG": PGG}
+WHERE = {"few games": "--games 16", "6 agents": "--agents 6", "GGE": "--stages GGE", "PGG": PGG}
 DR_GRPO = "--algo grpo --objective advantage=mean aggregation=constant"
 GRAPH_ALONE = "--weights A_S=0 A_G=1"
 ALL_SEATS = "--seat all --games 63"
@@ -205,9 +205,10 @@ def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
     line["values"] = {metric: [row.get(metric) for row in rows] for metric in STORED}
     if len(steps) == 3 and arm.of is None:
         run = steps[1][0].parent
-        samples, probe = (read_lines(run / f"{name}.jsonl") for name in ("samples", "probe"))
+        samples, probe, metrics = (read_lines(run / f"{n}.jsonl") for n in ("samples", "probe", "metrics"))
         line["probe"] = [{key: entry.get(key) for key in PROBED} for entry in probe if "stage" in entry]
         line["levels"] = study_report.levels_of(samples)
+        line["updates"] = study_report.updates_of(metrics)
         line |= study_report.graph_replies(samples)
         line["rule"] = study_report.rules_of(samples, read_prompts(run))
         line |= {"groups": study_report.a_dozen(samples)} if seed == 0 else {}

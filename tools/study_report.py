@@ -32,6 +32,7 @@ LOG = "log(U1 x U3)"
 REFERENCE = {"seats": "seat 0", "SFT alone": None}  # else the family's own tompo, or tompo; None: nothing
 ADDED = ("s", "row", "U2", "belief")
 LEVELS = ("A_S idle", "A_G idle", "memory the same", "correlation", "signs differ")
+UPDATES = ("clip_fraction", "approx_kl", "max_ratio_error", "kl")
 REPLIES = "belief followed, first quarter", "last quarter", "links chosen, first quarter", "last", "expert"
 RULES = {"expert": "the expert", "sft": "SFT (first step)", "final": "last quarter of RFT"}
 NOTE = "In brackets 95 % t intervals; p by sign flips, after Holm in round brackets."
@@ -86,6 +87,14 @@ def levels_of(samples: list[dict]) -> dict[str, float | None] | None:
     same = [len({s["global"] for s in g if s["compliance"] > 0}) <= 1 for g in groups]
     values = idle_S, idle_G, same, [np.corrcoef(x, y)[0, 1]] if both else [], x * y < 0
     return dict(zip(LEVELS, map(mean, values), strict=True)) if groups else None
+
+
+def updates_of(metrics: list[dict]) -> dict[str, float | None]:
+    """How far the updates of a run go, from its metrics.jsonl: means over the steps, but of |rho - 1| the
+    largest. With several inner epochs they are those of each step's last pass over its samples."""
+    known = {name: [s[name] for s in metrics if s.get(name) is not None] for name in UPDATES}
+    means = {name: mean(values) for name, values in known.items()}
+    return means | {"max_ratio_error": max(known["max_ratio_error"], default=None)}
 
 
 def graph_replies(samples: list[dict]) -> dict[str, list[float | None]]:
@@ -145,6 +154,7 @@ def seed_values(line: dict) -> dict[str, float]:
     """All that is known of a unit, as one number each. speed: the mean of the probe's row over RFT, from the
     end of SFT on."""
     values = {metric: mean(games) for metric, games in line["values"].items()} | (line.get("levels") or {})
+    values |= line.get("updates") or {}
     replies = line.get("belief followed", []) + line.get("links chosen", [])
     values |= dict(zip(REPLIES, replies, strict=False))
     for who, rule in line.get("rule", {}).items():
@@ -242,6 +252,13 @@ def rows_of_levels(values: Values) -> Rows:
             yield [name, *(cell(of_arm[metric]) for metric in (*LEVELS, *REPLIES))]
 
 
+def rows_of_updates(values: Values) -> Rows:
+    yield ["arm", *UPDATES]
+    for name, of_arm in values.items():
+        if known(of_arm["clip_fraction"]).size:
+            yield [name, *(cell(of_arm[metric]) for metric in UPDATES)]
+
+
 def rows_of_rules(values: Values) -> Rows:
     """The thresholds are listed seed by seed, since their mean says little."""
     yield ["arm", *(f"{told}: threshold, share explained" for told in RULES.values())]
@@ -285,6 +302,7 @@ def write(results: Path, planned: dict[str, int]) -> str:
         compared |= {f"{reference} - {name}": row for name, row in rows.items()}
     sections["What RFT adds to its SFT stage"] = markdown(rows_of_added(values))
     sections["The two levels"] = markdown(rows_of_levels(values))
+    sections["How far the updates go"] = markdown(rows_of_updates(values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
     for line in lines:
         if line["arm"].startswith("tompo") and line.get("groups"):

@@ -74,6 +74,15 @@ def test_levels_by_hand():
     assert study_report.levels_of(idle)["correlation"] is None and study_report.levels_of([]) is None
 
 
+def test_updates_by_hand():
+    """Steps without a live group have no values, and runs with --beta 0 no KL."""
+    names = study_report.UPDATES
+    steps = [dict(zip(names, v, strict=True)) for v in ((0.1, 0.02, 0.5, None), (0.3, 0.04, 0.2, None))]
+    updates = study_report.updates_of([*steps, dict.fromkeys(names)])
+    assert updates == dict(zip(names, (0.2, pytest.approx(0.03), 0.5, None), strict=True))
+    assert study_report.updates_of([]) == dict.fromkeys(names)
+
+
 def test_a_dozen_groups_by_hand():
     def reply(game, row, A, kind="G", compliance=0.5):
         text = f"Decision: {row}" if compliance > 0 else "I link with all"
