@@ -210,7 +210,9 @@ def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
         line["levels"] = study_report.levels_of(samples)
         line["updates"] = study_report.updates_of(metrics)
         line |= study_report.graph_replies(samples)
-        line["rule"] = study_report.rules_of(samples, read_prompts(run))
+        asked = read_prompts(run)
+        line["efforts"] = study_report.efforts_of(samples, asked)
+        line["rule"] = study_report.rules_of(samples, asked)
         line |= {"groups": study_report.a_dozen(samples)} if seed == 0 else {}
     return rounded(line, 4)
 

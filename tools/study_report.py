@@ -33,8 +33,10 @@ REFERENCE = {"seats": "seat 0", "SFT alone": None}  # else the family's own tomp
 ADDED = ("s", "row", "U2", "belief")
 LEVELS = ("A_S idle", "A_G idle", "memory the same", "correlation", "signs differ")
 UPDATES = ("clip_fraction", "approx_kl", "max_ratio_error", "kl")
+COMMON = ("efforts, first quarter", "efforts, last quarter")
 REPLIES = "belief followed, first quarter", "last quarter", "links chosen, first quarter", "last", "expert"
 RULES = {"expert": "the expert", "sft": "SFT (first step)", "final": "last quarter of RFT"}
+PLACE = itemgetter("game", "stage", "seat")  # of a line of samples.jsonl
 NOTE = "In brackets 95 % t intervals; p by sign flips, after Holm in round brackets."
 Rows = Iterator[list[str]]
 Values = dict[str, dict[str, np.ndarray]]  # [arm][metric]: by seed, nan where it is not known
@@ -117,14 +119,32 @@ def graph_replies(samples: list[dict]) -> dict[str, list[float | None]]:
     return {"belief followed": [followed(first), followed(last)], "links chosen": chosen}
 
 
+def efforts_of(samples: list[dict], asked: dict[tuple, tuple[Target, list]]) -> dict[str, float | None]:
+    """Where the compliant effort replies stand in the first and in the last quarter of the steps: 0 where
+    they are best for the agent itself, 1 where they are best for the welfare, as the others play (the sum of
+    the distances from the former, over the sum of the distances between the two). asked: of read_prompts."""
+
+    def place(part):
+        moved = apart = 0.0
+        for s in part:
+            if s["kind"] == "E" and s["compliance"] > 0 and PLACE(s) in asked:
+                target, _ = asked[PLACE(s)]
+                links_NN, efforts_N = target.state.links, target.actions
+                own = target.game.best_response(links_NN, efforts_N)[target.seat]
+                moved += float(last_line(s["reply"], "Decision:")) - own
+                apart += target.game.planner_response(links_NN, efforts_N)[target.seat] - own
+        return moved / apart if apart > 1e-9 else None
+
+    return dict(zip(COMMON, map(place, outer_quarters(samples)), strict=True))
+
+
 def rules_of(samples: list[dict], asked: dict[tuple, tuple[Target, list]]) -> dict[str, list | None]:
     """(t, share): the best rule of the kind "link iff the worked number is at least t", and the share of the
     choices that it explains: of the expert, of the SFT policy, and of the last quarter of RFT. asked: of
     read_prompts."""
-    places = itemgetter("game", "stage", "seat")
 
     def rule(part, author="reply"):
-        decisions = [(asked[places(s)][0], s[author]) for s in part if places(s) in asked]
+        decisions = [(asked[PLACE(s)][0], s[author]) for s in part if PLACE(s) in asked]
         best = best_threshold(choices_of((target.state, target.seat, text) for target, text in decisions))
         return best and [best["t"], best["agreed"]]
 
@@ -154,7 +174,7 @@ def seed_values(line: dict) -> dict[str, float]:
     """All that is known of a unit, as one number each. speed: the mean of the probe's row over RFT, from the
     end of SFT on."""
     values = {metric: mean(games) for metric, games in line["values"].items()} | (line.get("levels") or {})
-    values |= line.get("updates") or {}
+    values |= line.get("updates", {}) | line.get("efforts", {})
     replies = line.get("belief followed", []) + line.get("links chosen", [])
     values |= dict(zip(REPLIES, replies, strict=False))
     for who, rule in line.get("rule", {}).items():
@@ -253,10 +273,10 @@ def rows_of_levels(values: Values) -> Rows:
 
 
 def rows_of_updates(values: Values) -> Rows:
-    yield ["arm", *UPDATES]
+    yield ["arm", *UPDATES, *COMMON]
     for name, of_arm in values.items():
         if known(of_arm["clip_fraction"]).size:
-            yield [name, *(cell(of_arm[metric]) for metric in UPDATES)]
+            yield [name, *(cell(of_arm[metric]) for metric in (*UPDATES, *COMMON))]
 
 
 def rows_of_rules(values: Values) -> Rows:
@@ -302,7 +322,8 @@ def write(results: Path, planned: dict[str, int]) -> str:
         compared |= {f"{reference} - {name}": row for name, row in rows.items()}
     sections["What RFT adds to its SFT stage"] = markdown(rows_of_added(values))
     sections["The two levels"] = markdown(rows_of_levels(values))
-    sections["How far the updates go"] = markdown(rows_of_updates(values))
+    title = "How far the updates go, and the efforts from own payoff (0) to welfare (1)"
+    sections[title] = markdown(rows_of_updates(values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
     for line in lines:
         if line["arm"].startswith("tompo") and line.get("groups"):

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from whole_runs import lines_of
@@ -81,6 +82,21 @@ def test_updates_by_hand():
     updates = study_report.updates_of([*steps, dict.fromkeys(names)])
     assert updates == dict(zip(names, (0.2, pytest.approx(0.03), 0.5, None), strict=True))
     assert study_report.updates_of([]) == dict.fromkeys(names)
+
+
+def test_efforts_between_own_payoff_and_welfare_by_hand():
+    """Two linked agents with alpha 1, delta 0.1: agent 0 answers an effort of 2 best with 1.2, and 1.4 is
+    best for both. The other one has no prompt, and in the middle quarters nobody is asked."""
+    state = State(BCZ((1.0, 1.0), 0.1, 0.1, 3.0)).step([[0, 1], [1, 0]])
+    asked = {(0, 0, 0): (Target(state, 0, np.array([1.0, 2.0])), [])}
+
+    def reply(step, effort, compliance=0.5, game=0):
+        return sample(step, game, "E", compliance, f"Decision: {effort}")
+
+    first = [reply(0, 1.2), reply(1, 1.3), reply(0, 9, -0.5), reply(0, 2, game=1)]
+    efforts = study_report.efforts_of([*first, reply(4, 2), reply(7, 1.5)], asked)
+    assert efforts == pytest.approx(dict(zip(study_report.COMMON, (0.25, 1.5), strict=True)))
+    assert study_report.efforts_of([], asked) == dict.fromkeys(study_report.COMMON)
 
 
 def test_a_dozen_groups_by_hand():
