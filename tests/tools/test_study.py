@@ -13,7 +13,7 @@ from whole_runs import lines_of
 import settings
 from games import State
 from rewards import Target
-from tools import study, study_report
+from tools import study, study_figures, study_report
 from tools.page import learned
 from tools.study import ARMS, Arm, commands, parsers, part
 from world.bcz import BCZ
@@ -224,7 +224,7 @@ def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypa
         return {metric: {"mean": mean, "n": n} | known for metric in ("row", "U2", "U1 x U3")}
 
     arms = {"a": row(8, -0.1, 0.05), "b": row(2, -0.9, 3.0), "c": row(2, 0.0, 0.5), "d": row(1, -0.1, None)}
-    study_report.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
+    study_figures.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
     axis = drawn[0].axes[0]
     marks = {m: [line.get_ydata()[0] for line in axis.lines if line.get_marker() == m] for m in "s<>"}
     assert axis.get_xlim() == pytest.approx((0.042, 0.158))

@@ -1,0 +1,73 @@
+"""The two figures of a study: differences between its arms, and the probe during RFT."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from play.intervals import mean_interval
+
+
+def picture(path: Path, height: float, metrics: tuple[str, ...]) -> Iterator[tuple]:
+    """Three axes beside one another, to draw on, each with its metric; at the end, the picture is written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, height), layout="constrained")
+    yield from zip(figure.subplots(1, 3), metrics, strict=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_forest(compared: dict[str, dict[str, dict]], path: Path) -> None:
+    """The reference of every arm minus the arm. compared: {"reference - arm": a row of `compare`, which has
+    the arm minus the reference}. Arms of two seeds, whose intervals are wide, do not set the scale: an
+    interval that leaves the picture ends in an arrow."""
+    rows = list(reversed(compared.values()))
+    seeds = [max(test.get("n", 0) for test in row.values()) for row in rows]
+    labels = [f"{name}, {n} seeds" for name, n in zip(reversed(compared), seeds, strict=True)]
+    for axis, metric in picture(path, 1.2 + 0.26 * max(4, len(rows)), ("row", "U2", "U1 x U3")):
+        tests = {y: row[metric] for y, row in enumerate(rows) if metric in row}
+        ends = {y: [-t[e] for e in ("high", "mean", "low") if t[e] is not None] for y, t in tests.items()}
+        scale = [x for y, own in ends.items() for x in own if tests[y]["n"] > 2] or sum(ends.values(), [0.0])
+        margin = 0.08 * (max(scale) - min(scale) or 1)
+        left, right = min(scale) - margin, max(scale) + margin
+        for y, own in ends.items():
+            look = dict(color="k" if tests[y]["n"] > 2 else "0.6", markersize=4, linewidth=1)
+            look |= dict(clip_on=False, in_layout=False)
+            axis.plot(np.clip(own, left, right), [y] * len(own), "-", **look)
+            for end, mark, beyond in ((left, "<", min(own) < left), (right, ">", max(own) > right)):
+                if beyond:
+                    axis.plot(end, y, mark, **look)
+            mean = -tests[y]["mean"]
+            if left <= mean <= right:
+                axis.plot(mean, y, "s", **look)
+            else:
+                side = dict(x=right, ha="right") if mean > right else dict(x=left, ha="left")
+                axis.text(y=y, s=f"  {mean:+.2f}  ", va="bottom", fontsize=7, in_layout=False, **side)
+        axis.axvline(0, color="C7", linewidth=1)
+        axis.set(title=f"{metric}: difference", yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
+        axis.set_xlim(left, right)
+        axis.set_yticklabels(labels if metric == "row" else [], fontsize=8)
+        axis.locator_params(axis="x", nbins=5)
+        axis.grid(axis="x", alpha=0.3)
+
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """The probe of ToMPO and GRPO during RFT, in the seeds that both have: the mean and a 95 % t interval as
+    a band. The interval of two seeds would be as wide as the picture and is left out."""
+    styles = {"tompo": "C0-o", "grpo": "C1--o"}
+    probes = {name: {s["seed"]: s.get("probe") or [] for s in lines if s["arm"] == name} for name in styles}
+    probes = {name: by_seed for name, by_seed in probes.items() if by_seed}
+    seeds = set.intersection(*map(set, probes.values())) if probes else set()
+    for axis, metric in picture(path, 3.6, ("row", "U2", "belief")):
+        for name, probe in probes.items():
+            entries = [entry for seed in seeds for entry in probe[seed]]
+            steps = sorted({entry["step"] for entry in entries})
+            at = [mean_interval(e[metric] for e in entries if e["step"] == step) for step in steps]
+            mean, low, high = ([interval[end] for interval in at] for end in ("mean", "low", "high"))
+            axis.plot(steps, mean, styles[name], label=f"{name}, {len(seeds)} seeds", markersize=3)
+            if len(seeds) > 2:
+                axis.fill_between(steps, low, high, color=styles[name][:2], alpha=0.15, linewidth=0)
+        axis.set(title=f"Probe, {metric}", xlabel="step of RFT")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
