@@ -95,9 +95,9 @@ def levels_of(samples: list[dict]) -> dict[str, float | None] | None:
 def updates_of(metrics: list[dict]) -> dict[str, float | None]:
     """How far the updates of a run go, from its metrics.jsonl: means over the steps, but of |rho - 1| the
     largest. With several inner epochs they are those of each step's last pass over its samples."""
-    known = {name: [s[name] for s in metrics if s.get(name) is not None] for name in UPDATES}
-    means = {name: mean(values) for name, values in known.items()}
-    return means | {"max_ratio_error": max(known["max_ratio_error"], default=None)}
+    means = {name: mean(step.get(name) for step in metrics) for name in UPDATES}
+    errors = [step["max_ratio_error"] for step in metrics if step["max_ratio_error"] is not None]
+    return means | {"max_ratio_error": max(errors, default=None)}
 
 
 def graph_replies(samples: list[dict]) -> dict[str, list[float | None]]:

@@ -86,7 +86,7 @@ def test_updates_by_hand():
 
 def test_efforts_between_own_payoff_and_welfare_by_hand():
     """Two linked agents with alpha 1, delta 0.1: agent 0 answers an effort of 2 best with 1.2, and 1.4 is
-    best for both. The other one has no prompt, and in the middle quarters nobody is asked."""
+    best for both. Another game has no prompt, and replies of the middle quarters do not count."""
     state = State(BCZ((1.0, 1.0), 0.1, 0.1, 3.0)).step([[0, 1], [1, 0]])
     asked = {(0, 0, 0): (Target(state, 0, np.array([1.0, 2.0])), [])}
 
