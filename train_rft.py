@@ -83,10 +83,13 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         live = [(q, group) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
         weigh([o for _, group in live for o in group], cfg.aggregation, limit)
         # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
+        parts = list(batches(policy, live, cfg.micro_batch))
+        refs: list[Tensor | None] = [None] * len(parts)  # log pi_ref, which no inner epoch changes
+        if cfg.beta:
+            refs = [torch.cat(policy.reference_logps(*b.texts, cfg.temperature)) for b in parts]
         for _ in range(cfg.inner_epochs):
             passes = []  # for the log
-            for b in batches(policy, live, cfg.micro_batch):
-                ref_T = torch.cat(policy.reference_logps(*b.texts, cfg.temperature)) if cfg.beta else None
+            for b, ref_T in zip(parts, refs, strict=True):
                 logp_T = torch.cat(policy.token_logps(*b.texts, cfg.temperature))
                 rho_T = cfg.ratio(logp_T - b.old_T, b.lengths).exp()  # pi_theta / pi_old
                 J_T = cfg.loss(rho_T, logp_T, b.A_T, *cfg.clip)  # min(rho A, clip(rho, 1-eps, 1+eps) A)
