@@ -71,7 +71,7 @@ ONE_GRAPH = f"{ALL_SEATS} --reward-from joint --prompts 2 2"
 in_one_graph = partial(Arm, family="where it may act, one graph", evaluation="--seat all")
 STAKES = f"{ALL_SEATS} --reward-from game"  # own payoff and welfare, in all seats: the levels disagree
 in_stakes = partial(Arm, family="own stake and common good", evaluation="--seat all")
-REUSED = "--steps 10 --inner-epochs 4"  # half the replies, twice the updates: rho leaves 1, the clip acts
+REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)
 TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}", 3) for rate in (0, 0.25, 0.75, 0.9, 1)),
@@ -93,8 +93,8 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     Arm("Dr. GRPO", "objective", DR_GRPO),  # with a KL term, which its paper does without
     Arm("Dr. GRPO, beta 0", "objective", f"{DR_GRPO} --beta 0"),
     Arm("RLOO", "objective", "--algo grpo --objective advantage=loo"),
-    in_epochs("10 steps", flags="--steps 10"),
-    in_epochs("10 steps, 4 epochs", flags=REUSED),
+    in_epochs("5 steps", flags="--steps 5"),
+    in_epochs("5 steps, 4 epochs", flags=REUSED),
     in_epochs("4 epochs, no clip", flags=f"{REUSED} --clip-eps 1000"),
     in_epochs("4 epochs, cispo", flags=f"{REUSED} --objective loss=cispo"),
     in_epochs("4 epochs, sequence ratio", flags=f"{REUSED} --objective ratio=sequence"),

@@ -31,7 +31,7 @@ SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
 LOG = "log(U1 x U3)"
 # By family; else its own tompo, or tompo. None: nothing.
-REFERENCE = {"seats": "seat 0", "SFT alone": None, "inner epochs": "10 steps, 4 epochs"}
+REFERENCE = {"seats": "seat 0", "SFT alone": None, "inner epochs": "5 steps, 4 epochs"}
 ADDED = ("s", "row", "U2", "belief")
 LEVELS = ("A_S idle", "A_G idle", "memory the same", "correlation", "signs differ")
 UPDATES = ("clip_fraction", "approx_kl", "max_ratio_error", "kl")
