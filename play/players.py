@@ -28,7 +28,7 @@ from prompts import PromptStyle, format_reply, messages, parse_reply
 from run import ranks
 from run.errors import InputError
 from run.seeds import Stream, numpy_generator, torch_generator
-from world.draws import Family, draw_game, split_of
+from world.draws import Family, draw_game, held_out_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +128,8 @@ def expert_examples(
     rng, chats = numpy_generator(seed, 0, 0, 0, 2), []
     for _ in range(count):
         game = draw_game(rng, N, "train", family)
-        if split_of(game) != "train":
-            raise InputError("few-shot games would be the evaluated one: the flags leave but one instance")
+        if game.key in {evaluated.key for evaluated in held_out_grid(N, family)}:
+            raise InputError("few-shot games would be evaluated ones: the flags leave no other instances")
         seat = int(rng.integers(N))
         own = [r for r in expert_games.simulate([(0, game, rng)], expert, style) if r.seat == seat]
         turns = [(r.prompt[-1], {"role": "assistant", "content": r.label}) for r in own]

@@ -104,8 +104,8 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
 
 
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:
-    """One random instance of a split, `train` or `held-out`. No instance is ever drawn in both splits, in any
-    order of seats or with any stages, except one whose numbers are all given by flags. Raises GameError."""
+    """One random instance of a split, `train` or `held-out`. No instance of a family is drawn in both splits,
+    in any order of seats or with any stages, except where flags give all its numbers. Raises GameError."""
     nothing_drawn = family.types and len(family.fixed) == len(family.rules.fixable)
     for _ in range(10_000):
         types_N = np.ones(N)
@@ -113,7 +113,7 @@ def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Fa
             pattern = family.patterns[rng.integers(len(family.patterns))]
             types_N = rng.permutation(types_of(pattern, N, family.game))
         game = family.make(types_N, *(rng.uniform(*bounds) for bounds in family.rules.ranges))
-        if nothing_drawn or split_of(game) == split:
+        if nothing_drawn or split_of(game, family) == split:
             return game
     raise GameError(
         f"the given parameters leave no {split} instance of {family.label} to draw; give fewer of them"
@@ -144,12 +144,17 @@ def held_out_games(families: Iterable[Family], N: int, count: int) -> list[Game]
 
 
 @lru_cache
-def _grid_keys(N: int, game: str) -> frozenset[str]:
-    return frozenset(game.key for game in held_out_grid(N, Family(game)))
+def _grid_keys(N: int, family: Family) -> frozenset[str]:
+    """The instances of a family's grid, but none where --fix leaves only the types to be drawn: then the
+    grid is all that there is."""
+    grid = held_out_grid(N, family)
+    keys, types = {game.key for game in grid}, {tuple(sorted(game.types)) for game in grid}
+    return frozenset(keys if not family.fixed or len(keys) > len(types) else ())
 
 
-def split_of(game: Game) -> str:
-    """`held-out` or `train`. Held out are the whole grid and, by a hash of the instance, a tenth of all
-    instances."""
-    held_out = game.key in _grid_keys(game.N, game.name) or zlib.crc32(game.key.encode()) % 10 == 0
+def split_of(game: Game, family: Family | None = None) -> str:
+    """`held-out` or `train`. Held out are the whole grid of the game, that of its family where flags make it
+    another one, and, by a hash of the instance, a tenth of all instances."""
+    grids = _grid_keys(game.N, Family(game.name)), _grid_keys(game.N, family or Family(game.name))
+    held_out = any(game.key in keys for keys in grids) or zlib.crc32(game.key.encode()) % 10 == 0
     return "held-out" if held_out else "train"

@@ -19,6 +19,7 @@ from play.players import Ask, expert_examples, play_tables, policy_player, with_
 from play.report import summarise
 from prompts import PromptStyle, Reply, messages, parse_reply, read_reply
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
+from run.errors import InputError
 from run.seeds import torch_generator
 from world.draws import Family, draw_game, held_out_grid, split_of
 
@@ -242,6 +243,12 @@ def test_examples_are_training_games_and_compliant(family, N, monkeypatch):
     assert expert_examples(3, family, N, second_best, STYLE, 0) == chats
     assert expert_examples(2, family, N, second_best, STYLE, 0) == chats[:2]
     assert expert_examples(3, family, N, second_best, STYLE, 1) != chats
+
+
+def test_no_example_is_an_evaluated_game():
+    family = Family(fixed=(("delta", 0.07), ("c", 0.1)))  # only the types are drawn
+    with pytest.raises(InputError, match="few-shot games would be evaluated ones"):
+        expert_examples(1, family, 4, NASH, STYLE, 0)
 
 
 @pytest.mark.parametrize("hints", [True, False])

@@ -124,6 +124,32 @@ def test_with_a_fixed_cost_games_of_the_grid_may_differ_in_the_order_of_seats_al
     ) == 35
 
 
+FIXED = {
+    "c": Family(fixed=(("c", 0.12),), fee=1.0, rounds=3),  # that of --preset others
+    "types": Family(types=(1.0, 2.0, 2.0, 3.0)),
+    "both": Family(types=(1.5,), fixed=(("delta", 0.07),)),
+    "pgg": Family("pgg", fixed=(("c", 3.0),)),
+}
+
+
+@pytest.mark.parametrize("family", FIXED.values(), ids=FIXED)
+def test_the_grid_that_flags_make_is_held_out_too(family):
+    """For most of these instances the hash alone would not do it."""
+    grid = {game.key for game in held_out_grid(4, family)}
+    rng = np.random.default_rng(66)
+    assert not grid & {draw_game(rng, 4, "train", family).key for _ in range(600)}
+    assert any(split_of(game) == "train" for game in held_out_grid(4, family))
+    assert all(split_of(game, family) == "held-out" for game in held_out_grid(4, family))
+
+
+def test_where_only_the_types_are_drawn_the_grid_is_all_that_there_is():
+    fixed = {"bcz": (("delta", 0.07), ("c", 0.1)), "pgg": (("r", 1.2), ("c", 3.0))}
+    for family in (Family(game, fixed=values) for game, values in fixed.items()):
+        grid, rng = {game.key for game in held_out_grid(4, family)}, np.random.default_rng(67)
+        drawn = {draw_game(rng, 4, "train", family).key for _ in range(100)}
+        assert drawn <= grid and len(drawn) > 1
+
+
 @pytest.mark.parametrize("N", range(4, 9))
 def test_held_out_grid(N):
     family = Family("bcz", "GGE", 2)
