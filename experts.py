@@ -7,10 +7,10 @@ before, which only language models look at. The exact ones need no model:
                   economics the second best is the highest welfare that is possible when agents still choose
                   their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-    nash          the complete graph, from which links that cost one end more than they earn it are dropped
-                  until none is left to drop; Nash efforts
-    myopic        best response to the last round; in round 1 it assumes that everybody consents to every
-                  link and plays effort alpha
+    nash          the complete graph without every link that costs one of its ends more than it earns it,
+                  repeated until no such link is left; Nash efforts
+    myopic        best response to the latest proposals, graph and efforts; where there are none yet, it
+                  assumes that everybody consents to every link and plays effort alpha (PGG: the endowment)
     selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
     reciprocal    proposes to whoever proposed to it in the last stage of links, first to all; Nash efforts

@@ -12,7 +12,7 @@ is merged into the base first; only then is "adapter off" the SFT policy and not
     inject(model, config, generator)             new adapter on a frozen base
     with adapter_off(model): ...                 pi_ref
     merge(model)                                 W += scaling * B A, and the layer is unwrapped
-    lora_layers, lora_parameters                 the layers; all A and B (by name: models/adapters.py)
+    lora_layers, lora_parameters                 its layers by module path; all A and B, for the optimizer
 
 Below fp32 `merge` keeps the wrapper and freezes A and B instead, because the rounded sum would lose most of
 the adapter.

@@ -6,7 +6,7 @@ same methods; the tests hold the two together. Sampling and scoring use the same
 softmax(logits / temperature) in fp32, no top-k, no top-p, no dropout.
 
 Dimensions: P prompts, M replies to a prompt, S the longest reply in tokens, V vocabulary, B sequences in a
-pass, T tokens of a reply.
+pass, L the longest prompt with its reply, T tokens of a reply.
 """
 
 import torch

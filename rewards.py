@@ -3,15 +3,16 @@
 [source] is fixed by the paper (arXiv 2509.21134), [choice] by this project. The experts of all agents propose
 P_expert at q, which forms G_expert. For reply i of the group:
 
-    compliance   +0.5 if the reply is compliant, else -0.5 and every other term is 0                [source]
+    compliance   +0.5 if the reply is compliant; else -0.5, and likeness, s and bonuses are 0       [source]
     likeness, links:    F1(row_i, expert row) + accuracy(row_i, expert row)                         [source]
     likeness, efforts:  2 max(0, 1 - |x_i - x_expert| / max(x_expert, 0.05 cap))                    [choice]
     sample level: r^S_i = compliance + likeness + the optional terms below, each times its weight
     graph level, links only:
         G_i = form(P_expert with the agent's row := row_i)                                          [source]
         s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                 [source]
-        or, with `welfare`, s_i = max(0, W(G_i)) / W(efficient graph), both at Nash efforts; in PGG,
-        where those are mostly 0 and the empty graph would score best, at planner efforts           [choice]
+        or, with `welfare`, s_i = max(0, W(G_i) - fees of unanswered proposals) / W(efficient graph), both
+        at Nash efforts; in PGG, where those are mostly 0 and the empty graph would score best, at planner
+        efforts                                                                                     [choice]
         R^G_i = s_i + (w_local if s_i is the largest of the group)
                     + (w_global if s_i reaches the best so far of this game instance: 0 at first, see Memory)
                                   [source: the terms; choice: that they are added, w_local = w_global = 0.5]
@@ -20,9 +21,9 @@ The paper calls the two bonuses prompt_best and memory_best and does not say whe
 subtracted as baselines. They are added here: a baseline that does not depend on the sampled reply leaves
 the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
 
-To add a term, write a function (sample, target) -> float, which sees the reply's text and the decision,
-and put it into TERMS; `--weights NAME=WEIGHT` switches it on, and it is logged under its name. Other reward
-functions: variants/credit.py and variants/joint.py.
+To add a term, write a function (sample, target) -> float, which sees the reply's text and the decision (None
+where the reply is not compliant), and put it into TERMS; `--weights NAME=WEIGHT` switches it on, and it is
+logged under its name. Other reward functions: variants/.
 """
 
 from collections.abc import Callable
@@ -67,9 +68,10 @@ class Target:
 
 @dataclass
 class Sample:
-    """One sampled reply to a prompt, and what training makes of it. (The game does not go on from it.)
-    decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
-    name, A^S and A^G too; advantage: A_i; weight: w_i, that of each of its tokens in J."""
+    """One sampled reply to a prompt, and what training makes of it. (It is only rewarded: the recorded game
+    continues with what was played there.) decision: what the strict parser reads in the reply, None if it is
+    not compliant; rewards: every term by name and, for the log, A^S and A^G; advantage: A_i; weight: w_i,
+    that of each of its tokens in J."""
 
     reply: Reply
     decision: Decision | None
@@ -117,8 +119,8 @@ def belief_accuracy(decision: Decision | None, target: Target) -> float | None:
     return 0.0 if belief_N is None else target.kind.belief_accuracy(belief_N, target)
 
 
-# Optional terms of r^S, for both kinds of decisions, and their weights, which --weights changes. A term that
-# WEIGHTS does not name has weight 0.
+# Optional terms of r^S, for both kinds of decisions. WEIGHTS, which --weights changes, holds their weights (0
+# for a term that it does not name) and those of the two bonuses of R^G.
 TERMS: dict[str, Callable[[Sample, Target], float | None]] = {
     "belief": lambda sample, target: belief_accuracy(sample.decision, target),
 }
@@ -158,8 +160,8 @@ def welfare(decision: Decision | None, target: Target) -> float | None:
 
 
 class Memory:
-    """The best graph score so far of every game instance, by its key. `best` is the dictionary that is
-    given."""
+    """The best graph score so far of every game instance. best: the scores by key; the caller may pass a
+    dictionary that it saves."""
 
     def __init__(self, best: dict[str, float] | None = None):
         self.best = {} if best is None else best
@@ -192,8 +194,9 @@ def group_rewards(
     scores: list[float | None],
 ) -> None:
     """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness alone, or what
-    replaces it), the optional ones by name, and `r_S`, their weighted sum; with a graph level also `s`,
-    `local`, `global`, `R_G`. likenesses, scores: what `sample` and `s` become for each reply."""
+    replaces it), the optional ones by name, and `r_S`: the first two, and the others times their weights;
+    with a graph level also `s`, `local`, `global`, `R_G`. likenesses, scores: what `sample` and `s` become
+    for each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
     for o, likeness_i, s in zip(group, likenesses, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}

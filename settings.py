@@ -1,9 +1,10 @@
-"""Settings: every flag of the scripts is defined, parsed and checked here, once, before anything is computed.
+"""Settings: the flags of training, and those that scripts share, are defined, parsed and checked here, once,
+before anything is computed. (eval.py and the tools add a few of their own.)
 
 The result is a small frozen dataclass for each group of flags. A flag is a field with its type, default and
 meaning (run/flags.py; docs/settings.md explains all of them). Where a flag is a name, a property or another
 field holds what it names, such as the expert. Functions below the scripts take one of these groups or single
-values; none of them sees the flags again. RUN/config.json holds the flags as they were given, so that a
+values; none of them reads flags. RUN/config.json holds the flags as they were given, so that a
 resumed run passes the same checks.
 """
 
@@ -52,7 +53,7 @@ class Model:
     title = "model"
     name: str = flag("--model", DEFAULT_MODEL, "Hugging Face id or folder of a causal chat model")
     dtype: str = flag(
-        "--dtype DTYPE", "float32", f"of frozen weights: {', '.join(DTYPES)}; auto: the faster", dtype_name
+        "--dtype DTYPE", "float32", f"of frozen weights: {', '.join(DTYPES)}; auto: see docs", dtype_name
     )
     engine: str = flag("--engine", "fast", "plain: policy.py itself, slow and short", choices=ENGINES)
     template: tuple[str, ...] | None = flag(
@@ -346,14 +347,14 @@ class Playing(Evaluation):
 
 @dataclass(frozen=True)
 class Run:
-    """Seeds, memory, saving. None of these changes the method."""
+    """Folder, preset, resuming, seed and memory."""
 
     title = "run"
     out: str = flag("--out", "runs/tompo", "the run folder")
     preset: str = flag("--preset", "small", "defaults (docs/settings.md)", choices=lambda: list(PRESETS))
     resume: str | None = flag("--resume RUN", None, "continue this run with its own settings")
     seed: int = flag("--seed", 0, "of data, adapters, order and sampling", values.seed_int)
-    micro_batch: int = flag("--micro-batch", 2, "rows per pass (memory, not maths)", values.positive_int)
+    micro_batch: int = flag("--micro-batch", 2, "packs per pass (memory, not maths)", values.positive_int)
 
 
 # The defaults, those of `small`, are for SmolLM2-135M on two CPU cores. The paper's values:

@@ -1,12 +1,13 @@
 """ToMPO (arXiv 2509.21134): the formulas of the advantages on two levels and of the clipped objective.
 
 Pure functions in the paper's symbols; train_rft.rft puts them together. Dimensions: M replies to a prompt (a
-group), T reply tokens.
+group), T the tokens of all replies of a pass.
 
     A^S_i = (r^S_i - mean) / (std + 1e-4)  within the group: sample level; this alone is GRPO
-    A^G_i = the same for R^G                               : graph level, decisions about links only
-    A_i   = w_sample A^S_i + w_graph A^G_i                   links, 0.8 / 0.2 [source]
-    A_i   = A^S_i                                            efforts
+    A^G_i = the same for R^G                               : graph level, where there is an R^G: for links
+                                                             (with --reward-from game for efforts, too)
+    A_i   = w_sample A^S_i + w_graph A^G_i                   where there is an R^G, 0.8 / 0.2 [source]
+    A_i   = A^S_i                                            elsewhere
 
     J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) - beta k3 ) ]
     E: the mean over the prompts of a step whose replies do not all have A = 0 [choice]
@@ -29,8 +30,8 @@ def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
 
 def mean_of_replies(lengths: list[int]) -> list[float]:
     """The weight of every token of each reply in J: the mean over replies of the mean over their tokens.
-    lengths: of all replies of an optimizer step, in tokens, so the gradient depends neither on --micro-batch
-    nor on the number of processes."""
+    lengths: the tokens of each reply of an optimizer step. All of them are counted, so the gradient depends
+    neither on --micro-batch nor on the number of processes."""
     return [1 / (len(lengths) * n) for n in lengths]
 
 

@@ -83,21 +83,18 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         live = [(q, group) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
         weigh([o for _, group in live for o in group], cfg.aggregation, limit)
         # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
-        parts = list(batches(policy, live, cfg.micro_batch))
-        refs: list[Tensor | None] = [None] * len(parts)  # log pi_ref, which no inner epoch changes
-        if cfg.beta:
-            refs = [torch.cat(policy.reference_logps(*b.texts, cfg.temperature)) for b in parts]
+        parts = list(batches(policy, live, cfg))
         for _ in range(cfg.inner_epochs):
             passes = []  # for the log
-            for b, ref_T in zip(parts, refs, strict=True):
+            for b in parts:
                 logp_T = torch.cat(policy.token_logps(*b.texts, cfg.temperature))
                 rho_T = cfg.ratio(logp_T - b.old_T, b.lengths).exp()  # pi_theta / pi_old
                 J_T = cfg.loss(rho_T, logp_T, b.A_T, *cfg.clip)  # min(rho A, clip(rho, 1-eps, 1+eps) A)
                 if cfg.beta:
-                    J_T = J_T - cfg.beta * cfg.kl(logp_T, ref_T)  # k3
+                    J_T = J_T - cfg.beta * cfg.kl(logp_T, b.ref_T)  # k3
                 loss = -(b.w_T * J_T).sum()
                 loss.backward()
-                measured = diagnostics(logp_T, b.old_T, ref_T, rho_T, b.A_T, *cfg.clip)
+                measured = diagnostics(logp_T, b.old_T, b.ref_T, rho_T, b.A_T, *cfg.clip)
                 passes.append({"loss": loss.item()} | measured)
             optimizer.param_groups[0]["lr"] = lr = learning_rate(step, cfg.steps, cfg.lr)
             norm = clip_gradient(optimizer, MAX_GRAD_NORM)  # of the sum over all processes
@@ -157,29 +154,32 @@ def weigh(samples: list[Sample], aggregation: Callable, limit: int) -> None:
 
 @dataclass
 class Batch:
-    """What one pass scores. texts: the token ids of its prompts, and those of all replies to each; lengths:
-    of the replies; old_T, A_T, w_T: log pi_old, A and w of every reply token, in the order of the
-    replies."""
+    """What one pass scores, a part of a step. texts: the token ids of its prompts, and those of all replies
+    to each; lengths: of the replies; old_T, A_T, w_T, ref_T: log pi_old, A, w, and log pi_ref (None with
+    --beta 0), of every reply token, in the order of the replies."""
 
     texts: tuple[list[list[int]], list[list[list[int]]]]
     lengths: list[int]
     old_T: Tensor
     A_T: Tensor
     w_T: Tensor
+    ref_T: Tensor | None
 
 
-def batches(policy: Policy, live: list[tuple[Prompt, list[Sample]]], size: int) -> Iterator[Batch]:
-    """The live groups, pass by pass; several processes share them. size: see Policy.batches."""
+def batches(policy: Policy, live: list[tuple[Prompt, list[Sample]]], cfg: RFT) -> Iterator[Batch]:
+    """The live groups, pass by pass; several processes share them."""
     own = [live[k] for k in ranks.share([q.conversation for q, _ in live])]
     ids, replies = [q.ids for q, _ in own], [[o.reply.ids for o in group] for _, group in own]
-    for indices in policy.batches(ids, replies, size):
+    for indices in policy.batches(ids, replies, cfg.micro_batch):
         samples = [o for i in indices for o in own[i][1]]
         lengths = torch.tensor([len(o.reply.ids) for o in samples])
         old_T = torch.tensor([logp for o in samples for logp in o.reply.logps])
         A_T = torch.tensor([o.advantage for o in samples]).repeat_interleave(lengths)
         w_T = torch.tensor([o.weight for o in samples]).repeat_interleave(lengths)
         texts = [ids[i] for i in indices], [replies[i] for i in indices]
-        yield Batch(texts, lengths.tolist(), *(values.to(policy.device) for values in (old_T, A_T, w_T)))
+        old_T, A_T, w_T = (values.to(policy.device) for values in (old_T, A_T, w_T))
+        ref_T = torch.cat(policy.reference_logps(*texts, cfg.temperature)) if cfg.beta else None
+        yield Batch(texts, lengths.tolist(), old_T, A_T, w_T, ref_T)
 
 
 # -------------------- the run

@@ -59,14 +59,13 @@ def page(settings: flags.Settings) -> str:
             break
     note_advantages(groups, [A], A_S, A_G)
     weigh(group, cfg.aggregation, limit)
-    (batch,) = batches(policy, [(q, group)], 1)
+    (batch,) = batches(policy, [(q, group)], cfg)
 
     def objective():
         """J of every token, rho and k3, (T,) each."""
         logp_T = torch.cat(policy.token_logps(*batch.texts))
-        ref_T = torch.cat(policy.reference_logps(*batch.texts))
         rho_T = cfg.ratio(logp_T - batch.old_T, batch.lengths).exp()
-        clipped_T, k3_T = cfg.loss(rho_T, logp_T, batch.A_T, *cfg.clip), tompo.k3(logp_T, ref_T)
+        clipped_T, k3_T = cfg.loss(rho_T, logp_T, batch.A_T, *cfg.clip), tompo.k3(logp_T, batch.ref_T)
         return clipped_T - cfg.beta * k3_T, rho_T, clipped_T, k3_T, logp_T
 
     def mean_of_replies(values_T):
@@ -115,7 +114,7 @@ def page(settings: flags.Settings) -> str:
     return f"""# One step of RFT in numbers
 
 This page follows one prompt through one step: from the text that the model reads to the gradient and what
-it changes. It was written by `python -m docs.one_step` (seed {seed}) with the SFT stage of the default run;
+it changes. It was written by `python -m docs.one_step --sft-adapter runs/tompo/sft/adapter` (seed {seed});
 every number comes from the functions that `train_rft.py` calls, and a test recomputes the page from its
 tables. The prompt is the first one for which both levels differ between the replies and all replies are
 compliant. A first step of the default run has ten prompts, and a third of the learning rate that is used

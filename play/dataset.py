@@ -151,7 +151,7 @@ def with_label_noise(
 
 
 def targets(records: list[Record], wanted: list[Record]) -> list[tuple[Record, Target]]:
-    """The wanted ones of the records, each with the state in which the decision is taken and what the
+    """The records in `wanted`, each with the state in which the decision is taken and what the
     experts of all agents do there, sorted by game, stage and seat. InputError: the records lack seats or
     stages."""
     places = {(r.game, r.stage, r.seat) for r in wanted}
@@ -206,7 +206,7 @@ def make_prompts(
     counts: dict[str, int],
     style: PromptStyle,
 ) -> list[list[Prompt]]:
-    """The pool from which RFT draws: the trained ones of the records, in a list for each conversation.
+    """The pool from which RFT draws: the records in `trained`, grouped by conversation.
     policy: None if others turn the prompts into tokens; counts: how many decisions of each kind a step needs.
     Raises InputError if a game lacks one of these kinds, or the model's context or --think is too short."""
     for letter, count in counts.items():
@@ -240,7 +240,7 @@ def next_batch(
     seed: int,
     order: list[int] | None = None,
 ) -> list[Prompt]:
-    """The prompts of a step: so many decisions of each kind, from the same conversations where possible,
+    """The prompts of a step: `counts` decisions of each kind, from the same conversations where possible,
     since these share tokens. An epoch goes through all conversations; order: of these, if given."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
     order = order or shuffled(len(pool), max(counts.values()), step, seed, Stream.RFT_ORDER)

@@ -4,8 +4,9 @@ Each metric is a function of a Turn (one decision of the policy) or of an Episod
 them, and a new one is one entry there. They are a [choice] where the paper only names them; docs/settings.md
 explains them at length. A reply that is not compliant plays no links or effort 0, which U2 and U3 measure; in
 s, row and belief it counts as 0. Where a metric does not exist, as s for efforts, it is None and left out of
-means. The unit of analysis is the game instance: means over instances with 95 % t intervals. Where the policy
-sits in several seats, the value of a game is the mean over its seats.
+means. The unit of analysis is the game instance: means over instances with 95 % t intervals (U1: the
+share of decisions, with a Wilson interval). Where the policy sits in several seats, the value of a game is
+the mean over its seats.
 """
 
 from collections.abc import Callable

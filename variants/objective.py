@@ -69,7 +69,8 @@ LOSSES = {"clip": lambda rho_T, logp_T, A_T, low, high: clipped(rho_T, A_T, low,
 # (log pi_theta - log pi_old, lengths of the replies) -> log rho, (T,).
 RATIOS = {"token": lambda log_ratio_T, lengths: log_ratio_T, "sequence": sequence_mean}
 # (log pi, log pi_ref) -> (T,). Schulman, "Approximating KL divergence" (2020). At rho = 1 the gradient of k2
-# is in expectation that of KL(pi, pi_ref), and that of his k1, log pi - log pi_ref, is 0: it holds nothing.
+# is in expectation that of KL(pi, pi_ref). His k1, log pi - log pi_ref, is left out: the expectation of its
+# gradient is 0, so it would not keep pi near pi_ref.
 KL_ESTIMATORS = {"k3": k3, "k2": lambda logp_T, ref_logp_T: (logp_T - ref_logp_T) ** 2 / 2}
 TABLES: dict[str, dict[str, Callable]] = {
     "advantage": ADVANTAGES,

@@ -15,7 +15,8 @@ other; the planner chooses the efforts that maximise the welfare sum_i pi_i, whe
 
 rho(G) is the largest eigenvalue of G. Without this condition no efforts x >= 0 solve the equation; with the
 cap there is always exactly one solution. The efficient graph has the highest welfare of all graphs, at Nash
-or at planner efforts. In the code, `links_NN` is G and `efforts_N` is x.
+or at planner efforts. In the code, `links_NN` is G and `efforts_N` is x. (games.py has Game, the interface;
+prompts.py has Observation, what one seat knows.)
 """
 
 import json

@@ -65,13 +65,12 @@ def families_of(
 ) -> tuple[Family, ...]:
     """Every game with every string of stages; of `fixed` each game takes what it can fix, and `fee`. Raises
     GameError."""
-    fee = (fixed or {}).get("fee", 0.0)
-    families = []
+    fixed, families = fixed or {}, []
     for name in dict.fromkeys(games):
-        own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in (fixed or {}))
+        own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in fixed)
         for string in dict.fromkeys(stages):
             check_stages(string)
-            families.append(Family(name, string, rounds, patterns, types, own, fee))
+            families.append(Family(name, string, rounds, patterns, types, own, fixed.get("fee", 0.0)))
     return tuple(families)
 
 

@@ -13,8 +13,8 @@ r |C|^(b-1) / k_j is the return to i of a unit that j contributes. So
     Nash      x_i = e_i where the private return M_ii is above 1, else 0: a dominant strategy
     planner   x_j = e_j where the social return sum_i M_ij is above 1, else 0
 
-b = 0 is the textbook game. With the defaults, r = 1.25 and b = 0.5, contributing pays everybody together, and
-nobody alone.
+b = 0 is the textbook game. With b = 0.5 and r from 1.1 to 1.4, the defaults, contributing pays everybody
+together, and nobody alone.
 """
 
 import json
