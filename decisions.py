@@ -131,9 +131,6 @@ class Links(Kind):
             return None, "own position not 0"
         return np.array(entries, int), None
 
-    def write_belief(self, belief_N: np.ndarray) -> str:
-        return tell_short(belief_N)
-
     def allows_belief(self, belief_N: np.ndarray) -> bool:
         return bool(np.isin(belief_N, (0, 1)).all())
 

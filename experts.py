@@ -97,20 +97,20 @@ RULES = {
     "never-link": (lambda s: games.empty_graph(s.game.N), _nash),
     "reciprocal": (_reciprocal_proposals, _nash),
 }
-NAMES = (*RULES, "random")
 
 
 # -------------------- experts
 
 
 class Expert:
-    """A player. `language`: it is a language model, whose answers take time and may cost money."""
+    """A player, with a `__call__` or a `decide_all` of its own. `language`: it is a language model, whose
+    answers take time and may cost money."""
 
     name: str
     language = False
 
     def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
-        raise NotImplementedError
+        return self.decide_all([(state, seat, rng, past)])[0]
 
     def decide_all(self, calls: list[tuple]) -> list[Decision]:
         """The decisions of several calls (state, seat, rng, past), in order. A language model answers many
@@ -171,17 +171,11 @@ class Partners(Expert):
 
 
 class Noisy(Expert):
-    """An expert of whose decisions a share is replaced by `random`. rates: of several layers of noise, the
-    outermost first."""
+    """An expert of whose decisions a share, `rate`, is replaced by `random`."""
 
-    def __init__(self, inner: Expert, rates: list[float]):
-        self.inner, self.rates, self.language = inner, rates, inner.language
-        self.name = (
-            "".join("noisy:" for _ in rates) + inner.name + "".join(f":{r:g}" for r in reversed(rates))
-        )
-
-    def __call__(self, state: State, seat: int, rng: np.random.Generator, past=()) -> Decision:
-        return self.decide_all([(state, seat, rng, past)])[0]
+    def __init__(self, inner: Expert, rate: float):
+        self.inner, self.rate, self.language = inner, rate, inner.language
+        self.name = f"noisy:{inner.name}:{rate:g}"
 
     def decide_all(self, calls: list[tuple]) -> list[Decision]:
         """Draws call by call, in order. The questions that are left for a language model are asked together,
@@ -189,7 +183,7 @@ class Noisy(Expert):
         decisions: list[Decision | None] = []
         rest = []
         for state, seat, rng, past in calls:
-            if any(rng.random() < rate for rate in self.rates):
+            if rng.random() < self.rate:
                 decisions.append(state.kind.random(state.game, seat, rng))
             elif self.language:
                 decisions.append(None)
@@ -200,7 +194,7 @@ class Noisy(Expert):
         return [decision or next(answers) for decision in decisions]
 
     def stand_in(self) -> Expert:
-        return Noisy(self.inner.stand_in(), self.rates)
+        return Noisy(self.inner.stand_in(), self.rate)
 
 
 def decide_together(experts: list[Expert], calls: list[tuple]) -> list[Decision]:
@@ -216,10 +210,7 @@ def decide_together(experts: list[Expert], calls: list[tuple]) -> list[Decision]
 def make_expert(name: str, language: Callable[[str], Expert] | None = None) -> Expert:
     """The expert of a name. language: makes those of openai: and hf: names (teachers/language.py). Raises
     InputError for a name that is none, or for a language model that is not available."""
-    inner, rates = name, []
-    while inner.startswith("noisy:"):
-        inner, rate = split_noisy(inner)
-        rates.append(rate)
+    inner, rate = split_noisy(name) if name.startswith("noisy:") else (name, None)
     if inner.startswith(("openai:", "hf:")):
         if language is None:
             raise InputError(f"{name}: a language model cannot be used here; choose an exact expert")
@@ -233,7 +224,7 @@ def make_expert(name: str, language: Callable[[str], Expert] | None = None) -> E
     else:
         known = f"{', '.join(RULES)}, random, switch:A:B, openai:MODEL, hf:PATH or noisy:EXPERT:RATE"
         raise InputError(f"unknown expert {inner!r}; choose from {known}")
-    return Noisy(expert, rates) if rates else expert
+    return expert if rate is None else Noisy(expert, rate)
 
 
 def split_noisy(name: str) -> tuple[str, float]:

@@ -197,7 +197,6 @@ def solved_once(efficient_graph):
         links_NN, W = solve(game, solution)
         return links_NN.copy(), W
 
-    cached.cache_clear = solve.cache_clear
     return cached
 
 
@@ -296,7 +295,7 @@ class Kind:
         raise NotImplementedError
 
     def write_belief(self, belief_N: np.ndarray) -> str:
-        raise NotImplementedError
+        return self.write(belief_N)
 
     def allows_belief(self, belief_N: np.ndarray) -> bool:
         """Whether these N finite numbers can be a belief."""

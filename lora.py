@@ -155,14 +155,13 @@ def adapter_off(model: nn.Module):
     """Inside, the model is its base (pi_ref), exactly. ValueError without an adapter: the caller would take
     the model itself for its reference, and measure KL = 0."""
     layers = list(require_layers(model).values())
-    before = [layer.disabled for layer in layers]
+    for layer in layers:
+        layer.disabled = True
     try:
-        for layer in layers:
-            layer.disabled = True
-        yield model
+        yield
     finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.disabled = disabled
+        for layer in layers:
+            layer.disabled = False
 
 
 def remove(model: nn.Module) -> None:

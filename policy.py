@@ -140,11 +140,9 @@ class Policy:
         self, prompts: list[list[int]], replies: list[list[list[int]]], temperature: float = 1.0
     ) -> list[Tensor]:
         """log pi of the tokens of every reply, a (T,) for each in the order given, with gradients. replies:
-        of each prompt the token ids of any number of replies; one pass reads those of one prompt."""
+        of each prompt the token ids of one or more replies; one pass reads those of one prompt."""
         logps: list[Tensor] = []
         for prompt, group in zip(prompts, replies, strict=True):
-            if not group:
-                continue
             # Padding stands behind every reply, where causal attention hides it from what is scored.
             ids_ML = pad_sequence([torch.tensor(prompt + reply) for reply in group], batch_first=True)
             self.check_length(ids_ML.shape[1], 0)

@@ -180,11 +180,6 @@ def news(seen: Observation) -> str:
     return text
 
 
-def user_message(seen: Observation, style: PromptStyle) -> str:
-    """The results since the agent's last decision, and the question of this stage."""
-    return news(seen) + seen.kind.question(seen, style)
-
-
 def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle) -> list[dict]:
     """The prompt of the decision that `seat` takes in `state`, as chat messages.
 
@@ -197,7 +192,7 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
     chat = [{"role": "system", "content": system_message(observe(state, seat, style.information), style)}]
     for stage in range(len(state.history) + 1):
         seen = observe(state.before(stage), seat, style.information)
-        chat.append({"role": "user", "content": user_message(seen, style)})
+        chat.append({"role": "user", "content": news(seen) + seen.kind.question(seen, style)})
         if stage < len(own_replies):
             chat.append({"role": "assistant", "content": own[stage]})
     return chat

@@ -52,14 +52,10 @@ class Conversation:
     kinds: list[str]
 
     @property
-    def label_tokens(self) -> int:
-        return sum(len(reply) for (reply,) in self.replies)
-
-    @property
     def tokens(self) -> int:
         """Different ones: the last prompt contains the earlier ones, and the fast engine reads them
         once."""
-        return max(map(len, self.prompts)) + self.label_tokens
+        return max(map(len, self.prompts)) + sum(len(reply) for (reply,) in self.replies)
 
 
 def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool) -> list[float]:

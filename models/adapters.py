@@ -76,9 +76,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, folder: Folder, config: LoRAConfig) -> None:
-    """Writes the model's adapter and its base's fingerprint. ValueError: config is of another adapter."""
-    if any(layer.scaling != config.scaling for layer in lora.require_layers(model).values()):
-        raise ValueError(f"alpha / r = {config.scaling} is not the scaling that the adapter was made with")
+    """Writes the model's adapter, which `config` made, and its base's fingerprint. ValueError: there is
+    none."""
     write_adapter(folder, adapter_state(model), replace(config, base_fingerprint=fingerprint(model)))
 
 
@@ -153,7 +152,7 @@ def read_adapter(folder: Folder) -> tuple[State, LoRAConfig]:
     return state, replace(config, base_fingerprint=header.get("base_fingerprint"))
 
 
-def load_adapter(model: nn.Module, folder: Folder, layer: type[LoRALinear] = LoRALinear) -> LoRAConfig:
+def load_adapter(model: nn.Module, folder: Folder, layer: type[LoRALinear] = LoRALinear) -> None:
     """Puts the adapter of a folder on its base model, which is frozen; after an error there is no adapter.
     ValueError: as in read_adapter; the model has an adapter already, or is not the base of this one."""
     lora.require_no_layers(model)
@@ -168,7 +167,6 @@ def load_adapter(model: nn.Module, folder: Folder, layer: type[LoRALinear] = LoR
         lora.remove(model)
         base = config.base_model or "an unnamed base model"
         raise ValueError(f"{folder} was trained on {base}, not on this model: {error}") from None
-    return config
 
 
 def chain(name: Folder) -> list[str]:
@@ -192,16 +190,16 @@ def read_chain(name: Folder) -> tuple[State, LoRAConfig]:
     return reduce(lambda one, other: stack_adapters(*one, *other), map(read_adapter, chain(name)))
 
 
-def load_chain(model: nn.Module, name: Folder, layer: type[LoRALinear] = LoRALinear) -> LoRAConfig:
+def load_chain(model: nn.Module, name: Folder, layer: type[LoRALinear] = LoRALinear) -> None:
     """Puts a chain of adapters, each trained on top of those before, on the base model: all but the last are
-    merged, and the config of the last is returned.
+    merged.
 
     ValueError: as in load_adapter and lora.merge. What was merged before stays merged then."""
     *before, last = chain(name)
     for folder in before:
         load_adapter(model, folder, layer)
         lora.merge(model)
-    return load_adapter(model, last, layer)
+    load_adapter(model, last, layer)
 
 
 def stack_adapters(

@@ -9,7 +9,6 @@ from functools import cache
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lora import LoRAConfig
 from models import adapters, pretrained
 from models.template import Template
 from policy import Policy
@@ -135,10 +134,10 @@ def error_of(policy: Policy, attention: str) -> float:
     return float(torch.cat(errors).abs().mean())
 
 
-def put_adapter(policy: Policy, name: str | os.PathLike) -> LoRAConfig:
+def put_adapter(policy: Policy, name: str | os.PathLike) -> None:
     """Puts the adapter of a folder on the policy's model, or the last one of a chain (FOLDER+FOLDER) after
     the others were merged. InputError: some adapter does not fit."""
     try:
-        return adapters.load_chain(policy.model, name, policy.layer)
+        adapters.load_chain(policy.model, name, policy.layer)
     except (OSError, ValueError) as e:
         raise InputError(one_line(e)) from None

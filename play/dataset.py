@@ -120,10 +120,7 @@ def trained_seats(records: list[Record], seat: int | str, seed: int) -> list[Rec
     seat drawn for each game (`random`)."""
     if seat == "all":
         return records
-    agents: dict[int, int] = {}
-    for r in records:
-        agents[r.game] = max(agents.get(r.game, 0), r.seat + 1)
-    return [r for r in records if r.seat == seat_of(seat, seed, r.game, agents[r.game])]
+    return [r for r in records if r.seat == seat_of(seat, seed, r.game, game_from_json(r.instance).N)]
 
 
 def seat_of(seat: int | str, seed: int, game: int, N: int) -> int:

@@ -41,20 +41,23 @@ class Human:
     def answer(self, state: State, seat: int, replies: list[str]) -> str:
         """The first reply that is compliant. Raises Left."""
         *_, question = messages(state, seat, replies, self.style)
-        kind, others = state.kind, tell_agents(j for j in range(state.game.N) if j != seat)
+        kind, others = state.kind, (str(j + 1) for j in range(state.game.N) if j != seat)
         self.seats.add(seat)
         if not replies:
             print(f"\n{'=' * 20} a new game: you are agent {seat + 1} of {state.game.N}\n")
             print(rules(state, seat, self.style, bool(self.scores)))
         print(f"\n{question['content']}")
-        asked = {LINKS: f"0 or 1 for {others}", EFFORTS: f"a number from 0 to {state.game.caps[seat]:g}"}
+        asked = {
+            LINKS: f"0 or 1 for agents {', '.join(others)}",
+            EFFORTS: f"a number from 0 to {state.game.caps[seat]:g}",
+        }
         while True:
             reply = to_reply(read(asked.get(kind, "your answer")), state, seat)
             _, broken = read_reply(reply, kind, seat, state.game.N, float(state.game.caps[seat]))
             if broken is None:
                 return reply
             example = kind.random(state.game, seat, np.random.default_rng(0)).action
-            allowed = brief(example, seat) if kind is LINKS else kind.write(example)
+            allowed = " ".join(map(str, np.delete(example, seat))) if kind is LINKS else kind.write(example)
             broken = "you have answered nothing" if reply.strip() == "Decision:" else broken
             print(f"not allowed: {broken}. An allowed answer: {allowed}")
 
@@ -64,10 +67,6 @@ class Human:
         U2, U3, payoff = ([own[k] for own in self.scores if own[k] is not None] for k in range(3))
         told = [f"{name} {np.mean(values):.2f}" for name, values in (("U2", U2), ("U3", U3)) if values]
         print(f"Your score, games: {len(payoff)}, {', '.join(told)}, payoffs {sum(payoff):.2f} in all")
-
-
-def tell_agents(seats) -> str:
-    return "agents " + ", ".join(str(j + 1) for j in seats)
 
 
 def rules(state: State, seat: int, style: PromptStyle, known: bool) -> str:
@@ -98,11 +97,6 @@ Answer with the numbers alone: for links one for each of the others, 1 for whom 
 {" ".join("10101010101"[: game.N - 1])}; for an effort one number, such as 1.5.
 After a game come two scores of at most 1: U2, how near your choices were to your best ones, and U3, how near
 all came to the highest welfare. A game that is broken off does not count."""
-
-
-def brief(row, seat: int) -> str:
-    """A row as a person writes it, without the own position."""
-    return " ".join(str(v) for j, v in enumerate(row) if j != seat)
 
 
 def read(asked: str) -> str:

@@ -74,11 +74,6 @@ def row_agreement(turn: Turn) -> float | None:
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
-def efficiency(turn: Turn) -> float | None:
-    """U2: see Turn.U2."""
-    return turn.U2
-
-
 @cache
 def welfare_bounds(game: Game) -> tuple[float, float]:
     """(W* of the first best, W of nobody linking at Nash efforts)."""
@@ -121,12 +116,12 @@ METRICS: dict[str, Callable[[Episode], float | None]] = {
     "U1": mean_of(compliant),  # its interval is Wilson's
     "s": mean_of(graph_score),
     "row": mean_of(row_agreement),
-    "U2": mean_of(efficiency),
+    "U2": mean_of(lambda turn: turn.U2),
     "U3": welfare_share,
     "U3 gain": welfare_gain,
     "belief": mean_of(belief),
     "gap": mean_of(gap),
-    "U2 | ok": mean_of(efficiency, compliant),
+    "U2 | ok": mean_of(lambda turn: turn.U2, compliant),
     "U3 | ok": lambda episode: welfare_share(episode) if all(map(compliant, episode.turns)) else None,
 }
 
@@ -135,5 +130,6 @@ def per_instance(episode: Episode) -> dict[str, float | None]:
     """The metrics of one game; U2 also for each kind of decision."""
     values = {name: metric(episode) for name, metric in METRICS.items()}
     for kind in (kind for letter, kind in KINDS.items() if letter in episode.game.stages):
-        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(episode)
+        own = mean_of(lambda turn: turn.U2, lambda turn, kind=kind: turn.state.kind is kind)
+        values[f"U2 {kind.name}"] = own(episode)
     return values

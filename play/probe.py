@@ -10,11 +10,13 @@ import numpy as np
 
 from decisions import EFFORTS, LINKS, own_rows
 from experts import Expert
-from games import Decision, State
+from games import Decision
+from play import dataset
+from play.expert_games import simulate
 from play.metrics import METRICS, Episode, Turn
 from play.sampling import random_guesses, sample_texts
 from policy import Policy
-from prompts import PromptStyle, format_reply, messages, parse_reply
+from prompts import PromptStyle, parse_reply
 from rewards import Target
 from run import ranks
 from run.curves import plot_curves
@@ -38,21 +40,11 @@ def probe_targets(
     """The decisions of one seat in held-out games of N agents, and their prompts. Before each decision all
     agents, this seat too, have played the expert's decisions; with partners, these have played in the other
     seats, and this one at random, as in training. For exact experts."""
-    targets = []
-    for index, game in enumerate(held_out_games(families, N, max(1, GAMES // families[0].rounds))):
-        state, replies = State(game), []
-        while not state.done:
-            numbers = [(0, Stream.PROBE_GAMES, index, i, len(state.history)) for i in range(N)]
-            generators = [numpy_generator(*own) for own in numbers]
-            who = [partners if partners and i != seat else expert for i in range(N)]
-            decisions = [player(state, i, generators[i]) for i, player in enumerate(who)]
-            target = Target(state, seat, np.array([decision.action for decision in decisions]))
-            if state.kind is LINKS or index % EVERY == 0:
-                targets.append((target, messages(state, seat, replies, style)))
-            own = state.kind.random(game, seat, generators[seat]) if partners else decisions[seat]
-            replies.append(format_reply(own, style))
-            state = state.step(target.with_own(own))
-    return targets
+    games = held_out_games(families, N, max(1, GAMES // families[0].rounds))
+    plays = [(k, game, numpy_generator(0, Stream.PROBE_GAMES, k)) for k, game in enumerate(games)]
+    records = simulate(plays, expert, style, partners=partners, trained=[seat] * len(games))
+    asked = dataset.targets(records, [r for r in records if r.seat == seat])
+    return [(t, r.prompt) for r, t in asked if t.kind is LINKS or r.game % EVERY == 0]
 
 
 def measure(decisions: list[Decision | None], targets: list[Target]) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from experts import Exact, Expert
 from games import Decision, State
 from models.adapters import chain
 from models.load import default_device, load_policy, put_adapter
-from prompts import EFFORT_DIGITS, format_reply, messages, parse_reply
+from prompts import EFFORT_DIGITS, messages, parse_reply
 from run import ranks
 from run.errors import InputError
 from run.files import read_json
@@ -96,9 +96,6 @@ class LanguageExpert(Expert):
             raise InputError(f"{name} needs: pip install -r requirements-experts.txt") from None
         self.model = ChatClient(model, asking)
 
-    def __call__(self, state: State, seat: int, rng: np.random.Generator | None, past=()) -> Decision:
-        return self.decide_all([(state, seat, rng, past)])[0]
-
     def stand_in(self) -> Expert:
         return Exact("second-best")
 
@@ -117,12 +114,11 @@ class LanguageExpert(Expert):
         return [read(text, q) if text else q.state.kind.fallback(q.state.game.N) for text, q in both]
 
     def question(self, state: State, seat: int, rng: np.random.Generator | None, past=()) -> Question:
-        """past: what the agent answered in the stages before, as texts or as decisions."""
+        """past: the texts that the agent answered in the stages before."""
         draw, style = "", self.asking.style
         if self.asking.temperature != 0 and rng is not None:
             draw = hashlib.sha256(repr(rng.bit_generator.state).encode()).hexdigest()[:16]
-        replies = [format_reply(p, style) if isinstance(p, Decision) else p for p in past]
-        return Question(messages(state, seat, replies, style), draw, state, seat)
+        return Question(messages(state, seat, past, style), draw, state, seat)
 
     def _answers(self, questions: list[Question]) -> list[str | None]:
         """The first compliant answer to each question; None where no attempt has one."""

@@ -267,18 +267,12 @@ def rows_of_added(values: Values) -> Rows:
             yield [name, str(seeds), *told]
 
 
-def rows_of_levels(values: Values) -> Rows:
-    yield ["arm", *LEVELS, *REPLIES]
+def rows_of(metrics: Sequence[str], values: Values) -> Rows:
+    """The arms of which the first metric is known."""
+    yield ["arm", *metrics]
     for name, of_arm in values.items():
-        if known(of_arm[LEVELS[0]]).size:
-            yield [name, *(cell(of_arm[metric]) for metric in (*LEVELS, *REPLIES))]
-
-
-def rows_of_updates(values: Values) -> Rows:
-    yield ["arm", *UPDATES, *COMMON]
-    for name, of_arm in values.items():
-        if known(of_arm["clip_fraction"]).size:
-            yield [name, *(cell(of_arm[metric]) for metric in (*UPDATES, *COMMON))]
+        if known(of_arm[metrics[0]]).size:
+            yield [name, *(cell(of_arm[metric]) for metric in metrics)]
 
 
 def rows_of_rules(values: Values) -> Rows:
@@ -323,9 +317,9 @@ def write(results: Path, planned: dict[str, int]) -> str:
             sections[family] += ["", *markdown(rows_of_differences(rows, reference)), "", NOTE]
         compared |= {f"{reference} - {name}": row for name, row in rows.items()}
     sections["What RFT adds to its SFT stage"] = markdown(rows_of_added(values))
-    sections["The two levels"] = markdown(rows_of_levels(values))
+    sections["The two levels"] = markdown(rows_of((*LEVELS, *REPLIES), values))
     title = "How far the updates go, and the efforts from own payoff (0) to welfare (1)"
-    sections[title] = markdown(rows_of_updates(values))
+    sections[title] = markdown(rows_of((*UPDATES, *COMMON), values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
     for line in lines:
         if line["arm"].startswith("tompo") and line.get("groups"):

@@ -28,11 +28,11 @@ def test_save_and_load_round_trip_is_bit_exact(tmp_path):
     adapters.save_adapter(model, tmp_path, CONFIG)
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", "adapter_model.safetensors"]
     other, state = tiny(), torch.get_rng_state()
-    config = adapters.load_adapter(other, tmp_path)
+    adapters.load_adapter(other, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
+    config = adapters.read_adapter(tmp_path)[1]
     assert (config.r, config.alpha, config.base_model) == (4, 8, "tiny")
     assert sorted(config.targets) == sorted(lora.DEFAULT_TARGETS)
-    assert config == adapters.read_adapter(tmp_path)[1]
     saved, loaded = adapters.adapter_state(model), adapters.adapter_state(other)
     assert list(saved) == list(loaded) and len(saved) == 28
     assert all(torch.equal(saved[key], loaded[key]) for key in saved)
@@ -90,7 +90,8 @@ def test_we_load_pefts(tmp_path, targets):
             torch.nn.init.normal_(p, std=0.3)
     other.save_pretrained(tmp_path)
     model = tiny()
-    config = adapters.load_adapter(model, tmp_path)
+    adapters.load_adapter(model, tmp_path)
+    config = adapters.read_adapter(tmp_path)[1]
     assert (config.r, config.alpha, config.base_fingerprint) == (3, 5, None)
     assert differ(logits(model), logits(tiny()))
     torch.testing.assert_close(logits(model), logits(other), rtol=1e-5, atol=1e-6)
@@ -188,9 +189,9 @@ def test_a_chain_is_merged_but_for_its_last(tmp_path, monkeypatch, dtype, length
         assert adapters.fingerprint(model) == prints[-1] == adapters.read_adapter(name)[1].base_fingerprint
     assert len(set(prints)) == length
     chained = tiny().to(dtype)
-    config = adapters.load_chain(chained, "+".join(names), Wrapped)
-    assert config.r == 1 + length
-    assert {type(layer) for layer in lora.lora_layers(chained).values()} == {Wrapped}
+    adapters.load_chain(chained, "+".join(names), Wrapped)
+    layers = lora.lora_layers(chained).values()
+    assert {(type(layer), len(layer.A)) for layer in layers} == {(Wrapped, 1 + length)}
     assert torch.equal(logits(chained), logits(model)) and adapters.fingerprint(chained) == prints[-1]
     for wrong in ("b", "a+a"):
         model = tiny().to(dtype)
@@ -283,9 +284,8 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_save_refuses_a_config_of_another_adapter(tmp_path):
+def test_save_refuses_a_model_without_an_adapter(tmp_path):
     refuses("has no adapter", adapters.save_adapter, tiny(), tmp_path, CONFIG)
-    refuses("not the scaling", adapters.save_adapter, adapted(), tmp_path, LoRAConfig(4, 9))
     assert not os.listdir(tmp_path)
 
 

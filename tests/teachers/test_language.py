@@ -70,7 +70,7 @@ def test_the_data_set_says_what_the_server_said(ask):
     assert [(a["usage"], a["attempt"]) for a in lines_of("answers.jsonl")] == [([100, 20], 1)] * len(records)
 
 
-NOISY = ["openai:m", "noisy:openai:m:0.3", "noisy:noisy:openai:m:0.2:0.3"]
+NOISY = ["openai:m", "noisy:openai:m:0.3"]
 
 
 @pytest.mark.parametrize("name", NOISY)

@@ -59,16 +59,12 @@ def reply_row(s: dict, target: Target, optional: dict[str, float]) -> list:
     return rounded([values.get(name) for name in (*COLUMNS.split(), *optional)])
 
 
-def weights_of(config: dict) -> dict[str, float]:
-    """The weights of the reward terms and of A_S and A_G."""
-    named = [text.partition("=") for text in config.get("weights") or ()]
-    return WEIGHTS | LEVELS | {name: float(weight) for name, _, weight in named}
-
-
 def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budget: int) -> dict:
     """Every group of m replies whose prompt is known, of all steps or of those that fit on the page. asked:
     of read_prompts; budget: in characters."""
-    weights, m = weights_of(config), config.get("m", 8)
+    named = [text.partition("=") for text in config.get("weights") or ()]
+    weights = WEIGHTS | LEVELS | {name: float(weight) for name, _, weight in named}
+    m = config.get("m", 8)
     optional = {name: weights.get(name, 0) for name in TERMS}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
