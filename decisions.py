@@ -80,7 +80,7 @@ def sentence(hint: str) -> str:
 class Links(Kind):
     """actions: the proposals P, (N, N) of {0, 1} with a zero diagonal; row i says whom agent i chooses."""
 
-    # In flags and logs `graph` means decisions about links, and not the graph level.
+    # In flags and logs `graph` means decisions about links, not the graph level: reward_graph is their r^S.
     letter, name, noun, answer = "G", "graph", "links", "[0 or 1 per agent, you 0]"
 
     def check(self, actions, game: Game) -> np.ndarray:

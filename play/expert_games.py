@@ -1,4 +1,5 @@
-"""Whole games among experts: what SFT imitates, and where the prompts of RFT come from."""
+"""Whole games among experts: what SFT imitates, and where the prompts of RFT come from. tools/expert_games.py
+writes them to a file."""
 
 from dataclasses import dataclass, replace
 

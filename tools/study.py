@@ -77,7 +77,6 @@ TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}", 3) for rate in (0, 0.25, 0.75, 0.9, 1)),
     Arm("SFT on efforts", "teachers", "--train-on effort", 2),  # no reply about links is ever compliant
     Arm("SFT on links", "teachers", "--train-on graph", 2),  # none about efforts is
-    *(Arm(f"{n} games", "teachers", f"--games {n}") for n in (13, 38)),
 ]
 ARMS = [  # in the order in which they are run; all others of a family are compared with its tompo
     Arm("tompo", "algorithm", seeds=8),
