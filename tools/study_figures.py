@@ -23,7 +23,7 @@ def draw_forest(compared: dict[str, dict[str, dict]], path: Path) -> None:
     interval that leaves the picture ends in an arrow."""
     rows = list(reversed(compared.values()))
     seeds = [max(test.get("n", 0) for test in row.values()) for row in rows]
-    labels = [f"{name}, {n} seeds" for name, n in zip(reversed(compared), seeds, strict=True)]
+    labels = [f"{name}, {n} seed{'s' * (n != 1)}" for name, n in zip(reversed(compared), seeds, strict=True)]
     for axis, metric in picture(path, 1.2 + 0.26 * max(4, len(rows)), ("row", "U2", "U1 x U3")):
         tests = {y: row[metric] for y, row in enumerate(rows) if metric in row}
         ends = {y: [-t[e] for e in ("high", "mean", "low") if t[e] is not None] for y, t in tests.items()}
