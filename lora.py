@@ -155,13 +155,14 @@ def adapter_off(model: nn.Module):
     """Inside, the model is its base (pi_ref), exactly. ValueError without an adapter: the caller would take
     the model itself for its reference, and measure KL = 0."""
     layers = list(require_layers(model).values())
-    for layer in layers:
-        layer.disabled = True
+    before = [layer.disabled for layer in layers]
     try:
+        for layer in layers:
+            layer.disabled = True
         yield
     finally:
-        for layer in layers:
-            layer.disabled = False
+        for layer, disabled in zip(layers, before, strict=True):
+            layer.disabled = disabled
 
 
 def remove(model: nn.Module) -> None:

@@ -83,7 +83,7 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         live = [(q, group) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
         weigh([o for _, group in live for o in group], cfg.aggregation, limit)
         # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
-        parts = list(batches(policy, live, cfg))
+        parts = list(batches(policy, live, cfg))  # with log pi_ref, which no inner epoch changes
         for _ in range(cfg.inner_epochs):
             passes = []  # for the log
             for b in parts:
@@ -167,7 +167,7 @@ class Batch:
 
 
 def batches(policy: Policy, live: list[tuple[Prompt, list[Sample]]], cfg: RFT) -> Iterator[Batch]:
-    """The live groups, pass by pass; several processes share them."""
+    """The live groups, scored by pi_ref, pass by pass; several processes share them."""
     own = [live[k] for k in ranks.share([q.conversation for q, _ in live])]
     ids, replies = [q.ids for q, _ in own], [[o.reply.ids for o in group] for _, group in own]
     for indices in policy.batches(ids, replies, cfg.micro_batch):

@@ -60,12 +60,13 @@ def page(settings: flags.Settings) -> str:
     note_advantages(groups, [A], A_S, A_G)
     weigh(group, cfg.aggregation, limit)
     (batch,) = batches(policy, [(q, group)], cfg)
+    ref_T = torch.cat(policy.reference_logps(*batch.texts, cfg.temperature))  # also with --beta 0
 
     def objective():
         """J of every token, rho and k3, (T,) each."""
         logp_T = torch.cat(policy.token_logps(*batch.texts))
         rho_T = cfg.ratio(logp_T - batch.old_T, batch.lengths).exp()
-        clipped_T, k3_T = cfg.loss(rho_T, logp_T, batch.A_T, *cfg.clip), tompo.k3(logp_T, batch.ref_T)
+        clipped_T, k3_T = cfg.loss(rho_T, logp_T, batch.A_T, *cfg.clip), tompo.k3(logp_T, ref_T)
         return clipped_T - cfg.beta * k3_T, rho_T, clipped_T, k3_T, logp_T
 
     def mean_of_replies(values_T):

@@ -76,8 +76,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def save_adapter(model: nn.Module, folder: Folder, config: LoRAConfig) -> None:
-    """Writes the model's adapter, which `config` made, and its base's fingerprint. ValueError: there is
-    none."""
+    """Writes the model's adapter and its base's fingerprint. ValueError: config is of another adapter."""
+    if any(layer.scaling != config.scaling for layer in lora.require_layers(model).values()):
+        raise ValueError(f"alpha / r = {config.scaling} is not the scaling that the adapter was made with")
     write_adapter(folder, adapter_state(model), replace(config, base_fingerprint=fingerprint(model)))
 
 

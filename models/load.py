@@ -42,7 +42,7 @@ def bfloat16_speed() -> float:
 
 
 def dtype_name(text: str) -> str:
-    """For argparse: a value of --dtype. `auto`: bfloat16 on CUDA, and where this CPU is FASTER in it."""
+    """For argparse: a value of --dtype. `auto`: bfloat16 on CUDA or where this CPU is faster in it."""
     if text == "auto":
         return "bfloat16" if default_device() == "cuda" or bfloat16_speed() > FASTER else "float32"
     if text not in DTYPES:

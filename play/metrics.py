@@ -12,6 +12,7 @@ the mean over its seats.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from operator import attrgetter
 
 import numpy as np
 
@@ -74,6 +75,9 @@ def row_agreement(turn: Turn) -> float | None:
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
+efficiency = attrgetter("U2")  # U2: Turn.U2
+
+
 @cache
 def welfare_bounds(game: Game) -> tuple[float, float]:
     """(W* of the first best, W of nobody linking at Nash efforts)."""
@@ -116,12 +120,12 @@ METRICS: dict[str, Callable[[Episode], float | None]] = {
     "U1": mean_of(compliant),  # its interval is Wilson's
     "s": mean_of(graph_score),
     "row": mean_of(row_agreement),
-    "U2": mean_of(lambda turn: turn.U2),
+    "U2": mean_of(efficiency),
     "U3": welfare_share,
     "U3 gain": welfare_gain,
     "belief": mean_of(belief),
     "gap": mean_of(gap),
-    "U2 | ok": mean_of(lambda turn: turn.U2, compliant),
+    "U2 | ok": mean_of(efficiency, compliant),
     "U3 | ok": lambda episode: welfare_share(episode) if all(map(compliant, episode.turns)) else None,
 }
 
@@ -130,6 +134,5 @@ def per_instance(episode: Episode) -> dict[str, float | None]:
     """The metrics of one game; U2 also for each kind of decision."""
     values = {name: metric(episode) for name, metric in METRICS.items()}
     for kind in (kind for letter, kind in KINDS.items() if letter in episode.game.stages):
-        own = mean_of(lambda turn: turn.U2, lambda turn, kind=kind: turn.state.kind is kind)
-        values[f"U2 {kind.name}"] = own(episode)
+        values[f"U2 {kind.name}"] = mean_of(efficiency, lambda t, kind=kind: t.state.kind is kind)(episode)
     return values

@@ -71,12 +71,14 @@ def test_the_layers_draw_their_A_in_the_models_order():
     assert all(torch.equal(layer.A, A) for layer, A in zip(layers, expected, strict=True))
 
 
-def test_adapter_off_is_exact_and_survives_exceptions():
+def test_adapter_off_is_exact_nests_and_survives_exceptions():
     base, model = logits(tiny()), adapted()
     on = logits(model)
     assert differ(on, base)
     with pytest.raises(KeyError), lora.adapter_off(model):
-        assert torch.equal(logits(model), base)
+        with lora.adapter_off(model):
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), base)  # the inner exit must not switch it on
         raise KeyError
     assert torch.equal(logits(model), on)
 

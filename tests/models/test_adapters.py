@@ -284,8 +284,9 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_save_refuses_a_model_without_an_adapter(tmp_path):
+def test_save_refuses_a_config_of_another_adapter(tmp_path):
     refuses("has no adapter", adapters.save_adapter, tiny(), tmp_path, CONFIG)
+    refuses("not the scaling", adapters.save_adapter, adapted(), tmp_path, LoRAConfig(4, 9))
     assert not os.listdir(tmp_path)
 
 
