@@ -20,6 +20,7 @@ from pathlib import Path
 
 import lora
 import settings as flags
+from experts import Expert
 from games import Game
 from models import adapters
 from models.load import put_adapter
@@ -170,45 +171,51 @@ def make_cast(
 # -------------------- rows
 
 
+def baselines(settings: Settings) -> dict[str, dict]:
+    """The rows with which every table ends: the other seats' expert, the constant answer with the higher U2
+    and random play; among partners both constant answers."""
+    players, seed = settings.players, settings.evaluation.seed
+
+    def rows(*experts: Expert) -> dict[str, dict]:
+        makes = {e.name: partial(expert_player, e, players.style, seed) for e in experts}
+        played = {name: play_among_experts(settings, name, make) for name, make in makes.items()}
+        return {f"expert:{name}": summarise(episodes) for name, episodes in played.items()}
+
+    constants = rows(*map(players.make_expert, CONSTANTS))
+    if players.partners:
+        return constants
+    best = max(constants, key=lambda name: constants[name]["all rounds"]["U2"]["mean"])
+    return rows(players.expert) | {best: constants[best]} | rows(players.make_expert("random"))
+
+
 def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
     """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
-    model, the other seats' expert, the constant answer with the higher U2 and random play (among partners
-    both constant answers), on the same games. Removes the policy's adapter."""
-    players, evaluation, results = settings.players, settings.evaluation, {}
-    style, seed, temperature = players.style, evaluation.seed, evaluation.temperature
+    model and the baselines, on the same games. Removes the policy's adapter."""
+    evaluation, results = settings.evaluation, {}
+    how = settings.players.style, evaluation.temperature, evaluation.seed
 
-    def row(name, make_player, *how):
-        return summarise(play_among_experts(settings, name, lambda: make_player(*how)))
+    def row(name, policy):
+        return summarise(play_among_experts(settings, name, partial(policy_player, policy, *how)))
 
-    def expert_row(expert):
-        return {f"expert:{expert.name}": row(expert.name, expert_player, expert, style, seed)}
-
-    results[settings.rft.algo] = row("the policy", policy_player, policy, style, temperature, seed)
+    results[settings.rft.algo] = row("the policy", policy)
     lora.remove(policy.model)  # what is left is the SFT policy
-    results["sft"] = row("sft", policy_player, policy, style, temperature, seed)
-    results["base"] = row("base", policy_player, settings.model.load(), style, temperature, seed)
-    constants: dict[str, dict] = {}
-    for name in CONSTANTS:
-        constants |= expert_row(players.make_expert(name))
-    if players.partners:
-        results |= constants
-    else:
-        best = max(constants, key=lambda name: constants[name]["all rounds"]["U2"]["mean"])
-        results |= expert_row(players.expert) | {best: constants[best]}
-        results |= expert_row(players.make_expert("random"))
+    results["sft"] = row("sft", policy)
+    results["base"] = row("base", settings.model.load())
+    results |= baselines(settings)
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
     return results
 
 
 def evaluate_names(settings: Settings, names: list[str], repair: bool) -> dict[str, dict]:
-    """One row for each policy, then the experts. Prints the tables."""
-    names, results = [*names, f"expert:{settings.players.expert.name}", "expert:random"], {}
+    """One row for each policy, then the baselines. Prints the tables."""
+    results: dict[str, dict] = {}
     for name, make_player in make_cast(settings, names).items():
         results[name] = summarise(play_among_experts(settings, name, make_player))
         if repair and name != human.NAME and not name.startswith("expert:"):
             lenient = play_among_experts(settings, name, make_player, repair=True)
             results[f"{name} repaired"] = summarise(lenient)
+    results |= {name: row for name, row in baselines(settings).items() if name not in results}
     titles = {"all": "self-play: the policy in all seats\n", "random": "a random seat of each game\n"}
     print(titles.get(settings.evaluation.seat, "") + report(results))
     if repair:

@@ -16,7 +16,7 @@ COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printe
 CONSTANTS = "always-link", "never-link"  # the experts that give the same answer everywhere
 # What a metric can be, for the intervals that are shown; of others nothing is known.
 LIMITS = dict.fromkeys(("U1", "s", "row", "U2", "belief", "U2 | ok"), (0.0, 1.0))
-LIMITS |= dict.fromkeys(("U3", "U3 gain", "U3 | ok"), (-math.inf, 1.0)) | {"gap": (0.0, math.inf)}
+LIMITS |= dict.fromkeys(("U3", "U3 gain", "U3 | ok", "U1 x U3"), (-math.inf, 1.0)) | {"gap": (0.0, math.inf)}
 
 
 # -------------------- summaries

@@ -8,6 +8,7 @@ import pytest
 
 import eval
 from models import adapters, pretrained
+from play.dataset import read_records
 from tools import expert_games
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -21,6 +22,9 @@ def test_the_files_have_the_checksums_that_their_page_states(name):
 def test_the_expert_games_are_what_the_command_writes(tmp_path):
     expert_games.main(["--agents", "4-8", "--out", str(tmp_path / "games.jsonl")])
     assert (tmp_path / "games.jsonl").read_bytes() == (RESULTS / "expert_games.jsonl").read_bytes()
+    records = read_records(str(RESULTS / "expert_games.jsonl"))  # as --games reads them
+    assert len(records) == 1532 and {len(r.instance["alpha"]) for r in records} == {4, 5, 6, 7, 8}
+    assert {r.game for r in records} == set(range(126))
 
 
 def test_the_adapter_is_small_and_whole():

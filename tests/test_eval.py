@@ -29,6 +29,7 @@ SCRIPT = Path(evaluation.__file__).resolve()
 GRID = list(held_out_grid(4))
 THREE_GAMES = [GRID[i] for i in (0, 30, 59)]  # evenly spread; half of 59 is rounded to even
 SECOND_BEST = make_expert("second-best")
+BASELINES = ["expert:second-best", "expert:always-link", "expert:random"]  # the last rows of a table
 
 
 def run(tmp_path, *flags, games=4):
@@ -45,23 +46,23 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*command, "--json", "results.json"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     lines = [line for line in capsys.readouterr().out.splitlines() if line]
-    rows = ["expert:planner", "expert:nash", "expert:second-best", "expert:random"]
+    rows = [f"expert:{name}" for name in ("planner", "nash", "second-best", "always-link", "random")]
     assert lines[0].split() == "policy U1 s row U2 U3 belief".split() and max(map(len, lines)) <= 120
-    assert lines[5] == "round 1 alone"
-    assert [line.split()[0] for line in lines[1:5] + lines[7:11]] == 2 * rows
+    assert lines[6] == "round 1 alone" and "always-link gives the same" in lines[-3]
+    assert [line.split()[0] for line in lines[1:6] + lines[8:13]] == 2 * rows
     written = json.loads((tmp_path / "results.json").read_text())
     assert list(written["results"]) == rows and written["arguments"]["eval_games"] == 8
-    for part, printed, n in (("all rounds", lines[1:5], 32), ("round 1", lines[7:11], 16)):
+    for part, printed, n in (("all rounds", lines[1:6], 32), ("round 1", lines[8:13], 16)):
         for result, line in zip(written["results"].values(), printed, strict=True):
             assert len(result["instances"]) == 8 and result[part]["U1"]["n"] == n
             assert all(f"{result[part][m]['mean']:.3f}" in line for m in ("U2", "U3")) and " 1.000 " in line
     first, nash = (written["results"][name]["instances"] for name in rows[:2])
     difference = np.mean([a["U3"] - b["U3"] for a, b in zip(first, nash, strict=True)])
-    assert lines[11] == "U2 of links by round" and lines[12].split()[1:] == "round 1 round 2".split()
-    for result, line in zip(written["results"].values(), lines[13:17], strict=True):
+    assert lines[13] == "U2 of links by round" and lines[14].split()[1:] == "round 1 round 2".split()
+    for result, line in zip(written["results"].values(), lines[15:20], strict=True):
         assert all(f"{result[f'round {r}']['U2 graph']['mean']:.3f}" in line for r in (1, 2))
-    (paired,) = [line for line in lines[18:] if line.startswith("expert:nash ")]
-    assert "expert:planner minus" in lines[17] and f"{difference:+.3f} ±" in paired
+    (paired,) = [line for line in lines[21:] if line.startswith("expert:nash ")]
+    assert "expert:planner minus" in lines[20] and f"{difference:+.3f} ±" in paired
 
 
 def test_by_seat_is_every_seat_alone(tmp_path, capsys):
@@ -100,7 +101,7 @@ def test_few_shot_adds_a_row_that_has_read_that_many_expert_games(model_flags, t
     monkeypatch.setattr(Policy, "encode_prompt", lambda self, chat: read.append(chat) or encode(self, chat))
     names = ["--policy", "base", "few-shot:2", "few-shot:1", "--agents", "3"]
     results = run(tmp_path, *model_flags, *names, games=3)
-    assert list(results) == ["base", "few-shot:2", "few-shot:1", "expert:second-best", "expert:random"]
+    assert list(results) == ["base", "few-shot:2", "few-shot:1", *BASELINES]
     assert [count for count, _ in made] == [2, 1] == [len(chats) for _, chats in made]
     base, two, one = (results[name]["replies"] for name in ("base", "few-shot:2", "few-shot:1"))
     assert all(len({a[0], b[0], c[0]}) == 3 for a, b, c in zip(base, two, one, strict=True))
@@ -117,8 +118,8 @@ def test_repair_adds_rows_in_which_what_can_be_read_is_played(model_flags, tmp_p
     text, meant = "Decision: 0.5, 1, 0, 1 or so", {"G": "[0, 1, 0, 1]", "E": "0.5"}
     monkeypatch.setattr(Policy, "_reply", lambda self, ids, logps: Reply(text, ids, logps, True))
     results = run(tmp_path, *model_flags, "--policy", "base", "expert:nash", "--repair", games=3)
-    assert list(results) == ["base", "base repaired", "expert:nash", "expert:second-best", "expert:random"]
-    assert [results[name]["repaired"] for name in results] == [0, 6, 0, 0, 0]
+    assert list(results) == ["base", "base repaired", "expert:nash", *BASELINES]
+    assert [results[name]["repaired"] for name in results] == [0, 6, 0, 0, 0, 0]
     assert "a decision was read and played: base repaired 6" in capsys.readouterr().out
     lenient = lambda asks: [f"Decision: {meant[ask.state.kind.letter]}" for ask in asks]
     for name, player in (("base", constant("")), ("base repaired", lenient)):
@@ -139,7 +140,8 @@ def test_the_command_with_a_model_in_several_seats(model_flags, adapter_dir, tmp
     more = ["--seat", "all", "--repair"]
     alone = run(tmp_path, *model_flags, "--policy", "base", "few-shot:1", *more, games=2)
     rows = ["base", "base repaired", "few-shot:1", "few-shot:1 repaired"]
-    assert list(alone) == [*rows, "expert:second-best", "expert:random"]
+    # In self-play of these two games never to link is the better constant answer.
+    assert list(alone) == [*rows, "expert:second-best", "expert:never-link", "expert:random"]
     assert len(alone["base"]["replies"][0]) == 8  # 4 seats, 2 stages
 
 

@@ -3,9 +3,9 @@
 These rules were fixed before the runs. The unit is the training seed, and the value of a seed is the mean
 over the held-out grid. Two arms are compared by the differences of the seeds that both have: the same games,
 the same draws of the experts, and the same SFT stage where their flags allow it. Intervals are 95 % t
-intervals over seeds. p is the exact two-sided sign-flip test of the mean difference (at least 2/256 with 8
-seeds), and Holm's correction is over the arms of a family. The primary comparison is ToMPO minus GRPO in
-U1 x U3, U3, U2 and row. Every unit of the results file is reported.
+intervals over seeds, those of means cut off at what is possible. p is the exact two-sided sign-flip test of
+the mean difference (at least 2/256 with 8 seeds), and Holm's correction is over the arms of a family. The
+primary comparison is ToMPO minus GRPO in U1 x U3, U3, U2 and row. Every unit of the results file is reported.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from play.intervals import UNKNOWN, mean_interval
-from play.report import tell_interval
+from play.report import possible, tell_interval
 from prompts import last_line
 from rewards import Target
 from run.errors import InputError
@@ -223,9 +223,9 @@ def compare(names: Iterable[str], reference: str, values: Values) -> dict[str, d
 # -------------------- tables: the rows, the head first
 
 
-def cell(values: Iterable[float | None], sign: str = "") -> str:
-    """Mean and interval of the values of some seeds."""
-    return tell_interval(mean_interval(values), 3, sign)
+def cell(values: Iterable[float | None], sign: str = "", metric: str = "") -> str:
+    """Mean and interval of the values of some seeds, cut off at what the metric can be."""
+    return tell_interval(possible(metric, mean_interval(values)), 3, sign)
 
 
 def markdown(rows: Iterable[list[str]]) -> list[str]:
@@ -240,7 +240,7 @@ def rows_of_means(lines: Iterable[dict], values: Values) -> Rows:
         flags = ["SFT alone"] * ("sft" in line) + [f"`{line['flags']}`"] * bool(line["flags"])
         of_arm = values[line["arm"]]
         seeds = str(known(of_arm["U1"]).size)
-        yield [line["arm"], " ".join(flags) or "default", seeds, *(cell(of_arm[m]) for m in SHOWN)]
+        yield [line["arm"], " ".join(flags) or "default", seeds, *(cell(of_arm[m], metric=m) for m in SHOWN)]
 
 
 def rows_of_differences(compared: dict, reference: str) -> Rows:
