@@ -6,6 +6,7 @@ Every number comes from the functions that train_rft.py calls; tests/test_one_st
 its own tables.
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 import textwrap
 
 import torch

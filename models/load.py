@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from argparse import ArgumentTypeError
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -85,8 +86,8 @@ def load_policy(
         try:
             with pretrained.quiet():
                 policy = policy_class(model, tokenizer, name, ends, chat)
-                error = error_of(policy, attention)
-            if error < TOLERANCE[model.dtype]:
+                error = deviation(policy, attention)
+            if error is None:
                 return policy
             why = f"its log-probabilities would be {error:.2g} nats off"
         except Exception as e:
@@ -99,9 +100,43 @@ def load_policy(
     raise InputError(f"{name} cannot be sampled and scored: {why}; choose another --model")
 
 
-# What rounding may leave of `error_of`; in bf16 it sends some tokens to other experts. A wrong mask gives 1.
+# What rounding may leave of `error_of`; in bf16 it sends some tokens to other experts. A wrong mask may give
+# as little as 0.03, so it is found in float32.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 LONG = 600  # the largest attention window that the plain engine is tried beyond
+
+
+def deviation(policy: Policy, attention: str) -> float | None:
+    """`error_of` where it is more than rounding leaves; else None. A model in bfloat16 is tried with float32
+    copies of its weights first, if there is memory for them, and then as it is."""
+    error, dtype = 0.0, policy.model.dtype
+    if dtype == torch.bfloat16:
+        try:
+            with float32_copies(policy.model):
+                error = error_of(policy, attention)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            text = "no memory to check it in float32; compare its first step with that of --engine plain"
+            print(f"{policy.name}: {text}", file=sys.stderr)
+    if error < TOLERANCE[torch.float32]:
+        error = error_of(policy, attention)
+        return None if error < TOLERANCE[dtype] else error
+    return error
+
+
+@contextmanager
+def float32_copies(model):
+    """Inside the block the model computes with copies of its bfloat16 weights. Then it has its own again."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.dtype == torch.bfloat16]
+    own = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.float()
+        yield
+    finally:
+        for t, data in zip(tensors, own, strict=True):
+            t.data = data
 
 
 @torch.no_grad()

@@ -9,6 +9,9 @@ import re
 from datetime import datetime
 from typing import Any
 
+from jinja2 import meta
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
 from run.errors import InputError
 
 # [choice] Templates that print today's date print this one on every day: a run that is resumed after midnight
@@ -24,6 +27,13 @@ def with_fixed_day(template: str | dict | None):
     return template and re.sub(call, lambda match: repr(DAY.strftime(match[2])), template)
 
 
+def names_of(template: str | dict | None) -> set[str]:
+    """The names that a template, or any of several, can be given from outside, besides those of `render`."""
+    texts = template.values() if isinstance(template, dict) else filter(None, [template])
+    parsed = (_compile_jinja_template(text).environment.parse(text) for text in texts)
+    return set().union(*map(meta.find_undeclared_variables, parsed)) - {"messages", "add_generation_prompt"}
+
+
 class Template:
     """folds: it has no system role, so the system message begins the first user message. end: the token that
     ends a turn, the first special one behind a reply; None if there is none."""
@@ -32,7 +42,7 @@ class Template:
         """values: what the template is given, by name. InputError: it does not know some name. Other errors
         are those of a template that refuses a conversation."""
         for name in values or ():
-            if name not in str(tokenizer.chat_template):
+            if name not in names_of(tokenizer.chat_template):
                 raise InputError(f"--template {name}: the model's chat template does not know this name")
         self.tokenizer, self.values = tokenizer, values or {}
         parts = [{"role": role, "content": f"{role} 7"} for role in ("system", "user", "assistant")]

@@ -37,7 +37,7 @@ def library_errors(what: str, advice: str = ""):
 
 def out_of_memory(e: Exception) -> bool:
     """Whether this says that the memory of the CPU or of a GPU is full."""
-    return isinstance(e, MemoryError) or bool(re.search("out of memory|allocate memory", str(e)))
+    return isinstance(e, MemoryError) or bool(re.search("out of memory|allocate memory|ALLOC_FAILED", str(e)))
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def memory_errors(what: str):
     """Turns running out of memory inside the block, of the CPU or of a GPU, into an InputError."""
     try:
         yield
-    except (MemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError, OSError) as e:  # OSError: of a file that is mapped into memory
         if not out_of_memory(e):
             raise
         advice = "less is needed with a smaller --micro-batch, --m or --prompts, or with --dtype bfloat16"

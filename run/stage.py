@@ -99,7 +99,8 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        return self.steps_done >= self._steps
+        """All steps are done, and nobody has asked to stop: what follows them would take long, too."""
+        return self.steps_done >= self._steps and not self._stopping
 
     def steps(self) -> Iterator[int]:
         """The steps that are still to do, from 0. It ends early after Ctrl-C in any process."""

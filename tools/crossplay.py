@@ -8,6 +8,7 @@ intervals. Read U2 beside U3: where nobody in the other seats links with player 
 good, and U2 is 1. All entries play the same games with the same seats and random numbers.
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 from functools import partial
 from itertools import product
 

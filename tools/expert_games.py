@@ -3,6 +3,7 @@
 python -m tools.expert_games --games 126 --out expert_games.jsonl
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 import argparse
 
 from play.dataset import write_records

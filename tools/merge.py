@@ -4,6 +4,7 @@ python -m tools.merge runs/tompo/adapter --out FOLDER
 python -m tools.merge runs/tompo/adapter --out FOLDER --only-adapter --dtype float16    # half the size
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 import argparse
 import os
 import shutil
@@ -37,7 +38,8 @@ def main(argv=None):
         with library_errors(args.adapter):
             state, config = adapters.read_chain(args.adapter)
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
-        config = replace(config, base_model=args.model or config.base_model)
+        base = args.model or config.base_model
+        config = replace(config, base_model=os.path.abspath(base) if os.path.isdir(base) else base)
         adapters.write_adapter(args.out, state, config)
         size = sum(file.stat().st_size for file in Path(args.out).iterdir()) / 1e6
         print(f"{args.out}: rank {config.r}, {args.dtype}, {size:.1f} MB")

@@ -13,6 +13,7 @@ form have the same random numbers. A reply that is not compliant plays no links.
     python -m tools.others --seeds results/others/seed*.json      # of --json: several training seeds
 """
 
+import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import product
@@ -273,7 +274,7 @@ def over_seeds(paths: list[str]) -> dict[str, dict]:
     for question in sorted(counts, key=lambda question: question[0]):  # the first file may lack some
         having = [run[question] for run in runs if question in run]
         tables[question] = {}
-        for name, *rows in zip(having[0], *(run.values() for run in having), strict=True):
+        for name, *rows in zip(having[0], *(questions.values() for questions in having), strict=True):
             columns = {column: [row.get(column, UNKNOWN)["mean"] for row in rows] for column in rows[0]}
             tables[question][name] = {column: cell(means) for column, means in columns.items()}
     return tables
@@ -298,8 +299,8 @@ def draw(tables: dict[str, dict]) -> bytes:
         if len(runs) > 1 and max(runs) == min(runs):
             line(columns, "round", label=name, ls=":", marker=".", color=color)
             continue
-        for run in range(len(runs)):
-            line(columns, "round", run, alpha=0.4, lw=0.8, color=color)
+        for seed in range(len(runs)):
+            line(columns, "round", seed, alpha=0.4, lw=0.8, color=color)
         line(columns, "round", label=name, marker="o", lw=2, color=color)
         line(columns, "placebo", ls="--", marker="o", lw=2, color=color)
     axis.set(xlabel="round", ylabel="U2 of links", ylim=(0, 1.02))

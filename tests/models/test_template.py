@@ -99,8 +99,15 @@ def test_a_template_gets_the_values_of_the_flag_and_no_others():
     tokenizer = tokenizer_with(make_tiny_tokenizer().chat_template + THINKING)
     assert Template(tokenizer).text(CHAT).endswith("<think></think>")
     assert Template(tokenizer, {"enable_thinking": True}).text(CHAT).endswith("assistant\n")
-    with pytest.raises(InputError, match="--template thinking_on: .* does not know"):
-        Template(tokenizer, {"thinking_on": True})
+    for name in (
+        "thinking_on",
+        "thinking",
+        "enable",
+        "message",
+        "messages",
+    ):  # parts of its text, and a name of its own
+        with pytest.raises(InputError, match=f"--template {name}: .* does not know"):
+            Template(tokenizer, {name: True})
 
 
 def test_the_flag_reaches_the_template(model_dir, tmp_path, refused):

@@ -57,6 +57,46 @@ def test_where_the_fast_engine_is_wrong_the_plain_one_goes_on(tmp_path, name, ca
     assert max(zoo.errors(policy, policy.model).values()) < 1e-4
 
 
+@pytest.mark.parametrize("name, engine", [("falcon", Policy), ("llama", FastPolicy)])
+def test_a_wrong_mask_is_seen_in_bfloat16_too(tmp_path, capfd, name, engine):
+    """There falcon's error is 0.14 nats, within what rounding may leave. The weights stay where they are."""
+    folder, before = zoo.build(name, tmp_path), []
+    load_of, error_of = load.pretrained.load, load.error_of
+    with pytest.MonkeyPatch.context() as patch:
+
+        def noted(*args):
+            loaded = load_of(*args)
+            before.extend((p, p.data_ptr(), p.clone()) for p in loaded[0].parameters())
+            return loaded
+
+        patch.setattr(load.pretrained, "load", noted)
+        policy = load_policy(str(folder), "bfloat16")
+    assert type(policy) is engine
+    assert ("going on with plain" in capfd.readouterr().err) == (engine is Policy)
+    assert len(before) > 10
+    for p, address, copy in before:
+        assert p.dtype == torch.bfloat16 and p.data_ptr() == address and torch.equal(p, copy)
+    if engine is Policy:
+        fast = FastPolicy(policy.model, policy.tokenizer, name, policy.end_ids, policy.template)
+        error = error_of(fast, "sdpa")
+        assert load.TOLERANCE[torch.float32] < error < load.TOLERANCE[torch.bfloat16]
+        assert load.deviation(fast, "sdpa") > load.TOLERANCE[torch.float32]
+
+
+def test_without_memory_for_float32_copies_a_line_says_so(model_dir, monkeypatch, capfd):
+    def full(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(torch.Tensor, "float", full)
+    policy = load.Policy.__new__(load.Policy)
+    model, policy.name = torch.nn.Linear(2, 2, dtype=torch.bfloat16), "m"
+    model.dtype, policy.model = torch.bfloat16, model
+    monkeypatch.setattr(load, "error_of", lambda policy, attention: 0.2)
+    assert load.deviation(policy, "sdpa") is None
+    assert capfd.readouterr().err.startswith("m: no memory to check it in float32; compare its first step")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
 def test_a_window_in_any_config_is_known_and_the_plain_engine_reads_further(tmp_path):
     """Also where the config has no layer_types; transformers' own logits are met beyond it."""
     folder = zoo.build("mistral, window", tmp_path)

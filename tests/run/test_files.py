@@ -1,6 +1,7 @@
 """Run folders and logs: what is refused and left as it was, what a kill leaves, full disks, terminals."""
 
 import ast
+import errno
 import os
 import re
 import subprocess
@@ -204,7 +205,13 @@ def test_without_standard_output_or_error_a_script_runs_to_its_end(closed, said,
     assert (tmp_path / "file").read_text() == "c"
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+FULL = [MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")]
+FULL += map(
+    RuntimeError, ["DefaultCPUAllocator: can't allocate memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED"]
+)
+
+
+@pytest.mark.parametrize("error", FULL)
 def test_running_out_of_memory_is_one_line_that_names_the_stage(capsys, error):
     @reports_errors
     def main():

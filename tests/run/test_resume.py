@@ -54,12 +54,15 @@ def test_a_stopped_run_ends_the_same_whatever_flags_are_given(full, stopped, cop
         assert said.count("RFT: ") == said.count("watch the reward") == times
 
 
-def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [3, 6])
+def test_a_run_that_was_stopped_in_sft_ends_the_same(full, model_dir, tmp_path, monkeypatch, step):
+    """In the last step, too: neither the held-out loss nor RFT begins."""
     run = runs.Run(tmp_path / "run")
     log = run.folder / "sft" / "metrics.jsonl"  # it begins with the held-out losses
-    said = runs.interrupted(monkeypatch, runs.rft_flags(model_dir, run.folder), log, 4)
+    said = runs.interrupted(monkeypatch, runs.rft_flags(model_dir, run.folder), log, step + 1)
     assert "stopping after this step" not in said and f"--resume {run.folder}" in said
-    assert runs.latest_checkpoint(run.folder / "sft").name == "step-000003"
+    assert runs.latest_checkpoint(run.folder / "sft").name == f"step-00000{step}"
+    assert len(runs.lines_of(log)) == step + 1
     assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "sft" / "adapter").exists()
     runs.assert_same_run(resume(run), full)
 
@@ -117,7 +120,7 @@ def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prom
     other = shutil.copytree(model_dir, tmp_path / "model")
     with open(other / "chat_template.jinja", "a") as f:
         f.write("{{ 'x' }}")
-    for change in ({"model": str(other)}, {"template": ["message=7"]}):
+    for change in ({"model": str(other)}, {"template": ["tail=7"]}):
         edit_config(copied, **begun | change)
         line = refused(train_rft.main, ["--resume", copied.folder])
         assert f"{copied.folder} began with another chat template or --template; take the model of" in line
