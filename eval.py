@@ -190,9 +190,10 @@ def baselines(settings: Settings) -> dict[str, dict]:
 
 def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
     """The rows of a training run, written to FOLDER/eval.json: the trained policy, its SFT stage, the base
-    model and the baselines, on the same games. Removes the policy's adapter."""
-    evaluation, results = settings.evaluation, {}
-    how = settings.players.style, evaluation.temperature, evaluation.seed
+    model and the baselines, on the same games. Replies are sampled with random numbers of the run's own seed:
+    with the same ones in all runs, intervals over runs would be too narrow. Removes the policy's adapter."""
+    results: dict[str, dict] = {}
+    how = settings.players.style, settings.evaluation.temperature, settings.run.seed
 
     def row(name, policy):
         return summarise(play_among_experts(settings, name, partial(policy_player, policy, *how)))

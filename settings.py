@@ -9,6 +9,8 @@ resumed run passes the same checks.
 """
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -180,6 +182,7 @@ class Data:
         if isinstance(self.games, str):
             records, with_partners = dataset.read_records(self.games), players.partners is not None
             dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
+            dataset.check_split(self.games, records, games.families)
             here = players.style.recorded
             made = next((r.style for r in records if r.style not in (None, here)), None)
             what = f"{self.games} was made with {one_line(made)}, and not with {here}"
@@ -328,7 +331,7 @@ class Evaluation:
     games: int = flag("--eval-games", 60, "games of the grid (evenly spread; 0: none)", values.count)
     seat: int | str = 0  # the policy's, `random` or `all`
     temperature: float = 1.0
-    seed: int = 0  # the same for all training runs, so that they meet the same games and experts
+    seed: int = 0  # of the experts' draws, the same for all training runs
 
 
 @dataclass(frozen=True)
@@ -385,14 +388,24 @@ class Settings:
     flags: dict
 
     def load_model(self) -> Policy:
-        """The model that a run trains; `flags` then holds a checksum of its chat template. InputError: a run
-        that is resumed began with another template. It would go on with other prompts than it has read."""
-        policy, name = self.model.load(), "chat_template_sha256"
-        now = policy.template.checksum
-        then = self.flags.setdefault(name, now)
-        advice = f"take the model of that time, or remove {name} from its config.json to go on all the same"
-        refuse(then != now, f"{self.run.resume} began with another chat template or --template; {advice}")
+        """The model that a run trains. InputError: as in `keep`, of its chat template."""
+        policy = self.model.load()
+        self.keep("chat_template_sha256", policy.template.checksum, "chat template or --template")
         return policy
+
+    def load_data(self) -> list[dataset.Record]:
+        """The records of the expert games. InputError: as in `keep`."""
+        records = self.data.load(self.games, self.players)
+        read = json.dumps([[r.prompt, r.label] for r in records]).encode()
+        self.keep("expert_games_sha256", hashlib.sha256(read).hexdigest(), "expert games")
+        return records
+
+    def keep(self, name: str, now: str, what: str) -> None:
+        """Keeps the checksum of what a run reads with its flags. InputError: a run that is resumed began with
+        another one."""
+        then = self.flags.setdefault(name, now)
+        advice = f"take those of that time, or remove {name} from its config.json to go on all the same"
+        refuse(then != now, f"{self.run.resume} began with another {what}; {advice}")
 
 
 def training_parser(description: str, out: str, *more: type) -> argparse.ArgumentParser:

@@ -223,10 +223,11 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     found here, before anything is trained."""
     data, style = settings.data, settings.players.style
     instances(settings.games, settings.evaluation)  # complains about its flags
-    records = data.load(settings.games, settings.players)
+    records = settings.load_data()
     policy = settings.load_model()
     if settings.rft.sft_adapter:
         put_adapter(policy, settings.rft.sft_adapter)
+        settings.keep("sft_adapter_sha256", adapters.checksum(settings.rft.sft_adapter), "--sft-adapter")
     trained = trained_seats(records, data.seat, data.seed)
     pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
     check_lengths(settings, policy)

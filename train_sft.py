@@ -249,7 +249,7 @@ def main(argv=None) -> None:
     ranks.start()
     parser = training_parser("LoRA fine-tuning on expert games.", "runs/sft")
     settings = parse_training(parser, "train_sft.py", argv)
-    records = settings.data.load(settings.games, settings.players)
+    records = settings.load_data()
     policy = settings.load_model()
     with run_folder(settings.run.out, None if settings.run.resume else settings.flags) as folder:
         with StopSignal() as stop:

@@ -170,6 +170,12 @@ def load_adapter(model: nn.Module, folder: Folder, layer: type[LoRALinear] = LoR
         raise ValueError(f"{folder} was trained on {base}, not on this model: {error}") from None
 
 
+def checksum(name: Folder) -> str:
+    """Of the weights of an adapter or a chain of them."""
+    weights = (Path(folder, WEIGHTS_FILE).read_bytes() for folder in chain(name))
+    return hashlib.sha256(b"".join(weights)).hexdigest()
+
+
 def chain(name: Folder) -> list[str]:
     """The folders of FOLDER+FOLDER. A "+" in the name of a folder that exists does not end it."""
     folders, rest = [], str(name).split("+")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from rewards import Target
 from run.errors import InputError, library_errors, one_line
 from run.files import write_atomic
 from run.seeds import Stream, numpy_generator, shuffled
-from world.draws import Family, draw_game
+from world.draws import Family, draw_game, split_of
 
 WRITE_ONE = "write one with: python -m tools.expert_games --out FILE"
 
@@ -92,6 +93,16 @@ def check_seats(path: str, records: list[Record], partners: bool, seat: int | st
             return
     if not partners and len(games) > 1:
         raise InputError(f"{path} was made with --partners: give the same ones here")
+
+
+def check_split(path: str, records: list[Record], families: Iterable[Family]) -> None:
+    """InputError: a game of the file is held out, except where the flags give all its numbers."""
+    own = {family.game: family for family in families}
+    for number, instance in {r.game: r.instance for r in records}.items():
+        game = game_from_json(instance)
+        family = own.get(game.name, Family(game.name))
+        if not family.nothing_drawn and split_of(game, family) == "held-out":
+            raise InputError(f"{path}: game {number} is one of those that evaluation is to play; {WRITE_ONE}")
 
 
 def check_record(r: Record) -> None:

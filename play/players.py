@@ -80,7 +80,8 @@ def policy_player(
         with adapter_on(policy, *adapter) if adapter else nullcontext():
             for start in range(0, len(prompts), batch):
                 part = prompts[start : start + batch]
-                generator = torch_generator(seed, stream, len(asks[0].replies), start)
+                # Games with a person are played alone, so the first game's number is not always 0.
+                generator = torch_generator(seed, stream, len(asks[0].replies), asks[0].game + start)
                 sampler = sessions[start] if start < 2 * batch else policy
                 own = guesses[start : start + batch]
                 texts += sample_texts(sampler, part, own, limit, temperature, generator)

@@ -123,7 +123,8 @@ def _make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-RECORDED = {"versions", "chat_template_sha256"}  # stand in config.json beside the flags (settings.py)
+# Stand in config.json beside the flags (settings.py).
+RECORDED = {"versions", "chat_template_sha256", "expert_games_sha256", "sft_adapter_sha256"}
 
 
 def resumed_flags(folder: str | os.PathLike, script: str) -> dict:

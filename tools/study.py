@@ -159,6 +159,8 @@ def commands(arm: Arm, seed: int, common: str, folder: Path) -> list[tuple[Path,
         steps.append((policy, argv))
     result = folder / "eval" / arm.name.replace(" ", "_") / f"seed{seed}.json"
     played = part(flags if arm.evaluation is None else f"{common} {arm.evaluation}", "eval")
+    # Random numbers of its own for each seed, so that intervals over seeds hold the luck of sampling, too.
+    played += ["--eval-seed", str(seed)]
     return [*steps, (result, ["eval.py", *played, "--policy", str(policy), "--json", str(result)])]
 
 

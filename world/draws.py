@@ -44,6 +44,11 @@ class Family:
     def label(self) -> str:
         return f"{self.game.upper()}-{self.stages}"
 
+    @property
+    def nothing_drawn(self) -> bool:
+        """The flags give all numbers of an instance."""
+        return bool(self.types) and len(self.fixed) == len(self.rules.fixable)
+
     def make(self, types_N: np.ndarray, u: float, v: float) -> Game:
         """The instance with these free numbers and, unless the family's types are fixed, these types. Raises
         GameError."""
@@ -68,6 +73,9 @@ def families_of(
     fixed, families = fixed or {}, []
     for name in dict.fromkeys(games):
         own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in fixed)
+        for p, value in own:
+            if (read := f"{value:{GAMES[name].parameter_format}}") and float(read) != value:
+                raise GameError(f"--fix {p}={value:g}: agents would read {read}; give no more decimals")
         for string in dict.fromkeys(stages):
             check_stages(string)
             families.append(Family(name, string, rounds, patterns, types, own, fixed.get("fee", 0.0)))
@@ -105,14 +113,13 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:
     """One random instance of a split, `train` or `held-out`. No instance of a family is drawn in both splits,
     in any order of seats or with any stages, except where flags give all its numbers. Raises GameError."""
-    nothing_drawn = family.types and len(family.fixed) == len(family.rules.fixable)
     for _ in range(10_000):
         types_N = np.ones(N)
         if not family.types:
             pattern = family.patterns[rng.integers(len(family.patterns))]
             types_N = rng.permutation(types_of(pattern, N, family.game))
         game = family.make(types_N, *(rng.uniform(*bounds) for bounds in family.rules.ranges))
-        if nothing_drawn or split_of(game, family) == split:
+        if family.nothing_drawn or split_of(game, family) == split:
             return game
     raise GameError(
         f"the given parameters leave no {split} instance of {family.label} to draw; give fewer of them"

@@ -19,7 +19,7 @@ from prompts import PromptStyle, parse_reply
 from run.errors import InputError
 from tools import expert_games
 from train_sft import main as train_sft
-from world.draws import Family, split_of
+from world.draws import Family, families_of, held_out_grid, split_of
 
 STYLE, TWO_ROUNDS = PromptStyle(), (Family("bcz", "GE", 2),)
 
@@ -44,6 +44,19 @@ def test_the_share_of_replaced_decisions():
 def test_instances_are_those_of_the_split(split):
     records = simulate_many(50, "never-link", 5, split=split)
     assert {split_of(game_from_json(r.instance)) for r in records} == {split}
+
+
+def test_a_file_with_held_out_games_is_refused_unless_the_flags_give_all_numbers(tmp_path, refused):
+    path, flags = str(tmp_path / "games.jsonl"), "--types 1.5 --fix delta=0.06 c=0.2"
+    write_records(path, simulate_many(2, "nash", 0, split="held-out"))
+    assert f"{path}: game 0 is one of those that evaluation is to play" in refused(
+        train_sft, ["--games", path]
+    )
+    (family,) = families_of(["bcz"], ["GE"], 1, types=(1.5,), fixed={"delta": 0.06, "c": 0.2})
+    assert split_of(held_out_grid(4, family)[0], family) == "held-out" and family.nothing_drawn
+    write_records(path, simulate_many(2, "nash", 0, families=(family,)))
+    settings = parsed(["--games", path, *flags.split()])[1]
+    assert len(settings.data.load(settings.games, settings.players)) == 2 * 4 * 2
 
 
 def test_families_take_turns_in_the_data():

@@ -212,6 +212,12 @@ def test_players_at_one_table_have_their_own_random_numbers(policy):
     assert first[0] == first[1] and all(a != b for a, b in zip(*second, strict=True))
 
 
+def test_games_that_are_played_alone_have_numbers_of_their_own(policy):
+    """As at the table with a person: the first player draws other replies in the second game."""
+    texts = [policy_player(policy, SHORT, 1.0, 0)([Ask(k, State(GRID[0]), 0, [])]) for k in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
+
+
 def test_replies_do_not_depend_on_what_is_asked_together_or_kept(policy, monkeypatch):
     """At temperature 0. In batches of 1 only the first two conversations are kept."""
     asks = [Ask(i, State(g), j, []) for i, g in enumerate(GRID[:2]) for j in range(4)]

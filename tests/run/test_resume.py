@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 import pytest
@@ -13,7 +14,9 @@ import whole_runs as runs
 from transformers import AutoTokenizer
 
 import train_rft
+from models import adapters
 from run import files
+from run.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,19 @@ def test_a_run_that_was_killed_ends_the_same(full, model_dir, tmp_path):
     assert not list(folder.rglob("*.tmp")) and left == ["step-000004", "step-000006"]
 
 
+def test_an_sft_policy_that_was_replaced_is_refused(model_dir, sft_adapter, tmp_path):
+    """The new adapter of RFT belongs to the old one."""
+    folder = shutil.copytree(sft_adapter, tmp_path / "sft")
+    begun = runs.parsed([*runs.rft_flags(model_dir, tmp_path / "run"), "--sft-adapter", str(folder)])[1]
+    train_rft.prepare(begun)
+    again = replace(begun, flags=json.loads(json.dumps(begun.flags)))  # as config.json has them
+    train_rft.prepare(again)
+    state, config = adapters.read_adapter(folder)
+    adapters.write_adapter(folder, {name: -tensor for name, tensor in state.items()}, config)
+    with pytest.raises(InputError, match="began with another --sft-adapter; take"):
+        train_rft.prepare(again)
+
+
 def test_resuming_a_finished_run_changes_nothing_of_it(full, tmp_path):
     shutil.copytree(full.folder, tmp_path / "copy")
     runs.assert_same_run(resume(runs.Run(tmp_path / "copy")), full)
@@ -123,7 +139,10 @@ def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prom
     for change in ({"model": str(other)}, {"template": ["tail=7"]}):
         edit_config(copied, **begun | change)
         line = refused(train_rft.main, ["--resume", copied.folder])
-        assert f"{copied.folder} began with another chat template or --template; take the model of" in line
+        assert f"{copied.folder} began with another chat template or --template; take those of" in line
+    edit_config(copied, **begun | {"noise": 0.9})
+    line = refused(train_rft.main, ["--resume", copied.folder])
+    assert f"{copied.folder} began with another expert games; take those of that time, or remove" in line
     for new in ("chat_template_sha256", "versions"):  # as in the folders of older versions of the code
         del begun[new]
     (copied.folder / "config.json").write_text(json.dumps(begun | {"model": str(other)}))

@@ -175,6 +175,8 @@ def test_arms_share_the_sft_stage_that_they_do_not_change(tmp_path):
     on_pgg = commands(arms["tompo on PGG"], 0, "", tmp_path)
     assert [product for product, _ in on_pgg[:2]] == tompo[:2]  # the same policy, on other games
     assert on_pgg[2][1][:5] == ["eval.py", "--game", "pgg", "--expert", "planner"]
+    own = [commands(arms["tompo"], seed, "", tmp_path)[2][1] for seed in (0, 7)]
+    assert [argv[argv.index("--eval-seed") + 1] for argv in own] == ["0", "7"]
     assert part("--no-hints --algo grpo --steps 3", "sft") == ["--no-hints"]
 
 

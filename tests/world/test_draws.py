@@ -117,6 +117,13 @@ def test_draws_keep_their_ranges(game, monkeypatch):
     assert {(g.name, g.stages, g.rounds) for g in drawn} == {(game, "GEE", 3)}
 
 
+@pytest.mark.parametrize("name, value, read", [("delta", 0.0834, "0.083"), ("c", 0.0004, "0.000")])
+def test_a_fixed_value_is_one_that_agents_can_read(name, value, read):
+    with pytest.raises(GameError, match=f"--fix {name}={value}: agents would read {read}; give no more"):
+        families_of(["bcz"], ["GE"], 1, fixed={name: value})
+    assert families_of(["pgg"], ["GE"], 1, fixed={"c": 0.0004})[0].fixed == (("c", 0.0004),)
+
+
 def test_with_a_fixed_cost_games_of_the_grid_may_differ_in_the_order_of_seats_alone():
     grid = held_out_grid(4, Family(fixed=(("c", 0.1),)))
     assert {g.c for g in grid} == {0.1} and len({g.key for g in grid}) == 12 < len(set(grid)) == len(
