@@ -55,7 +55,7 @@ TITLES = {
     "7": "Brier score of the Belief lines, and U2 of the best reply to them; unread: share without a belief",
 }
 # The settings in which files that are combined must not differ.
-SAME = "game stages rounds types fix partners unmet agents seat eval_games eval_seed eval_temperature".split()
+SAME = "game stages rounds types fix partners unmet agents seat eval_games eval_temperature".split()
 SAME += "information belief hints think".split()
 Cell = dict  # that of mean_interval, and its values in "games"; over several runs, the means of the runs
 Make = Callable[[], Player]  # a new player
