@@ -102,7 +102,7 @@ def check_split(path: str, records: list[Record], families: Iterable[Family]) ->
         game = game_from_json(instance)
         family = own.get(game.name, Family(game.name))
         if not family.nothing_drawn and split_of(game, family) == "held-out":
-            raise InputError(f"{path}: game {number} is one of those that evaluation is to play; {WRITE_ONE}")
+            raise InputError(f"{path}: game {number} is held out of training, for evaluation; {WRITE_ONE}")
 
 
 def check_record(r: Record) -> None:

@@ -49,9 +49,7 @@ def test_instances_are_those_of_the_split(split):
 def test_a_file_with_held_out_games_is_refused_unless_the_flags_give_all_numbers(tmp_path, refused):
     path, flags = str(tmp_path / "games.jsonl"), "--types 1.5 --fix delta=0.06 c=0.2"
     write_records(path, simulate_many(2, "nash", 0, split="held-out"))
-    assert f"{path}: game 0 is one of those that evaluation is to play" in refused(
-        train_sft, ["--games", path]
-    )
+    assert f"{path}: game 0 is held out of training, for evaluation" in refused(train_sft, ["--games", path])
     (family,) = families_of(["bcz"], ["GE"], 1, types=(1.5,), fixed={"delta": 0.06, "c": 0.2})
     assert split_of(held_out_grid(4, family)[0], family) == "held-out" and family.nothing_drawn
     write_records(path, simulate_many(2, "nash", 0, families=(family,)))
