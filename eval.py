@@ -171,21 +171,23 @@ def make_cast(
 # -------------------- rows
 
 
-def baselines(settings: Settings) -> dict[str, dict]:
-    """The rows with which every table ends: the other seats' expert, the constant answer with the higher U2
-    and random play; among partners both constant answers."""
+def with_baselines(settings: Settings, results: dict[str, dict]) -> dict[str, dict]:
+    """The results and, where they are not among them, the rows with which every table ends: the other seats'
+    expert, the constant answer with the higher U2 and random play; among partners both constant answers."""
     players, seed = settings.players, settings.evaluation.seed
 
-    def rows(*experts: Expert) -> dict[str, dict]:
-        makes = {e.name: partial(expert_player, e, players.style, seed) for e in experts}
-        played = {name: play_among_experts(settings, name, make) for name, make in makes.items()}
-        return {f"expert:{name}": summarise(episodes) for name, episodes in played.items()}
+    def row(expert: Expert) -> dict:
+        if f"expert:{expert.name}" in results:
+            return results[f"expert:{expert.name}"]
+        make = partial(expert_player, expert, players.style, seed)
+        return summarise(play_among_experts(settings, expert.name, make))
 
-    constants = rows(*map(players.make_expert, CONSTANTS))
-    if players.partners:
-        return constants
-    best = max(constants, key=lambda name: constants[name]["all rounds"]["U2"]["mean"])
-    return rows(players.expert) | {best: constants[best]} | rows(players.make_expert("random"))
+    rows = {name: row(players.make_expert(name)) for name in CONSTANTS}
+    if not players.partners:
+        best = max(rows, key=lambda name: rows[name]["all rounds"]["U2"]["mean"])
+        chance = players.make_expert("random")
+        rows = {players.expert.name: row(players.expert), best: rows[best], chance.name: row(chance)}
+    return results | {f"expert:{name}": summary for name, summary in rows.items()}
 
 
 def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, dict]:
@@ -202,7 +204,7 @@ def evaluate_run(settings: Settings, policy: Policy, folder: Path) -> dict[str, 
     lora.remove(policy.model)  # what is left is the SFT policy
     results["sft"] = row("sft", policy)
     results["base"] = row("base", settings.model.load())
-    results |= baselines(settings)
+    results = with_baselines(settings, results)
     if ranks.first():
         write_json(folder / "eval.json", {"arguments": settings.flags, "results": results})
     return results
@@ -216,7 +218,7 @@ def evaluate_names(settings: Settings, names: list[str], repair: bool) -> dict[s
         if repair and name != human.NAME and not name.startswith("expert:"):
             lenient = play_among_experts(settings, name, make_player, repair=True)
             results[f"{name} repaired"] = summarise(lenient)
-    results |= {name: row for name, row in baselines(settings).items() if name not in results}
+    results = with_baselines(settings, results)
     titles = {"all": "self-play: the policy in all seats\n", "random": "a random seat of each game\n"}
     print(titles.get(settings.evaluation.seat, "") + report(results))
     if repair:

@@ -86,7 +86,7 @@ def load_policy(
         try:
             with pretrained.quiet():
                 policy = policy_class(model, tokenizer, name, ends, chat)
-                error = deviation(policy, attention)
+            error = deviation(policy, attention)
             if error is None:
                 return policy
             why = f"its log-probabilities would be {error:.2g} nats off"
@@ -109,20 +109,22 @@ LONG = 600  # the largest attention window that the plain engine is tried beyond
 def deviation(policy: Policy, attention: str) -> float | None:
     """`error_of` where it is more than rounding leaves; else None. A model in bfloat16 is tried with float32
     copies of its weights first, if there is memory for them, and then as it is."""
-    error, dtype = 0.0, policy.model.dtype
+    dtype = policy.model.dtype
     if dtype == torch.bfloat16:
         try:
-            with float32_copies(policy.model):
+            with pretrained.quiet(), float32_copies(policy.model):
                 error = error_of(policy, attention)
+            if not error < TOLERANCE[torch.float32]:
+                return error
         except Exception as e:
             if not out_of_memory(e):
                 raise
             text = "no memory to check it in float32; compare its first step with that of --engine plain"
-            print(f"{policy.name}: {text}", file=sys.stderr)
-    if error < TOLERANCE[torch.float32]:
+            if ranks.first():
+                print(f"{policy.name}: {text}", file=sys.stderr)
+    with pretrained.quiet():
         error = error_of(policy, attention)
-        return None if error < TOLERANCE[dtype] else error
-    return error
+    return None if error < TOLERANCE[dtype] else error
 
 
 @contextmanager

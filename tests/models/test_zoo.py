@@ -97,6 +97,15 @@ def test_without_memory_for_float32_copies_a_line_says_so(model_dir, monkeypatch
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+def test_that_line_is_seen_when_a_model_is_loaded(model_dir, monkeypatch, capfd):
+    def full(model):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(load, "float32_copies", full)
+    assert type(load_policy(model_dir, "bfloat16")) is FastPolicy
+    assert f"{model_dir}: no memory to check it in float32" in capfd.readouterr().err
+
+
 def test_a_window_in_any_config_is_known_and_the_plain_engine_reads_further(tmp_path):
     """Also where the config has no layer_types; transformers' own logits are met beyond it."""
     folder = zoo.build("mistral, window", tmp_path)
