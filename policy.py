@@ -36,6 +36,7 @@ class Policy:
     """A model, its tokenizer and the two things done with them: sampling and scoring."""
 
     layer = lora.LoRALinear  # the class that wraps the model's layers when an adapter is injected
+    cached = True  # transformers' cache of keys and values; without it, all is read anew for every token
 
     def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template):
         """end_ids: the tokens that end a reply; training teaches the first of them. template: the model's
@@ -107,7 +108,7 @@ class Policy:
         ids = torch.tensor([prompt] * M, device=self.device)
         replies: list[list[tuple[int, float]]] = [[] for _ in range(M)]  # (token, log pi) of each
         for uniforms_M in uniforms_MS.T:
-            out = self.model(ids[:, read:], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = self.model(ids[:, read:], past_key_values=cache, use_cache=self.cached, logits_to_keep=1)
             token_M, logp_M = draw(out.logits[:, -1], uniforms_M.to(self.device), temperature)
             cache = getattr(out, "past_key_values", None)
             read = ids.shape[1] if cache is not None else 0  # a model without such a cache reads all anew

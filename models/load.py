@@ -64,25 +64,31 @@ def say_speed(dtype: str) -> None:
         print(text, file=sys.stderr)
 
 
+class Uncached(Policy):
+    """For models that compute something else with their cache than without it (MiniMax, Bamba)."""
+
+    cached = False
+
+
 def load_policy(
     name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast", template: dict | None = None
 ) -> Policy:
     """The base model as a policy. dtype: of the frozen weights; template: values for the chat template. A
-    model that the fast engine does not compute rightly gets the plain one, which is said. InputError: as in
-    pretrained.load, or the plain engine is wrong too."""
-    engines: list[type[Policy]] = [Policy]
+    model that the fast engine does not compute rightly gets the plain one, and one whose cache is wrong goes
+    without, which is said. InputError: as in pretrained.load, or that is wrong too."""
+    engines = [(Policy, "its own cache", "without one, which is slow"), (Uncached, "", "")]
     if engine == "fast":
         from fast.cpu import prepare_cpu  # here: whoever runs the plain engine needs nothing of fast/
         from fast.engine import FastPolicy
 
-        engines.insert(0, FastPolicy)
+        engines.insert(0, (FastPolicy, "--engine fast", "with plain"))
         if torch.device(device).type == "cpu":
             prepare_cpu()
     model, tokenizer = pretrained.load(name, getattr(torch, dtype), device, template)
     chat = Template(tokenizer, template)
     ends = pretrained.end_token_ids(model, tokenizer, chat)
     attention = model.config._attn_implementation
-    for policy_class in engines:
+    for policy_class, what, instead in engines:
         try:
             with pretrained.quiet():
                 policy = policy_class(model, tokenizer, name, ends, chat)
@@ -95,8 +101,8 @@ def load_policy(
                 raise
             why = one_line(e, 100)
         model.set_attn_implementation(attention)
-        if policy_class is not Policy and ranks.first():
-            print(f"{name} does not fit --engine fast ({why}): going on with plain", file=sys.stderr)
+        if instead and ranks.first():
+            print(f"{name} does not fit {what} ({why}): going on {instead}", file=sys.stderr)
     raise InputError(f"{name} cannot be sampled and scored: {why}; choose another --model")
 
 

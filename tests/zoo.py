@@ -4,7 +4,7 @@
     python -m tests.zoo mistral granite      # some of its rows
 
 Errors are the largest differences, in nats, between log pi of sampled tokens, as they are sampled and as they
-are scored, and model(ids).logits. Up to 1e-4 is rounding.
+are scored, and model(ids).logits, in float32 and in bfloat16. In float32 up to 1e-4 is rounding.
 """
 
 import sys
@@ -69,6 +69,30 @@ ZOO: dict[str, tuple[str, dict, str]] = {
         BASE
         | dict(num_local_experts=4, layer_types=["mamba", "attention"], mamba_n_heads=8, mamba_d_head=16),
         "Granite 4",
+    ),
+    "bamba": (
+        "bamba",
+        BASE
+        | dict(attn_layer_indices=[1], mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=16),
+        "Bamba",
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        BASE
+        | dict(hybrid_override_pattern="M*", mamba_num_heads=8, mamba_head_dim=16, n_groups=1, head_dim=16),
+        "Nemotron-H, Nemotron Nano 2",
+    ),
+    "jamba": (
+        "jamba",
+        BASE | dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, use_mamba_kernels=False),
+        "Jamba",
+    ),
+    "minimax": (
+        "minimax",
+        BASE
+        | dict(head_dim=16, num_local_experts=4, layer_types=["linear_attention", "full_attention"])
+        | dict(block_size=16),
+        "MiniMax-Text-01",
     ),
     "cohere": ("cohere", BASE | dict(logit_scale=0.25), "Command R"),
     "cohere2": ("cohere2", BASE | LOCAL | dict(logit_scale=0.25), "Command R7B"),
@@ -197,22 +221,32 @@ def targets(model) -> tuple[float, list[str]]:
     return sum(adapted) / sum(p.numel() for p in weights.values()), sorted(names) if missing else []
 
 
-def row(name: str, folder: Path) -> list[str]:
-    folder = build(name, folder)
-    plain = load_policy(str(folder), engine="plain")
-    truth = load_policy(str(folder), engine="plain").model
-    found, engines = [max(errors(plain, truth).values())], "plain"
-    policy = load_policy(str(folder))
+def measured(folder: Path, dtype: str) -> tuple[str, list[str], torch.nn.Module]:
+    """Which engines fit, the largest error of plain and of fast, and transformers' model."""
+    plain, other = (load_policy(str(folder), dtype, engine="plain") for _ in range(2))
+    engines = "plain" if plain.cached else "plain, without a cache"
+    found, policy = [max(errors(plain, other.model).values())], load_policy(str(folder), dtype)
     if type(policy) is not type(plain):
         engines = "both"
         try:
-            found.append(max(errors(policy, truth).values()))
+            found.append(max(errors(policy, other.model).values()))
         except InputError:
             engines = "both; fast within the window"
+    return (
+        engines,
+        [f"{error:.0e}" if error else "0" for error in found] + ["-"] * (2 - len(found)),
+        other.model,
+    )
+
+
+def row(name: str, folder: Path) -> list[str]:
+    folder = build(name, folder)
+    engines, said, truth = measured(folder, "float32")
+    there, said_there, _ = measured(folder, "bfloat16")
+    assert there == engines, f"{name}: {there} in bfloat16"
     share, wanted = targets(truth)
-    said = [f"{error:.0e}" if error else "0" for error in found] + ["-"] * (2 - len(found))
     wanted = f"`--targets {' '.join(wanted)}`" if wanted else "" if share else "not possible: no nn.Linear"
-    return [name, ZOO[name][2], engines, *said, f"{share:.0%}", wanted]
+    return [name, ZOO[name][2], engines, *said, *said_there, f"{share:.0%}", wanted]
 
 
 def main(names: list[str]) -> None:
@@ -220,8 +254,10 @@ def main(names: list[str]) -> None:
         "model",
         "such as",
         "engines",
-        "error, plain",
-        "error, fast",
+        "plain",
+        "fast",
+        "plain, bf16",
+        "fast, bf16",
         "adapted",
         "to adapt all linear layers",
     ]

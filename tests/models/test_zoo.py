@@ -57,6 +57,17 @@ def test_where_the_fast_engine_is_wrong_the_plain_one_goes_on(tmp_path, name, ca
     assert max(zoo.errors(policy, policy.model).values()) < 1e-4
 
 
+def test_a_model_whose_cache_is_wrong_reads_all_anew(tmp_path, capfd):
+    folder = zoo.build("minimax", tmp_path)
+    capfd.readouterr()
+    policy = load_policy(str(folder), engine="plain")
+    said = capfd.readouterr().err
+    assert "does not fit its own cache (" in said and said.endswith("going on without one, which is slow\n")
+    assert not policy.cached and max(zoo.errors(policy, policy.model).values()) < 1e-4
+    policy.cached = True
+    assert zoo.errors(policy, policy.model)["sampled"] > 0.1
+
+
 @pytest.mark.parametrize("name, engine", [("falcon", Policy), ("llama", FastPolicy)])
 def test_a_wrong_mask_is_seen_in_bfloat16_too(tmp_path, capfd, name, engine):
     """There falcon's error is 0.14 nats, within what rounding may leave. The weights stay where they are."""
@@ -166,7 +177,8 @@ def test_a_model_that_no_engine_computes_is_refused_in_one_line(model_dir, monke
     monkeypatch.setattr(load, "error_of", lambda policy, attention: float("nan"))
     with pytest.raises(InputError, match="cannot be sampled and scored: its log-prob.* nan nats off; choose"):
         load_policy(model_dir)
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    fast, cache = capfd.readouterr().err.splitlines()
+    assert "does not fit --engine fast" in fast and "does not fit its own cache" in cache
 
 
 def test_the_check_touches_no_random_state(model_dir):
