@@ -231,9 +231,27 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
     trained = trained_seats(records, data.seat, data.seed)
     pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
     check_lengths(settings, policy)
-    with memory_errors("RFT"):  # its random numbers are the least that it needs: known now, and not after SFT
-        torch.empty(sum(settings.rft.prompts.values()), settings.rft.m, style.reply_limit(data.agents[1]))
+    if not settings.rft.sft_adapter and not settings.run.resume:
+        try_memory(settings, policy, pool)
     return policy, records, pool
+
+
+def try_memory(settings: Settings, policy: Policy, pool: list[list[Prompt]]) -> None:
+    """Computes one pass of RFT's update, of the longest prompts with replies as long as their labels, on an
+    adapter that is taken off again. What does not fit into memory is known now, and not after SFT."""
+    cfg, P = settings.rft, sum(settings.rft.prompts.values())
+    longest = sorted((conversation[-1] for conversation in pool), key=lambda q: -len(q.ids))[:P]
+    with memory_errors("RFT"):
+        torch.empty(P, cfg.m, settings.players.style.reply_limit(settings.data.agents[1]))  # random numbers
+        lengths = [len(policy.encode_reply(q.record.label)) for q in longest]
+        replies = [
+            [[k % len(policy.tokenizer)] * S for k in range(cfg.m)] for S in lengths
+        ]  # no two begin alike
+        own = policy.batches([q.ids for q in longest], replies, cfg.micro_batch)[0]
+        new_adapter(policy, settings.lora, cfg.seed, Stream.RFT_ADAPTER)
+        logps = policy.token_logps([longest[i].ids for i in own], [replies[i] for i in own], cfg.temperature)
+        torch.cat(logps).sum().backward()
+        lora.remove(policy.model)
 
 
 @reports_errors

@@ -23,6 +23,7 @@ import settings
 import train_rft
 import train_sft
 from experts import make_expert
+from fast.engine import FastPolicy
 from games import game_from_json
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
@@ -31,6 +32,7 @@ from play.expert_games import history_from_text
 from prompts import PromptStyle
 from rewards import Target, graph_likeness, likeness
 from run.seeds import Stream
+from settings import parse_training, training_parser
 from tools import merge
 from variants import credit
 
@@ -72,6 +74,34 @@ def test_what_cannot_fit_into_memory_is_one_line_before_sft(model_dir, tmp_path,
     line = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", m=10**13))
     assert "out of memory in RFT (" in line and "a smaller --micro-batch, --m or --prompts" in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pass_of_rft_that_does_not_fit_is_one_line_before_sft(model_dir, tmp_path, refused, monkeypatch):
+    """Its gradients fail here, as those of a GPU that is too small would."""
+    asked, score = [], FastPolicy.token_logps
+
+    def full(self, prompts, replies, temperature=1.0):
+        if not torch.is_grad_enabled():  # the check when a model is loaded
+            return score(self, prompts, replies, temperature)
+        asked.append((len(prompts), {len(group) for group in replies}))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(FastPolicy, "token_logps", full)
+    line = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run"))
+    assert line.startswith("error: out of memory in RFT (CUDA out of memory.")
+    assert asked == [(2, {4})] and not (tmp_path / "run").exists()
+
+
+def test_the_pass_that_is_tried_leaves_no_trace(model_dir, tmp_path):
+    """The model is its base again. (tests/run/test_resume.py compares whole runs with and without it.)"""
+    argv = runs.rft_flags(model_dir, tmp_path / "run")
+    given = parse_training(training_parser("", "", settings.RFT, settings.Evaluation), "train_rft.py", argv)
+    plain, (policy, _, _) = load_policy(model_dir), train_rft.prepare(given)
+    assert not lora.lora_layers(policy.model)
+    weights = [dict(p.model.named_parameters()) for p in (plain, policy)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, p in weights[0].items():
+        assert torch.equal(p, weights[1][name]) and weights[1][name].grad is None
 
 
 def test_samples_say_which_replies_were_cut_off(full):
