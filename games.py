@@ -128,6 +128,11 @@ class Game:
         """What the links mean for the agent, beside the question about efforts. hints: a number too."""
         return ""
 
+    @classmethod
+    def working(cls, seen) -> str:
+        """The steps that lead to the worked number of this question, for --think; "" for none."""
+        return ""
+
     # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
     # u = delta (N-1) and v = c / (delta mean(alpha)^2). See world/draws.py.
     fixable: ClassVar[tuple[str, ...]]  # parameters that --fix can hold fixed

@@ -202,12 +202,12 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 
 
 def thought(state: State, seat: int, style: PromptStyle) -> str:
-    """What stands before the two lines of a label with `think`: the worked numbers of the game (Kind.hint).
-    The agent then writes out itself what helps to decide. With `hints`, its prompt has these numbers, too."""
-    if not style.think:
-        return ""
-    hint = state.kind.hint(observe(state, seat, style.information))
-    return f"{hint}\n" if hint else ""
+    """What stands before the two lines of a label with `think`: the worked numbers of the game (Kind.hint)
+    behind the steps that lead to them. The agent then writes out itself what helps to decide. With `hints`,
+    its prompt has these numbers, too."""
+    seen = observe(state, seat, style.information)
+    hint = state.kind.hint(seen) if style.think else ""
+    return f"{state.game.working(seen)}{hint}\n" if hint else ""
 
 
 def thought_of(label: str) -> str:

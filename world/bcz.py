@@ -145,6 +145,22 @@ class BCZ(Game):
                 text += f". Best reply to efforts alpha: {response:.2f}"
         return text
 
+    @classmethod
+    def working(cls, seen: Observation) -> str:
+        """Of links: the best responses to efforts alpha, then for each link one product."""
+        delta, c, alpha_N = seen.parameters["delta"], seen.parameters["c"], seen.types or ()
+        total = sum(alpha_N)
+        if seen.kind.letter == "E":
+            linked = sum(alpha_N[j] for j in np.flatnonzero(seen.links[seen.seat]))
+            return f"{seen.own_type:g} + {delta:.3f} x {linked:g} = {seen.own_type + delta * linked:.2f}. "
+        response_N = [a + delta * (total - a) for a in alpha_N]
+        own = response_N[seen.seat] * delta / c
+        pairs, others = zip(alpha_N, response_N, strict=True), np.delete(response_N, seen.seat)
+        responses = ", ".join(f"{a:g} + {delta:.3f} x {total - a:g} = {x:.2f}" for a, x in pairs)
+        share = f"{response_N[seen.seat]:.2f} x {delta:.3f} / {c:g} = {own:.3f}"
+        products = ", ".join(f"{own:.3f} x {x:.2f} = {own * x:.2f}" for x in others)
+        return f"Alphas sum to {total:g}. {responses}. {share}. {products}. "
+
     # The draws: an instance is given by u = delta (N-1) and v = c / (delta mean(alpha)^2); their ranges in
     # training, their values in evaluation, and the lowest, highest and homogeneous alpha.
 
