@@ -122,9 +122,11 @@ def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base in it."""
+    """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base in it. A
+    subclass of nn.Linear that computes something else, such as a router, is none."""
     frozen = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoRALinear))
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, LoRALinear))}
+    wrapped = lambda m: isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear) or wrapped(m)}
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
 
 

@@ -45,12 +45,14 @@ class Policy:
         self.template = template
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
-        self.context = getattr(config, "max_position_embeddings", None) or 2**31
+        self.context = max(0, getattr(config, "max_position_embeddings", None) or 0) or 2**31
         # Where it is too short:
         self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"
         rope = getattr(config, "rope_parameters", None) or {}
-        boundary = rope.get("original_max_position_embeddings") or self.context
-        if rope.get("rope_type") == "longrope" and boundary < self.context:
+        of_layers = [part for part in rope.values() if isinstance(part, dict)]  # by their kind
+        long = [part for part in (rope, *of_layers) if part.get("rope_type") == "longrope"]
+        boundary = min(part.get("original_max_position_embeddings") or self.context for part in long or [{}])
+        if boundary < self.context:
             self.context = boundary
             self.advice = f"its frequencies change there (longrope), also for what was read; {self.advice}"
         model.eval()  # no dropout anywhere: the distribution that is sampled is the one that is scored

@@ -311,11 +311,23 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
     attention."""
     if tokens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise InputError("attention with a soft cap or sinks is not supported; choose another --model")
+    # Sinks, biases, or the keys that sparse attention has chosen, come as tensors or as a mask of the layer.
+    own = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"position_ids"}
+    own |= {"softcap"} if kwargs.get("softcap") is not None else set()
+    own |= {"a mask"} if attention_mask is not None and not hasattr(attention_mask, "of_positions") else set()
+    if own:
+        raise InputError(f"its attention also takes {', '.join(sorted(own))}; choose another --model")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return tokens.attend(module, query, key, value, scaling), None
 
 
+def _mask(*args, **kwargs) -> Tensor | None:
+    """transformers' own, marked: a mask that a layer has made itself must not be lost in `_attention`."""
+    mask = sdpa_mask(*args, **kwargs)
+    if mask is not None:
+        mask.of_positions = True
+    return mask
+
+
 AttentionInterface.register("shared_prefix", _attention)
-AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+AttentionMaskInterface.register("shared_prefix", _mask)

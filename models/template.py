@@ -52,7 +52,7 @@ class Template:
             self.folds = system["content"] not in self.text([system, user])
         except Exception:  # jinja's, raised by the template itself
             self.folds = True
-        self.text([*parts, user])  # may raise
+        self.require_all()
         self.lead = self.text([user])  # a prompt: what stands before a reply
         self.lead_ids = self.encode(self.lead)
         head, _, tail = self.text([user, reply, user]).partition(reply["content"])
@@ -68,10 +68,22 @@ class Template:
             self.folded(chat), add_generation_prompt=True, **how, **self.values
         )
 
+    def require_all(self) -> None:
+        """InputError: a conversation lacks something that was said in it, or has it in another form."""
+        roles = ("system", "user", "assistant", "user")
+        words = "word " * 60
+        chat = [{"role": role, "content": f"{k} <a> &\n{words}{k}"} for k, role in enumerate(roles, 1)]
+        said = self.text(chat)
+        for message in self.folded(chat):
+            if message["content"] not in said:
+                what = f"does not hand on all that the {message['role']} says in a conversation"
+                raise InputError(f"the model's chat template {what}; mend it, see docs/models.md")
+
     @property
     def checksum(self) -> str:
-        """Of the template and its values."""
-        data = json.dumps([self.tokenizer.chat_template, self.values], sort_keys=True)
+        """Of the template, its values, and what it makes of a conversation today."""
+        chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
+        data = json.dumps([self.tokenizer.chat_template, self.values, self.text(chat)], sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()[:12]
 
     def text(self, chat: list[dict]) -> str:

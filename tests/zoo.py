@@ -94,6 +94,21 @@ ZOO: dict[str, tuple[str, dict, str]] = {
         | dict(block_size=16),
         "MiniMax-Text-01",
     ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        EVERY_HEAD
+        | dict(kv_lora_rank=16, q_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=16)
+        | dict(index_topk=32, index_head_dim=16, index_n_heads=32, mlp_layer_types=["dense", "dense"]),
+        "GLM-5",
+    ),
+    "minimax_m3": (
+        "minimax_m3_vl_text",
+        BASE
+        | dict(head_dim=16, index_block_size=8, index_topk_blocks=2, index_n_heads=2, index_head_dim=16)
+        | dict(layer_types=["minimax_m3_sparse"] * 2, mlp_layer_types=["dense"] * 2)
+        | dict(dense_intermediate_size=128),
+        "MiniMax-M3 (text)",
+    ),
     "cohere": ("cohere", BASE | dict(logit_scale=0.25), "Command R"),
     "cohere2": ("cohere2", BASE | LOCAL | dict(logit_scale=0.25), "Command R7B"),
     "phi": ("phi", EVERY_HEAD, "Phi 1.5, Phi 2"),
@@ -205,15 +220,25 @@ def errors(policy, truth) -> dict[str, float]:
     return {k: float((x - right).abs().max()) for k, x in (("sampled", sampled), ("scored", scored))}
 
 
+def fits(model, name: str) -> bool:
+    """Whether an adapter can wrap the layers of this name."""
+    lora.inject(model, lora.LoRAConfig(2, 2, (name,)), torch.Generator())
+    try:
+        model(torch.tensor([[0, 1]]), use_cache=False).logits.sum().backward()
+        return True
+    except (AttributeError, TypeError, RuntimeError):  # it computes with the weight itself
+        return False
+    finally:
+        lora.remove(model)
+
+
 def targets(model) -> tuple[float, list[str]]:
     """The share of the weights, without embeddings and head, that --targets adapts by default, and what to
     give it to adapt all linear layers, [] if that is the default."""
     outside = {id(x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in outside}
-    linear = {
-        f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
-    } & weights.keys()
-    names = {n.split(".")[-2] for n in linear}
+    linear = {f"{n}.weight" for n in lora._linears(model)} & weights.keys()
+    names = {name for name in {n.split(".")[-2] for n in linear} if fits(model, name)}
     adapted = [
         p.numel() for n, p in weights.items() if n in linear and n.split(".")[-2] in lora.DEFAULT_TARGETS
     ]

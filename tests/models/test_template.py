@@ -95,6 +95,45 @@ def test_without_a_system_role_the_system_message_begins_the_first_user_message(
     assert not Template(make_tiny_tokenizer()).folds
 
 
+CHATML = make_tiny_tokenizer().chat_template
+PARTS = LOOP + (
+    "{{ m['role'] }}{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "text, who",
+    [
+        (PARTS, "user"),  # texts are lists of parts there, as in multimodal models
+        (CHATML.replace("messages", "messages[-2:]"), "system"),
+        (CHATML.replace("['content']", "['content'][:100]"), "system"),
+        (CHATML.replace("['content']", "['content'] | e"), "system"),
+        (LOOP + "{% if m['role'] != 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}", "assistant"),
+    ],
+)
+def test_a_template_that_loses_what_was_said_is_refused(text, who):
+    assert text != CHATML
+    with pytest.raises(InputError, match=f"does not hand on all that the {who} says in a conversation"):
+        Template(tokenizer_with(text))
+
+
+def in_year(monkeypatch, year):
+    class Clock(chat_template_utils.datetime):
+        @classmethod
+        def now(cls):
+            return cls(year, 1, 2)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    return Clock.now()
+
+
+def test_a_date_that_a_template_computes_changes_the_checksum(monkeypatch):
+    """So a run is not resumed on another day, where its prompts would differ."""
+    template = Template(tokenizer_with("{{ strftime_now('%d' ~ ' %b %Y') }}" + CHATML))
+    first, second, again = [(in_year(monkeypatch, year), template.checksum)[1] for year in (2026, 2027, 2026)]
+    assert first == again != second
+
+
 def test_a_template_gets_the_values_of_the_flag_and_no_others():
     tokenizer = tokenizer_with(make_tiny_tokenizer().chat_template + THINKING)
     assert Template(tokenizer).text(CHAT).endswith("<think></think>")
@@ -125,20 +164,13 @@ def test_the_flag_reaches_the_template(model_dir, tmp_path, refused):
 @pytest.mark.parametrize("text", ["%d %b %Y", "%B %d, %Y"])
 def test_a_template_that_prints_the_date_prints_the_same_on_every_day(model_dir, tmp_path, monkeypatch, text):
     """So a run that is resumed after midnight reads what it has read."""
-
-    class Clock(chat_template_utils.datetime):
-        @classmethod
-        def now(cls):
-            return cls(year, 1, 2)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     dated, folder = DATED.replace("%d %b %Y", text), shutil.copytree(model_dir, tmp_path / "model")
     tokenizer = tokenizer_with(dated + make_tiny_tokenizer().chat_template)
     tokenizer.save_pretrained(folder)
     prompts = []
     for year in (2026, 2027):
-        assert str(year) in Clock.now().strftime(text)
-        assert Clock.now().strftime(text) in tokenizer.apply_chat_template(CHAT, tokenize=False)
+        today = in_year(monkeypatch, year).strftime(text)
+        assert str(year) in today and today in tokenizer.apply_chat_template(CHAT, tokenize=False)
         prompts.append(load_policy(str(folder)).encode_prompt(CHAT))
     assert prompts[0] == prompts[1] and DAY.strftime(text) in tokenizer.decode(prompts[0])
     other = "{{ strftime_now('%d' | trim) }}{{ messages[0]['content'].strip('x') }}"

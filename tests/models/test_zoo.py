@@ -12,6 +12,9 @@ from models import load
 from models.load import load_policy
 from policy import Policy
 from run.errors import InputError
+from run.seeds import Stream
+from settings import LoRA
+from train_sft import new_adapter
 
 LAYERS = {"granite": "q_proj", "gemma2, final cap alone": "q_proj", "cohere": "v_proj"}
 
@@ -42,6 +45,8 @@ WITHOUT_FAST = [
     "recurrent_gemma",
     "mamba",
     "llama4",
+    "glm_moe_dsa",
+    "minimax_m3",
 ]
 
 
@@ -129,6 +134,31 @@ def test_a_window_in_any_config_is_known_and_the_plain_engine_reads_further(tmp_
     )
     with pytest.raises(InputError, match="the 64 tokens of .* attention window, and --engine plain reads on"):
         zoo.errors(fast, plain.model)
+
+
+def test_layers_that_an_adapter_does_not_fit_are_named_before_anything_is_trained(tmp_path):
+    """Mamba reads the weight of dt_proj itself; a router of Phi 3.5 MoE is no plain linear layer."""
+    for name, layers, said in (
+        ("mamba", ("in_proj", "dt_proj"), "does not fit the layers of --targets: .*'weight'; leave some out"),
+        ("phimoe", ("q_proj", "router"), "'router' names no nn.Linear"),
+    ):
+        policy = load_policy(str(zoo.build(name, tmp_path)))
+        with pytest.raises(InputError, match=said):
+            new_adapter(policy, LoRA(rank=2, targets=layers), 0, Stream.SFT_ADAPTER)
+        assert zoo.fits(load_policy(str(tmp_path / name)).model, layers[0])
+
+
+def test_frequencies_that_change_with_the_length_are_found_in_each_kind_of_layer(tmp_path, monkeypatch):
+    """`longrope` (tests/fast/test_engine.py), where the config has it by kind of layer."""
+    rope = dict(rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=110, factor=18.6)
+    rope |= dict(short_factor=[1.0] * 8, long_factor=[8.0] * 8)
+    by_kind = dict(full_attention=rope, sliding_attention=dict(rope_type="default", rope_theta=1e4))
+    full = dict(head_dim=16, layer_types=["full_attention"] * 2, rope_parameters=by_kind)
+    monkeypatch.setitem(zoo.ZOO, "nested", ("gemma3_text", zoo.BASE | full, ""))
+    policy = load_policy(str(zoo.build("nested", tmp_path)))
+    assert policy.context == 110
+    with pytest.raises(InputError, match="its frequencies change there"):
+        zoo.errors(policy, policy.model)
 
 
 def test_a_window_is_tried_beyond_its_end(tmp_path, monkeypatch):
