@@ -390,7 +390,7 @@ class Settings:
     def load_model(self) -> Policy:
         """The model that a run trains. InputError: as in `keep`, of its chat template."""
         policy = self.model.load()
-        self.keep("prompt_form_sha256", policy.template.checksum, "chat template, --template or date in it")
+        self.keep("chat_template_sha256", policy.template.checksum, "chat template, --template or date in it")
         return policy
 
     def load_data(self) -> list[dataset.Record]:

@@ -27,7 +27,7 @@ from play.dataset import Record, check_labels, trained_seats, with_label_noise
 from play.probe import Probe, probe_targets
 from policy import Policy
 from run import ranks
-from run.errors import InputError, library_errors, reports_errors
+from run.errors import InputError, library_errors, memory_errors, reports_errors
 from run.files import StopSignal, run_folder
 from run.seeds import Stream, shuffled, torch_generator
 from run.stage import Stage
@@ -159,7 +159,8 @@ def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora
         lora.require_untied(policy.model)  # now, and not when SFT is done and is to be merged
     except ValueError as e:
         raise InputError(str(e)) from None
-    with library_errors("an adapter does not fit the layers of --targets", "; leave some out"):
+    what = "an adapter does not fit the layers of --targets"
+    with library_errors(what, "; leave some out"), memory_errors("an adapter's first pass"):
         logp_T = policy.token_logps([[0, 1]], [[[0]]])[0]
         torch.autograd.grad(logp_T.sum(), lora.lora_parameters(policy.model), allow_unused=True)
     return adapter

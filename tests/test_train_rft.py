@@ -81,7 +81,7 @@ def test_a_pass_of_rft_that_does_not_fit_is_one_line_before_sft(model_dir, tmp_p
     asked, score = [], FastPolicy.token_logps
 
     def full(self, prompts, replies, temperature=1.0):
-        if not torch.is_grad_enabled():  # the check when a model is loaded
+        if not torch.is_grad_enabled() or len(prompts[0]) < 5:  # when a model is loaded, or gets an adapter
             return score(self, prompts, replies, temperature)
         asked.append((len(prompts), {len(group) for group in replies}))
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

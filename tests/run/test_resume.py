@@ -128,7 +128,7 @@ def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prom
 
     begun = json.loads((copied.folder / "config.json").read_text())
     policy, said = resumed()
-    assert begun["prompt_form_sha256"] == policy.template.checksum and said == []
+    assert begun["chat_template_sha256"] == policy.template.checksum and said == []
     edit_config(copied, versions="torch 1.0, transformers 2.0")
     (line,) = resumed()[1]
     assert line.startswith(f"warning: {copied.folder} began with torch 1.0, transformers 2.0 and goes on")
@@ -143,7 +143,7 @@ def test_a_resumed_run_says_where_its_numbers_may_differ_and_reads_no_other_prom
     edit_config(copied, **begun | {"noise": 0.9})
     line = refused(train_rft.main, ["--resume", copied.folder])
     assert f"{copied.folder} began with another expert games; take those of that time, or remove" in line
-    for new in ("prompt_form_sha256", "versions"):  # as in the folders of older versions of the code
+    for new in ("chat_template_sha256", "versions"):  # as in the folders of older versions of the code
         del begun[new]
     (copied.folder / "config.json").write_text(json.dumps(begun | {"model": str(other)}))
     assert resumed()[1] == []
