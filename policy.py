@@ -45,7 +45,8 @@ class Policy:
         self.template = template
         self.device = next(model.parameters()).device
         config = model.config.get_text_config()
-        self.context = max(0, getattr(config, "max_position_embeddings", None) or 0) or 2**31
+        longest = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for "any"
+        self.context = longest if longest > 0 else 2**31
         # Where it is too short:
         self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"
         rope = getattr(config, "rope_parameters", None) or {}

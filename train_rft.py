@@ -239,14 +239,14 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
 def try_memory(settings: Settings, policy: Policy, pool: list[list[Prompt]]) -> None:
     """Computes one pass of RFT's update, of the longest prompts with replies as long as their labels, on an
     adapter that is taken off again. What does not fit into memory is known now, and not after SFT."""
-    cfg, P = settings.rft, sum(settings.rft.prompts.values())
-    longest = sorted((conversation[-1] for conversation in pool), key=lambda q: -len(q.ids))[:P]
+    cfg, P, V = settings.rft, sum(settings.rft.prompts.values()), len(policy.tokenizer)
+    label = lambda q: policy.encode_reply(q.record.label)
+    tokens = lambda q: len(q.ids) + cfg.m * len(label(q))
+    asked = ([q for q in conversation if cfg.prompts.get(q.target.kind.letter)] for conversation in pool)
+    longest = sorted((max(own, key=tokens) for own in asked if own), key=tokens, reverse=True)[:P]
     with memory_errors("RFT"):
         torch.empty(P, cfg.m, settings.players.style.reply_limit(settings.data.agents[1]))  # random numbers
-        lengths = [len(policy.encode_reply(q.record.label)) for q in longest]
-        replies = [
-            [[k % len(policy.tokenizer)] * S for k in range(cfg.m)] for S in lengths
-        ]  # no two begin alike
+        replies = [[[k % V] * len(label(q)) for k in range(cfg.m)] for q in longest]  # no two begin alike
         own = policy.batches([q.ids for q in longest], replies, cfg.micro_batch)[0]
         new_adapter(policy, settings.lora, cfg.seed, Stream.RFT_ADAPTER)
         logps = policy.token_logps([longest[i].ids for i in own], [replies[i] for i in own], cfg.temperature)

@@ -147,12 +147,14 @@ class BCZ(Game):
 
     @classmethod
     def working(cls, seen: Observation) -> str:
-        """Of links: the best responses to efforts alpha, then for each link one product."""
+        """For efforts one sum; for links the best responses to efforts alpha, then one product for each."""
         delta, c, alpha_N = seen.parameters["delta"], seen.parameters["c"], seen.types or ()
         total = sum(alpha_N)
         if seen.kind.letter == "E":
             linked = sum(alpha_N[j] for j in np.flatnonzero(seen.links[seen.seat]))
             return f"{seen.own_type:g} + {delta:.3f} x {linked:g} = {seen.own_type + delta * linked:.2f}. "
+        if seen.kind.letter != "G":
+            return ""
         response_N = [a + delta * (total - a) for a in alpha_N]
         own = response_N[seen.seat] * delta / c
         pairs, others = zip(alpha_N, response_N, strict=True), np.delete(response_N, seen.seat)
