@@ -218,7 +218,7 @@ def test_with_think_labels_begin_with_worked_numbers_and_keep_them_under_noise()
 
 
 def test_labels_that_are_longer_than_think_allows_are_refused(policy, refused, tmp_path):
-    style = PromptStyle(think=60)
+    style = PromptStyle(think=300)
     records = simulate_many(2, style=style)
     assert prompts_of(policy, records, style=style)
     for tight, flag in ((replace(style, think=1), "think"), (replace(style, max_new_tokens=9), "max-new-to")):
