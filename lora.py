@@ -125,8 +125,8 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that an adapter can wrap, by module path; a frozen LoRALinear hides the base in it. A
     subclass of nn.Linear that computes something else, such as a router, is none."""
     frozen = tuple(f"{name}." for name, m in model.named_modules() if isinstance(m, LoRALinear))
-    wrapped = lambda m: isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear) or wrapped(m)}
+    linear = lambda m: isinstance(m, nn.Linear) and type(m).forward is nn.Linear.forward
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear) or linear(m)}
     return {name: m for name, m in modules.items() if not name.startswith(frozen)}
 
 

@@ -52,7 +52,8 @@ class Policy:
         rope = getattr(config, "rope_parameters", None) or {}
         of_layers = [part for part in rope.values() if isinstance(part, dict)]  # by their kind
         long = [part for part in (rope, *of_layers) if part.get("rope_type") == "longrope"]
-        boundary = min(part.get("original_max_position_embeddings") or self.context for part in long or [{}])
+        starts = (part.get("original_max_position_embeddings") or self.context for part in long)
+        boundary = min(starts, default=self.context)
         if boundary < self.context:
             self.context = boundary
             self.advice = f"its frequencies change there (longrope), also for what was read; {self.advice}"

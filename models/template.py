@@ -17,6 +17,9 @@ from run.errors import InputError
 # [choice] Templates that print today's date print this one on every day: a run that is resumed after midnight
 # reads what it has read before. It is what Llama 3's own template takes where it knows no date.
 DAY = datetime(2024, 7, 26)
+# What a template must hand on as it stands: several lines, signs that it might escape, more than a few words.
+ROLES = ("system", "user", "assistant", "user")
+CHAT = [{"role": r, "content": f"{k} <a> &\n{'word ' * 60}{k}"} for k, r in enumerate(ROLES, 1)]
 
 
 def with_fixed_day(template: str | dict | None):
@@ -70,11 +73,8 @@ class Template:
 
     def require_all(self) -> None:
         """InputError: a conversation lacks something that was said in it, or has it in another form."""
-        roles = ("system", "user", "assistant", "user")
-        words = "word " * 60
-        chat = [{"role": role, "content": f"{k} <a> &\n{words}{k}"} for k, role in enumerate(roles, 1)]
-        said = self.text(chat)
-        for message in self.folded(chat):
+        said = self.text(CHAT)
+        for message in self.folded(CHAT):
             if message["content"] not in said:
                 what = f"does not hand on all that the {message['role']} says in a conversation"
                 raise InputError(f"the model's chat template {what}; mend it, see docs/models.md")
@@ -82,8 +82,7 @@ class Template:
     @property
     def checksum(self) -> str:
         """Of the template, its values, and what it makes of a conversation today."""
-        chat = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user")]
-        data = json.dumps([self.tokenizer.chat_template, self.values, self.text(chat)], sort_keys=True)
+        data = json.dumps([self.tokenizer.chat_template, self.values, self.text(CHAT)], sort_keys=True)
         return hashlib.sha256(data.encode()).hexdigest()[:12]
 
     def text(self, chat: list[dict]) -> str:

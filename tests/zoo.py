@@ -20,7 +20,11 @@ from tiny import make_tiny_tokenizer
 import lora
 from models import pretrained
 from models.load import load_policy
+from policy import Policy
 from run.errors import InputError
+from run.seeds import Stream
+from settings import LoRA
+from train_sft import new_adapter
 
 V = len(make_tiny_tokenizer())
 IDS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2)
@@ -220,25 +224,27 @@ def errors(policy, truth) -> dict[str, float]:
     return {k: float((x - right).abs().max()) for k, x in (("sampled", sampled), ("scored", scored))}
 
 
-def fits(model, name: str) -> bool:
-    """Whether an adapter can wrap the layers of this name."""
-    lora.inject(model, lora.LoRAConfig(2, 2, (name,)), torch.Generator())
+def fits(policy, name: str) -> bool:
+    """Whether an adapter fits the layers of this name."""
     try:
-        model(torch.tensor([[0, 1]]), use_cache=False).logits.sum().backward()
+        new_adapter(policy, LoRA(rank=2, targets=(name,)), 0, Stream.SFT_ADAPTER)
         return True
-    except (AttributeError, TypeError, RuntimeError):  # it computes with the weight itself
+    except InputError:
         return False
     finally:
-        lora.remove(model)
+        lora.remove(policy.model)
 
 
-def targets(model) -> tuple[float, list[str]]:
+def targets(policy) -> tuple[float, list[str]]:
     """The share of the weights, without embeddings and head, that --targets adapts by default, and what to
     give it to adapt all linear layers, [] if that is the default."""
+    model = policy.model
     outside = {id(x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings())}
     weights = {n: p for n, p in model.named_parameters() if p.dim() > 1 and id(p) not in outside}
-    linear = {f"{n}.weight" for n in lora._linears(model)} & weights.keys()
-    names = {name for name in {n.split(".")[-2] for n in linear} if fits(model, name)}
+    linear = {
+        f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    } & weights.keys()
+    names = {name for name in {n.split(".")[-2] for n in linear} if fits(policy, name)}
     adapted = [
         p.numel() for n, p in weights.items() if n in linear and n.split(".")[-2] in lora.DEFAULT_TARGETS
     ]
@@ -246,8 +252,8 @@ def targets(model) -> tuple[float, list[str]]:
     return sum(adapted) / sum(p.numel() for p in weights.values()), sorted(names) if missing else []
 
 
-def measured(folder: Path, dtype: str) -> tuple[str, list[str], torch.nn.Module]:
-    """Which engines fit, the largest error of plain and of fast, and transformers' model."""
+def measured(folder: Path, dtype: str) -> tuple[str, list[str], Policy]:
+    """Which engines fit, the largest error of plain and of fast, and the model as it was loaded."""
     plain, other = (load_policy(str(folder), dtype, engine="plain") for _ in range(2))
     engines = "plain" if plain.cached else "plain, without a cache"
     found, policy = [max(errors(plain, other.model).values())], load_policy(str(folder), dtype)
@@ -257,19 +263,16 @@ def measured(folder: Path, dtype: str) -> tuple[str, list[str], torch.nn.Module]
             found.append(max(errors(policy, other.model).values()))
         except InputError:
             engines = "both; fast within the window"
-    return (
-        engines,
-        [f"{error:.0e}" if error else "0" for error in found] + ["-"] * (2 - len(found)),
-        other.model,
-    )
+    said = [f"{error:.0e}" if error else "0" for error in found]
+    return engines, said + ["-"] * (2 - len(said)), other
 
 
 def row(name: str, folder: Path) -> list[str]:
     folder = build(name, folder)
-    engines, said, truth = measured(folder, "float32")
+    engines, said, loaded = measured(folder, "float32")
     there, said_there, _ = measured(folder, "bfloat16")
     assert there == engines, f"{name}: {there} in bfloat16"
-    share, wanted = targets(truth)
+    share, wanted = targets(loaded)
     wanted = f"`--targets {' '.join(wanted)}`" if wanted else "" if share else "not possible: no nn.Linear"
     return [name, ZOO[name][2], engines, *said, *said_there, f"{share:.0%}", wanted]
 

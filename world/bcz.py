@@ -120,6 +120,12 @@ class BCZ(Game):
     type_name = "alpha"
     parameter_format = ".3f"
 
+    @staticmethod
+    def responses(seen: Observation) -> list[float]:
+        """What each agent, all linked, responds best to efforts as large as the alphas."""
+        alpha_N, delta = seen.types or (), seen.parameters["delta"]
+        return [a + delta * (sum(alpha_N) - a) for a in alpha_N]
+
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
         """What each link of the seat earns, delta x_i x_j, in units of its cost c, if all agents link and
@@ -127,7 +133,7 @@ class BCZ(Game):
         delta, c = seen.parameters["delta"], seen.parameters["c"]
         if not c or seen.types is None:
             return ""
-        response_N = [a + delta * (sum(seen.types) - a) for a in seen.types]
+        response_N = cls.responses(seen)
         earned_N = [delta * response_N[seen.seat] * x / c for x in response_N]
         earned_N[seen.seat] = 0
         return f". If all link, at best replies to alpha a link earns {tell_numbers(earned_N)} c"
@@ -155,7 +161,7 @@ class BCZ(Game):
             return f"{seen.own_type:g} + {delta:.3f} x {linked:g} = {seen.own_type + delta * linked:.2f}. "
         if seen.kind.letter != "G":
             return ""
-        response_N = [a + delta * (total - a) for a in alpha_N]
+        response_N = cls.responses(seen)
         own = response_N[seen.seat] * delta / c
         pairs, others = zip(alpha_N, response_N, strict=True), np.delete(response_N, seen.seat)
         responses = ", ".join(f"{a:g} + {delta:.3f} x {total - a:g} = {x:.2f}" for a, x in pairs)
