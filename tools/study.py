@@ -73,6 +73,7 @@ STAKES = f"{ALL_SEATS} --reward-from game"  # own payoff and welfare, in all sea
 in_stakes = partial(Arm, family="own stake and common good", evaluation="--seat all")
 REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)
+once = partial(Arm, family="seen once", seeds=1)  # options on which no claim rests: what each of them does
 TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}", 3) for rate in (0, 0.25, 0.75, 0.9, 1)),
     Arm("SFT on efforts", "teachers", "--train-on effort", 2),  # no reply about links is ever compliant
@@ -97,6 +98,12 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     in_epochs("4 epochs, no clip", flags=f"{REUSED} --clip-eps 1000"),
     in_epochs("4 epochs, cispo", flags=f"{REUSED} --objective loss=cispo"),
     in_epochs("4 epochs, sequence ratio", flags=f"{REUSED} --objective ratio=sequence"),
+    in_epochs("4 epochs, clip 0.2 0.4", flags=f"{REUSED} --clip-eps 0.2 0.4", seeds=1),
+    once("token aggregation", flags="--objective aggregation=token"),
+    once("KL k2", flags="--objective kl=k2"),
+    once("credit", flags="--reward-from credit"),
+    once("credit, zeta 0.5", flags="--reward-from credit --weights zeta=0.5"),
+    once("own type alone", flags="--information local"),
     Arm("no Belief line", "belief", "--no-belief"),
     *TEACHERS,
     *(replace(arm, name=f"{arm.name}, SFT alone", family="SFT alone", sft=True) for arm in TEACHERS),
