@@ -9,6 +9,8 @@ Dimensions: P prompts, M replies to a prompt, S the longest reply in tokens, V v
 pass, L the longest prompt with its reply, T tokens of a reply.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -32,31 +34,29 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
     return token_B, logps_BV.gather(-1, token_B[:, None])[:, 0]
 
 
+class Reach(NamedTuple):
+    """How many tokens a model reads. context: a prompt and its reply; advice: what to do where that is too
+    few; window: how far back all of its layers see."""
+
+    context: int = 2**31
+    advice: str = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"
+    window: int = 2**31
+
+
 class Policy:
     """A model, its tokenizer and the two things done with them: sampling and scoring."""
 
     layer = lora.LoRALinear  # the class that wraps the model's layers when an adapter is injected
     cached = True  # transformers' cache of keys and values; without it, all is read anew for every token
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template):
+    def __init__(
+        self, model, tokenizer, name: str, end_ids: tuple[int, ...], template, reach: Reach = Reach()
+    ):
         """end_ids: the tokens that end a reply; training teaches the first of them. template: the model's
         chat template, a models.template.Template."""
         self.model, self.tokenizer, self.name, self.end_ids = model, tokenizer, name, end_ids
-        self.template = template
+        self.template, self.reach = template, reach
         self.device = next(model.parameters()).device
-        config = model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for "any"
-        self.context = longest if longest > 0 else 2**31
-        # Where it is too short:
-        self.advice = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"
-        rope = getattr(config, "rope_parameters", None) or {}
-        of_layers = [part for part in rope.values() if isinstance(part, dict)]  # by their kind
-        long = [part for part in (rope, *of_layers) if part.get("rope_type") == "longrope"]
-        starts = (part.get("original_max_position_embeddings") or self.context for part in long)
-        boundary = min(starts, default=self.context)
-        if boundary < self.context:
-            self.context = boundary
-            self.advice = f"its frequencies change there (longrope), also for what was read; {self.advice}"
         model.eval()  # no dropout anywhere: the distribution that is sampled is the one that is scored
 
     def encode_prompt(self, chat: list[dict]) -> list[int]:
@@ -69,18 +69,9 @@ class Policy:
 
     def check_length(self, prompt_tokens: int, reply_tokens: int) -> None:
         """Raises InputError if the model's context is too short for both."""
-        if prompt_tokens + reply_tokens > self.context:
+        if prompt_tokens + reply_tokens > self.reach.context:
             needed = f"a prompt of {prompt_tokens} tokens and {reply_tokens} reply tokens do not fit into"
-            raise InputError(f"{needed} the {self.context} tokens of {self.name}; {self.advice}")
-
-    @property
-    def window(self) -> int:
-        """How far back all of the model's layers see, by its config."""
-        config = self.model.config.get_text_config()
-        if set(getattr(config, "layer_types", None) or ["unknown"]) == {"full_attention"}:
-            return 2**31
-        windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        return min((size for size in windows if size), default=2**31)
+            raise InputError(f"{needed} the {self.reach.context} tokens of {self.name}; {self.reach.advice}")
 
     # sampling
 

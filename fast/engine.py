@@ -112,11 +112,12 @@ class FastPolicy(Policy):
 
     layer = JointLoRALinear
 
-    def __init__(self, model, tokenizer, name: str, end_ids: tuple[int, ...], template):
-        super().__init__(model, tokenizer, name, end_ids, template)
-        if self.window < self.context:
-            self.context = self.window
-            self.advice = f"that is its attention window, and --engine plain reads on; {self.advice}"
+    def __init__(self, model, *parts):
+        """As that of Policy."""
+        super().__init__(model, *parts)
+        if self.reach.window < self.reach.context:
+            advice = f"that is its attention window, and --engine plain reads on; {self.reach.advice}"
+            self.reach = self.reach._replace(context=self.reach.window, advice=advice)
         self.scale, self.cap = after_head(model)
         self._float_head, self._float_head_version = None, None  # the head's weight in fp32, see _logits
         model.set_attn_implementation("shared_prefix")

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from models import adapters, pretrained
 from models.template import Template
-from policy import Policy
+from policy import Policy, Reach
 from run import ranks
 from run.errors import InputError, one_line, out_of_memory
 
@@ -70,6 +70,23 @@ class Uncached(Policy):
     cached = False
 
 
+def reach_of(config) -> Reach:
+    """How many tokens a model reads, by its config."""
+    config, reach = config.get_text_config(), Reach()
+    longest = getattr(config, "max_position_embeddings", None) or 0  # some say -1 for "any"
+    context = longest if longest > 0 else reach.context
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # some have one for each kind
+    long = [part for part in parts if part.get("rope_type") == "longrope"]
+    change = min((part.get("original_max_position_embeddings") or context for part in long), default=context)
+    advice = f"its frequencies change there (longrope), also for what was read; {reach.advice}"
+    reach = Reach(change, advice if change < context else reach.advice)
+    if set(getattr(config, "layer_types", None) or ["unknown"]) == {"full_attention"}:
+        return reach
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return reach._replace(window=min((size for size in windows if size), default=reach.window))
+
+
 def load_policy(
     name: str, dtype: str = "float32", device: str = "cpu", engine: str = "fast", template: dict | None = None
 ) -> Policy:
@@ -86,12 +103,12 @@ def load_policy(
             prepare_cpu()
     model, tokenizer = pretrained.load(name, getattr(torch, dtype), device, template)
     chat = Template(tokenizer, template)
-    ends = pretrained.end_token_ids(model, tokenizer, chat)
+    ends, reach = pretrained.end_token_ids(model, tokenizer, chat), reach_of(model.config)
     attention = model.config._attn_implementation
     for policy_class, what, instead in engines:
         try:
             with pretrained.quiet():
-                policy = policy_class(model, tokenizer, name, ends, chat)
+                policy = policy_class(model, tokenizer, name, ends, chat, reach)
             error = deviation(policy, attention)
             if error is None:
                 return policy
@@ -154,7 +171,7 @@ def error_of(policy: Policy, attention: str) -> float:
     two replies each; one reply of each is compared. A draft is right for the first and wrong for the others:
     it guesses token 0, which the uniform number 0 draws from any distribution."""
     text = policy.tokenizer.encode("Round 1 links. Whom do you choose?", add_special_tokens=False)
-    n = policy.window if policy.window < min(LONG, policy.context - 3) else 4
+    n = policy.reach.window if policy.reach.window < min(LONG, policy.reach.context - 3) else 4
     prompts = [(text * n)[:n] + text[k : k + 1] for k in range(2)]
     uniforms_PMS = torch.tensor([[[0.0, 0.2], [0.3, 0.4]], [[0.5, 0.7], [0.8, 0.9]]])
     ends, policy.end_ids = policy.end_ids, ()  # token 0 may be one

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Co
 
 from fast import engine as fast_engine
 from fast.engine import FastPolicy
+from models.load import reach_of
 from models.template import Template
-from policy import Policy
+from policy import Policy, Reach
 from run.errors import InputError
 
 TOKENIZER = make_tiny_tokenizer()
@@ -48,7 +49,8 @@ def pair(config=GROUPS_OF_TWO, dtype=torch.float32, **adapter):
             for name, p in model.named_parameters():
                 if name.endswith("bias"):  # it is 0 at first
                     torch.nn.init.normal_(p, std=0.5)
-        policies.append(policy_class(model.to(dtype), TOKENIZER, "tiny", (END,), Template(TOKENIZER)))
+        parts = "tiny", (END,), Template(TOKENIZER), reach_of(config)
+        policies.append(policy_class(model.to(dtype), TOKENIZER, *parts))
         add_adapter(policies[-1], **adapter)
     return policies
 
@@ -119,7 +121,7 @@ def test_a_session_says_what_the_plain_engine_reads_again(monkeypatch):
     asked_twice = [session.sample(prompts, uniforms(0, len(prompts), 1, 4), 0.0) for _ in range(2)]
     assert_same_samples(*asked_twice)
     assert_same_samples(asked_twice[0], sample(plain, 1, 4, 0.0, prompts=prompts))
-    fast.context = 16
+    fast.reach = Reach(16)
     with pytest.raises(InputError, match="into the 16 tokens"):
         session.sample(prompts, uniforms(0, len(prompts), 1, 4))
 
@@ -274,7 +276,7 @@ def test_the_gradient_of_a_confident_token_in_bf16(margin):
 def test_within_a_sliding_window_attention_is_full_and_beyond_it_is_refused():
     window = dict(use_sliding_window=True, sliding_window=24, max_window_layers=1)
     fast, plain = pair(Qwen2Config(**SHAPE, num_key_value_heads=2, **window))
-    assert fast.context == 24 < plain.context
+    assert fast.reach.context == 24 < plain.reach.context
     assert difference(score(fast), score(plain)) < 1e-4
     assert_same_samples(*(sample(p, 2, 13) for p in (fast, plain)))
     assert len(sample(plain, 1, 13, prompts=[[65] * 12])) == 1

@@ -93,7 +93,7 @@ def test_a_wrong_mask_is_seen_in_bfloat16_too(tmp_path, capfd, name, engine):
     for p, address, copy in before:
         assert p.dtype == torch.bfloat16 and p.data_ptr() == address and torch.equal(p, copy)
     if engine is Policy:
-        fast = FastPolicy(policy.model, policy.tokenizer, name, policy.end_ids, policy.template)
+        fast = FastPolicy(policy.model, policy.tokenizer, name, policy.end_ids, policy.template, policy.reach)
         error = error_of(fast, "sdpa")
         assert load.TOLERANCE[torch.float32] < error < load.TOLERANCE[torch.bfloat16]
         assert load.deviation(fast, "sdpa") > load.TOLERANCE[torch.float32]
@@ -126,7 +126,7 @@ def test_a_window_in_any_config_is_known_and_the_plain_engine_reads_further(tmp_
     """Also where the config has no layer_types; transformers' own logits are met beyond it."""
     folder = zoo.build("mistral, window", tmp_path)
     fast, plain = (load_policy(str(folder), engine=e) for e in ("fast", "plain"))
-    assert fast.context == 64 < plain.context
+    assert fast.reach.context == 64 < plain.reach.context
     assert max(zoo.errors(plain, plain.model).values()) < 1e-4
     inside = fast.sample([[65] * 40], uniforms(0, 1, 2, 20))
     assert (
@@ -156,7 +156,7 @@ def test_frequencies_that_change_with_the_length_are_found_in_each_kind_of_layer
     full = dict(head_dim=16, layer_types=["full_attention"] * 2, rope_parameters=by_kind)
     monkeypatch.setitem(zoo.ZOO, "nested", ("gemma3_text", zoo.BASE | full, ""))
     policy = load_policy(str(zoo.build("nested", tmp_path)))
-    assert policy.context == 110
+    assert policy.reach.context == 110
     with pytest.raises(InputError, match="its frequencies change there"):
         zoo.errors(policy, policy.model)
 
