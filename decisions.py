@@ -38,25 +38,23 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2**16)
-def _payoffs(game: Game, links: bytes, solution: str) -> np.ndarray:
+def _payoffs(game: Game, links: bytes) -> np.ndarray:
     links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
-    return game.payoffs(links_NN, game.solve_efforts(solution, links_NN))
+    return game.payoffs(links_NN, game.solve_efforts(game.scored_at, links_NN))
 
 
-def payoffs_with_row(
-    state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray, solution: str = "nash"
-) -> np.ndarray:
-    """What every agent earns, (N,), with this row of the seat among the proposals, at the efforts of the
-    solution (`nash` or `planner`) on the graph that forms."""
+def payoffs_with_row(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+    """What every agent earns, (N,), with this row of the seat among the proposals, at the efforts that
+    `Game.scored_at` names, on the graph that forms."""
     proposals_NN, game = proposals_NN.copy(), state.game
     proposals_NN[seat] = row_N
     links = form_links(proposals_NN).tobytes()
-    return _payoffs(game, links, solution) - game.unanswered_costs(proposals_NN)
+    return _payoffs(game, links) - game.unanswered_costs(proposals_NN)
 
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:
     """What the seat earns with each of the 2^(N-1) rows that it could have proposed, in the order of
-    `own_rows`, at Nash efforts."""
+    `own_rows`."""
     rows = own_rows(state.game.N, seat)
     return np.array([payoffs_with_row(state, seat, proposals_NN, row_N)[seat] for row_N in rows])
 
@@ -154,11 +152,9 @@ class Links(Kind):
         return float((belief_N == target.actions[:, target.seat])[others].mean())
 
     def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
-        """Of all own rows. The own payoff is that at the Nash efforts on the graph that would form, the
-        welfare that at the efforts that `Game.scored_at` names: in PGG nobody gives at Nash efforts."""
-        solution = state.game.scored_at if common else "nash"
+        """Of all own rows."""
         rows = actions[seat], *own_rows(state.game.N, seat)
-        payoffs = (payoffs_with_row(state, seat, actions, row_N, solution) for row_N in rows)
+        payoffs = (payoffs_with_row(state, seat, actions, row_N) for row_N in rows)
         chosen, *others = (pi_N.sum() if common else pi_N[seat] for pi_N in payoffs)
         return Stakes(chosen, max(others), min(others))
 

@@ -11,7 +11,8 @@ before, which only language models look at. The exact ones need no model:
                   repeated until no such link is left; Nash efforts
     myopic        best response to the latest proposals, graph and efforts; where there are none yet, it
                   assumes that everybody consents to every link and plays effort alpha (PGG: the endowment)
-    selfish       the row with the highest own Nash payoff if all others chose everybody, Nash efforts
+    selfish       the row with the highest own payoff if all others chose everybody, at Nash efforts (in
+                  PGG, where nobody gives then, at planner efforts); Nash efforts
     always-link / never-link   everybody / nobody, Nash efforts
     reciprocal    proposes to whoever proposed to it in the last stage of links, first to all; Nash efforts
     random        a fair coin for every link, a uniform effort

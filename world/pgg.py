@@ -36,7 +36,7 @@ class PGG(Game):
     games.Game."""
 
     name = "pgg"
-    scored_at = "planner"  # at Nash efforts mostly nobody contributes, and the best graph has no links
+    scored_at = "planner"  # at Nash efforts mostly nobody contributes, and no link is worth anything
     endowment: tuple[float, ...]
     r: float
     b: float

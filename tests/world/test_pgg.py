@@ -1,12 +1,14 @@
 """The public goods game: its exact solutions against brute force over all graphs, and values by hand."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import networkx
 import numpy as np
 import pytest
 
+from decisions import LINKS
 from games import GameError, State, complete_graph
 from tools.check_game import check_efficient_graph, check_nash, check_payoffs, check_planner, check_replies
 from world import pgg
@@ -103,3 +105,15 @@ def test_the_grid_has_sixty_games_and_several_kinds_of_optima():
     assert len(grid) == 60 == len({g.key for g in grid})
     optima = [tuple(sorted(map(len, groups(g.efficient_graph("planner")[0])))) for g in grid]
     assert len(set(optima)) >= 5 and max(optima.count(o) for o in optima) <= 30
+
+
+def test_what_links_are_worth_by_hand():
+    """At planner efforts: all give their 10. With everybody, agent 0 gets 1.25 * 4^-0.5 * 40 - 3 = 22; with
+    agent 1 alone, who gives half to another group, 1.25 * 2^-0.5 * (10 + 5) - 1; with nobody it keeps 10."""
+    all_NN = complete_graph(4)
+    state = State(PGG((10.0,) * 4, 1.25, 0.5, 1.0))
+    one = 1.25 / math.sqrt(2) * 15 - 1
+    for row, own in (([0, 1, 1, 1], 22.0), ([0, 1, 0, 0], one), ([0, 0, 0, 0], 10.0)):
+        stakes = LINKS.stakes(state, 0, np.vstack([row, all_NN[1:]]))
+        assert stakes == pytest.approx((own, 22.0, 10.0))
+        assert LINKS.efficiency(state, 0, np.vstack([row, all_NN[1:]])) == pytest.approx((own - 10) / 12)
