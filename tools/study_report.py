@@ -7,7 +7,8 @@ intervals over seeds, those of means cut off at what is possible. p is the exact
 the mean difference (at least 2/256 with 8 seeds), and Holm's correction is over the arms of a family. The
 primary comparison is ToMPO minus GRPO in U1 x U3, U3, U2 and row. Every unit of the results file is reported.
 (The first 224 units were evaluated with the same random numbers in all seeds, so their intervals are too
-narrow: docs/results.md, limits. Later ones have those of their seed.)
+narrow: docs/results.md, limits. Later ones have those of their seed. Their U2 in PGG is left out: it counted
+links at Nash efforts, at which nobody gives and no link is worth anything.)
 """
 
 import itertools
