@@ -2,6 +2,7 @@
 question, the answer, what a random player and an expert choose, the likeness to the expert, and U2. The
 methods are explained in games.Kind; docs/your-own-stage.md adds a third kind."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -70,9 +71,15 @@ def payoffs_with_effort(state: State, seat: int, efforts_N: np.ndarray, effort: 
 # -------------------- the kinds
 
 
-def sentence(hint: str) -> str:
-    """`. A hint`, as it follows a question -> `A hint.`"""
-    return f"{hint.removeprefix('. ')}." if hint else ""
+def tell_type(seen: Observation) -> str:
+    """`1 of [1, 1, 3, 3]`, or the own one alone where the others' are not known."""
+    return f"{seen.own_type:g}" + ("" if seen.types is None else f" of {tell_short(seen.types)}")
+
+
+def tell_hint(worked: Callable[[Observation], str], seen: Observation, style: PromptStyle) -> str:
+    """What follows the facts of a question: the worked number as a sentence, if there is one to tell."""
+    text = worked(seen) if style.hints else ""
+    return text and f". {text}"
 
 
 class Links(Kind):
@@ -106,13 +113,9 @@ class Links(Kind):
         return news
 
     def question(self, seen: Observation, style: PromptStyle) -> str:
-        game, own = GAMES[seen.game], f"Your {GAMES[seen.game].type_name} {seen.own_type:g}"
-        if seen.types is not None:
-            own += f" of {tell_short(seen.types)}" + (game.link_hint(seen) if style.hints else "")
+        game = GAMES[seen.game]
+        own = f"Your {game.type_name} {tell_type(seen)}{tell_hint(game.link_hint, seen, style)}"
         return f"Round {seen.round} links. {own}. Whom do you choose?"
-
-    def hint(self, seen: Observation) -> str:
-        return sentence("" if seen.types is None else GAMES[seen.game].link_hint(seen))
 
     def write(self, action: np.ndarray) -> str:
         return tell_short(action)
@@ -187,12 +190,9 @@ class Efforts(Kind):
 
     def question(self, seen: Observation, style: PromptStyle) -> str:
         game = GAMES[seen.game]
-        own = f"Your {game.type_name} {seen.own_type:g}{game.effort_facts(seen, style.hints)}"
+        own = f"Your {game.type_name} {seen.own_type:g}, {game.effort_facts(seen)}"
+        own += tell_hint(game.effort_hint, seen, style)
         return f"Round {seen.round} efforts. Links: {tell_links(seen.links)}. {own}. Your effort?"
-
-    def hint(self, seen: Observation) -> str:
-        facts, with_hint = (GAMES[seen.game].effort_facts(seen, hints) for hints in (False, True))
-        return sentence(with_hint.removeprefix(facts))
 
     def write(self, action: float) -> str:
         return f"{action:.{EFFORT_DIGITS}f}"

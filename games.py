@@ -124,13 +124,13 @@ class Game:
         return ""
 
     @classmethod
-    def effort_facts(cls, seen, hints: bool) -> str:
-        """What the links mean for the agent, beside the question about efforts. hints: a number too."""
-        return ""
+    def effort_facts(cls, seen) -> str:
+        """What the links mean for the agent, beside the question about efforts."""
+        raise NotImplementedError
 
     @classmethod
-    def working(cls, seen) -> str:
-        """The steps that lead to the worked number of this question, for --think; "" for none."""
+    def effort_hint(cls, seen) -> str:
+        """A worked number beside the question about efforts, "" for none."""
         return ""
 
     # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
@@ -286,10 +286,6 @@ class Kind:
 
     def question(self, seen, style) -> str:
         raise NotImplementedError
-
-    def hint(self, seen) -> str:
-        """The worked numbers of the question as a sentence, "" for none."""
-        return ""
 
     def write(self, action) -> str:
         """The action as the text that follows `Decision:`."""

@@ -37,7 +37,7 @@ EFFORT_DIGITS = 2  # prompts show efforts, and experts play them, with two decim
 @dataclass(frozen=True)
 class PromptStyle:
     """information: `full` (everyone's type is known) or `local` (only one's own); belief: ask for the Belief
-    line; hints: print worked numbers (Game.link_hint, effort_facts) next to the question [choice: a small
+    line; hints: print worked numbers (Game.link_hint, effort_hint) next to the question [choice: a small
     model cannot multiply]. They do not give the answer away: in BCZ, linking wherever the printed number is
     at least 1 still gets one in ten of the efficient graph's entries wrong. max_new_tokens: the longest reply
     that is sampled; None for the default; think: how many tokens of free text a reply may have before its two
@@ -199,20 +199,6 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 
 
 # -------------------- what the agent answers
-
-
-def thought(state: State, seat: int, style: PromptStyle) -> str:
-    """What stands before the two lines of a label with `think`: the worked numbers of the game (Kind.hint)
-    behind the steps that lead to them. The agent then writes out itself what helps to decide. With `hints`,
-    its prompt has these numbers, too."""
-    seen = observe(state, seat, style.information)
-    hint = state.kind.hint(seen) if style.think else ""
-    return f"{state.game.working(seen)}{hint}\n" if hint else ""
-
-
-def thought_of(label: str) -> str:
-    """What stands before the two lines of a label."""
-    return re.split(r"(?m)^[ \t]*(?:Belief|Decision):", label)[0]
 
 
 def answer_lines(reply: str) -> str:

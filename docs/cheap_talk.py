@@ -12,10 +12,10 @@ import re
 
 import numpy as np
 
-from decisions import EFFORTS, LINKS
+from decisions import EFFORTS, LINKS, tell_hint, tell_type
 from experts import RULES
 from games import GAMES, KINDS, Decision, Game, Kind, State
-from prompts import Observation, PromptStyle, tell_short
+from prompts import Observation, PromptStyle
 from rewards import Target
 
 LONGEST = 60  # characters of a line
@@ -62,9 +62,7 @@ class Messages(Kind):
 
     def question(self, seen: Observation, style: PromptStyle) -> str:
         game = GAMES[seen.game]
-        own = f"Your {game.type_name} {seen.own_type:g}"
-        if seen.types is not None:
-            own += f" of {tell_short(seen.types)}" + (game.link_hint(seen) if style.hints else "")
+        own = f"Your {game.type_name} {tell_type(seen)}{tell_hint(game.link_hint, seen, style)}"
         return f"Round {seen.round} messages. {own}. What do you say to all?"
 
     def write(self, action: str) -> str:

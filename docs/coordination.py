@@ -146,27 +146,30 @@ class Coordination(Game):
     def link_hint(cls, seen: Observation) -> str:
         """What each link would earn its two ends on average if all gave half of mean alpha (N-1), in units of
         c."""
-        c, mean = seen.parameters["c"], sum(seen.types) / seen.N
-        if not c:
+        c = seen.parameters["c"]
+        if not c or seen.types is None:
             return ""
-        effort = min(seen.cap, mean * (seen.N - 1) / 2)
+        effort = min(seen.cap, sum(seen.types) / seen.N * (seen.N - 1) / 2)
         worth = [(seen.own_type + a) / 2 * effort / c for a in seen.types]
         worth[seen.seat] = 0
-        return f". If all give {effort:.2f}, a link earns its ends on average {tell_numbers(worth)} c"
+        return f"If all give {effort:.2f}, a link earns its ends on average {tell_numbers(worth)} c"
 
     @classmethod
-    def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """The number of own links, the alphas at their other ends, and as a hint the best reply if each
-        partner gives its alpha times the number of its links."""
+    def effort_facts(cls, seen: Observation) -> str:
+        """The number of own links, and the alphas at their other ends."""
         linked = np.flatnonzero(seen.links[seen.seat])
-        text = f", {len(linked)} links"
-        if seen.types is not None and len(linked):
-            text += f" to alphas {tell_short(seen.types[j] for j in linked)}"
-            if hints:
-                efforts = np.array([min(seen.cap, seen.types[j] * seen.links[j].sum()) for j in linked])
-                best = best_reply(np.full(len(linked), seen.own_type), efforts)
-                text += f". Best reply if each gives alpha times its links: {best:.2f}"
-        return text
+        alphas = seen.types is not None and len(linked) and tell_short(seen.types[j] for j in linked)
+        return f"{len(linked)} links" + (f" to alphas {alphas}" if alphas else "")
+
+    @classmethod
+    def effort_hint(cls, seen: Observation) -> str:
+        """The best reply if each partner gives its alpha times the number of its links."""
+        linked = np.flatnonzero(seen.links[seen.seat])
+        if seen.types is None or not len(linked):
+            return ""
+        efforts = np.array([min(seen.cap, seen.types[j] * seen.links[j].sum()) for j in linked])
+        best = best_reply(np.full(len(linked), seen.own_type), efforts)
+        return f"Best reply if each gives alpha times its links: {best:.2f}"
 
     # The draws: u is cap / (mean(alpha) (N-1)), v is c / (mean(alpha)^2 (N-1) / 2). If agents are homogeneous
     # and the cap does not bind, all should link up to v = 1, and nobody above.

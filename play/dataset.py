@@ -10,8 +10,9 @@ import numpy as np
 from experts import Expert
 from games import KINDS, Decision, State, game_from_json
 from play.expert_games import Record, label_decision, simulate
+from play.thoughts import thought_of
 from policy import Policy
-from prompts import PromptStyle, format_reply, parse_reply, read_reply, thought_of
+from prompts import PromptStyle, format_reply, parse_reply, read_reply
 from rewards import Target
 from run.errors import InputError, library_errors, one_line
 from run.files import write_atomic

@@ -8,7 +8,8 @@ import numpy as np
 from decisions import EFFORTS
 from experts import Expert, decide_together
 from games import KINDS, Decision, Game, State, game_from_json
-from prompts import PromptStyle, format_reply, messages, read_reply, thought
+from play.thoughts import thought
+from prompts import PromptStyle, format_reply, messages, read_reply
 
 
 @dataclass(frozen=True)

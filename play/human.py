@@ -87,7 +87,7 @@ them c. A choice {free}.
 Here x is your effort, {game.type_name} your own number (everybody has one), (links) how many links you have.
 {numbers}
 """
-    if style.hints and seen.types is not None and game.link_hint(seen):
+    if style.hints and game.link_hint(seen):
         text += f"""\
 The hint beside the question about links says what a link with each agent, in their order, would earn if what
 stands before it were true. It counts in c: at 1 a link earns what it costs, above 1 it pays. The hint about

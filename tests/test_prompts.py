@@ -15,8 +15,9 @@ import prompts
 from decisions import EFFORTS, LINKS
 from experts import make_expert
 from games import Decision, State, complete_graph, form_links
+from play import thoughts
 from play.expert_games import simulate
-from prompts import PromptStyle, format_reply, messages, observe, parse_reply, read_reply
+from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
 from tools.check_game import all_graphs
 from world.bcz import BCZ
 from world.draws import Family, held_out_grid
@@ -118,9 +119,9 @@ def test_a_thought_is_what_the_hint_adds_to_the_question(game, information):
             messages(state, seat, ["x"] * len(state.history), replace(style, hints=hints))[-1]["content"]
             for hints in (False, True)
         )
-        thought = prompts.thought(state, seat, style)
-        said = thought.removeprefix(game.working(observe(state, seat, information))) if thought else ""
-        assert bool(said) == (plain != hinted) and prompts.thought(state, seat, PromptStyle()) == ""
+        thought = thoughts.thought(state, seat, style)
+        *_, said = thought.rpartition(". ")
+        assert bool(thought) == (plain != hinted) and thoughts.thought(state, seat, PromptStyle()) == ""
         assert not said or (said.endswith(".\n") and plain == hinted.replace(f". {said[:-2]}", "", 1))
 
 
@@ -128,7 +129,7 @@ def test_the_steps_of_a_thought_are_right_and_end_in_the_worked_numbers():
     """Each `a + b x c = d` as it stands, but for what rounding its numbers to two digits may change."""
     rng = np.random.default_rng(2)
     for state, seat in itertools.product((random_state(GAME, k, rng) for k in (0, 1)), range(4)):
-        *steps, hint = re.split(r"\. (?=[0-9IB])", prompts.thought(state, seat, PromptStyle(think=40)))
+        *steps, hint = re.split(r"\. (?=[0-9IB])", thoughts.thought(state, seat, PromptStyle(think=40)))
         sums = [equation.split(" = ") for step in steps for equation in step.split(", ") if "=" in equation]
         for left, right in sums:
             assert eval(left.replace("x", "*")) == pytest.approx(float(right), abs=0.011)

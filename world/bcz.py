@@ -122,7 +122,7 @@ class BCZ(Game):
 
     @staticmethod
     def responses(seen: Observation) -> list[float]:
-        """What each agent, all linked, responds best to efforts as large as the alphas."""
+        """Each agent's best response on the complete graph if the others' efforts equal their alphas."""
         alpha_N, delta = seen.types or (), seen.parameters["delta"]
         return [a + delta * (sum(alpha_N) - a) for a in alpha_N]
 
@@ -136,38 +136,23 @@ class BCZ(Game):
         response_N = cls.responses(seen)
         earned_N = [delta * response_N[seen.seat] * x / c for x in response_N]
         earned_N[seen.seat] = 0
-        return f". If all link, at best replies to alpha a link earns {tell_numbers(earned_N)} c"
+        return f"If all link, at best replies to alpha a link earns {tell_numbers(earned_N)} c"
 
     @classmethod
-    def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """The number of own links, the alphas at their other ends, and as a hint the best response to efforts
-        alpha."""
+    def effort_facts(cls, seen: Observation) -> str:
+        """The number of own links, and the alphas at their other ends."""
         linked = np.flatnonzero(seen.links[seen.seat])
-        text = f", {len(linked)} links"
-        if seen.types is not None and len(linked):
-            text += f" to alphas {tell_short(seen.types[j] for j in linked)}"
-            if hints:
-                response = seen.own_type + seen.parameters["delta"] * sum(seen.types[j] for j in linked)
-                text += f". Best reply to efforts alpha: {response:.2f}"
-        return text
+        alphas = seen.types is not None and len(linked) and tell_short(seen.types[j] for j in linked)
+        return f"{len(linked)} links" + (f" to alphas {alphas}" if alphas else "")
 
     @classmethod
-    def working(cls, seen: Observation) -> str:
-        """For efforts one sum; for links the best responses to efforts alpha, then one product for each."""
-        delta, c, alpha_N = seen.parameters["delta"], seen.parameters["c"], seen.types or ()
-        total = sum(alpha_N)
-        if seen.kind.letter == "E":
-            linked = sum(alpha_N[j] for j in np.flatnonzero(seen.links[seen.seat]))
-            return f"{seen.own_type:g} + {delta:.3f} x {linked:g} = {seen.own_type + delta * linked:.2f}. "
-        if seen.kind.letter != "G":
+    def effort_hint(cls, seen: Observation) -> str:
+        """The best response to efforts alpha."""
+        linked = np.flatnonzero(seen.links[seen.seat])
+        if seen.types is None or not len(linked):
             return ""
-        response_N = cls.responses(seen)
-        own = response_N[seen.seat] * delta / c
-        pairs, others = zip(alpha_N, response_N, strict=True), np.delete(response_N, seen.seat)
-        responses = ", ".join(f"{a:g} + {delta:.3f} x {total - a:g} = {x:.2f}" for a, x in pairs)
-        share = f"{response_N[seen.seat]:.2f} x {delta:.3f} / {c:g} = {own:.3f}"
-        products = ", ".join(f"{own:.3f} x {x:.2f} = {own * x:.2f}" for x in others)
-        return f"Alphas sum to {total:g}. {responses}. {share}. {products}. "
+        response = seen.own_type + seen.parameters["delta"] * sum(seen.types[j] for j in linked)
+        return f"Best reply to efforts alpha: {response:.2f}"
 
     # The draws: an instance is given by u = delta (N-1) and v = c / (delta mean(alpha)^2); their ranges in
     # training, their values in evaluation, and the lowest, highest and homogeneous alpha.

@@ -151,7 +151,7 @@ class PGG(Game):
         group is the seat, the other agent and all between them in the order of endowments, and all give
         all."""
         r, b, c = (seen.parameters[name] for name in "rbc")
-        if not c:
+        if not c or seen.types is None:
             return ""
         e, order = seen.types, sorted(range(seen.N), key=lambda i: -seen.types[i])
 
@@ -166,18 +166,22 @@ class PGG(Game):
                 group = order[first : last + 1]
                 worth[j] = (each_gets(group) - each_gets([i for i in group if i != j])) / c
         rule = "If you and all in riches up to an agent give all in one group, its link earns each"
-        return f". {rule} {tell_numbers(worth)} c"
+        return f"{rule} {tell_numbers(worth)} c"
 
     @classmethod
-    def effort_facts(cls, seen: Observation, hints: bool) -> str:
-        """The own groups, and as a hint the private and the social return of a unit."""
+    def effort_facts(cls, seen: Observation) -> str:
+        """The own groups."""
         own = [group for group in groups(seen.links) if seen.seat in group]
-        text = f", your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
-        if hints and own:
-            M = returns(seen.links, seen.parameters["r"], seen.parameters["b"])
-            own_return, social = M[seen.seat, seen.seat], M[:, seen.seat].sum()
-            text += f". A unit you give returns {own_return:.2f} to you, {social:.2f} to all"
-        return text
+        return f"your groups: {', '.join('-'.join(str(i + 1) for i in group) for group in own) or 'none'}"
+
+    @classmethod
+    def effort_hint(cls, seen: Observation) -> str:
+        """The private and the social return of a unit, if there is a group."""
+        if not seen.links[seen.seat].any():
+            return ""
+        M = returns(seen.links, seen.parameters["r"], seen.parameters["b"])
+        own, social = M[seen.seat, seen.seat], M[:, seen.seat].sum()
+        return f"A unit you give returns {own:.2f} to you, {social:.2f} to all"
 
     # The draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed.
 
