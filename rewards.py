@@ -10,9 +10,6 @@ P_expert at q, which forms G_expert. For reply i of the group:
     graph level, links only:
         G_i = form(P_expert with the agent's row := row_i)                                          [source]
         s_i = 1 - Hamming(G_i, G_expert) / (N (N-1)), in [0, 1]; 0 if not compliant                 [source]
-        or, with `welfare`, s_i = max(0, W(G_i) - fees of unanswered proposals) / W(efficient graph), both
-        at Nash efforts; in PGG, where those are mostly 0 and the empty graph would score best, at planner
-        efforts                                                                                     [choice]
         R^G_i = s_i + (w_local if s_i is the largest of the group)
                     + (w_global if s_i reaches the best so far of this game instance: 0 at first, see Memory)
                                   [source: the terms; choice: that they are added, w_local = w_global = 0.5]
@@ -141,22 +138,6 @@ def hamming_score(proposals_NN: np.ndarray, target: Target) -> float:
     """1 - Hamming(G, G_expert) / (N (N-1)) of the graph G that these proposals form."""
     N, wrong = target.game.N, (form_links(proposals_NN) != form_links(target.actions)).sum()
     return float(1 - wrong / (N * (N - 1)))
-
-
-def welfare(decision: Decision | None, target: Target) -> float | None:
-    """s_i by payoffs instead of likeness: the welfare of the graph with this row, as a share of the best."""
-    if target.kind.letter != "G":
-        return None
-    if decision is None:
-        return 0.0
-    game, proposals_NN = target.game, target.with_own(decision)
-    links_NN = form_links(proposals_NN)
-    W = game.welfare(links_NN, game.solve_efforts(game.scored_at, links_NN))
-    W -= float(game.unanswered_costs(proposals_NN).sum())
-    _, best = game.efficient_graph(game.scored_at)
-    if best <= 0:  # in a public goods game in which no link pays, a graph without loss scores 1
-        return float(W >= best)
-    return round(max(0.0, W) / best, 9)  # rounding errors must not decide which reply gets a bonus
 
 
 class Memory:

@@ -24,10 +24,11 @@ from models import adapters
 from models.load import DTYPES, ENGINES, default_device, dtype_name, load_policy, say_speed
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
+from play.records import check_seats, check_split, check_style, read_records
 from play.rft_log import LOGGED
 from policy import Policy
 from prompts import PromptStyle
-from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness, welfare
+from rewards import TERMS, WEIGHTS, expert_rewards, graph_likeness
 from run import ranks, values
 from run.errors import one_line, refuse
 from run.flags import add_flags, flag, from_flags, parse_run
@@ -180,13 +181,10 @@ class Data:
     def load(self, games: Games, players: Players) -> list[dataset.Record]:
         """The records of all seats."""
         if isinstance(self.games, str):
-            records, with_partners = dataset.read_records(self.games), players.partners is not None
-            dataset.check_seats(self.games, records, with_partners, self.seat, self.seed)
-            dataset.check_split(self.games, records, games.families)
-            here = players.style.recorded
-            made = next((r.style for r in records if r.style not in (None, here)), None)
-            what = f"{self.games} was made with {one_line(made)}, and not with {here}"
-            refuse(made is not None, f"{what}; give the same flags, or {dataset.WRITE_ONE}")
+            records = read_records(self.games)
+            check_seats(self.games, records, players.partners is not None, self.seat, self.seed)
+            check_split(self.games, records, games.families)
+            check_style(self.games, records, players.style)
             return records
         return self.simulate(games, players, self.games)
 
@@ -310,7 +308,7 @@ def resolve_rft(args: argparse.Namespace, players: Players) -> RFT:
         )
     rewards: dict[str, Callable] = {
         "expert": partial(expert_rewards, score=graph_likeness),
-        "welfare": partial(expert_rewards, score=welfare),
+        "welfare": partial(expert_rewards, score=game.welfare),
         "game": game.game_rewards,
         "credit": partial(credit.credit_rewards, expert=players.expert, seed=args.seed),
         "joint": joint.joint_rewards,

@@ -202,20 +202,9 @@ def run_rft(settings: Settings, policy: Policy, pool, folder: Path, stop: StopSi
             tqdm.write("RFT: advantages sum to 0 in a group, so the loss starts near 0: watch the reward")
         rft(policy, cfg, pool, style.reply_limit(N), optimizer, stage)
     if stage.finished and ranks.first():
-        save_both(policy, cfg.sft_adapter or folder / "sft" / "adapter", folder / "adapter", adapter)
+        sft_adapter = cfg.sft_adapter or folder / "sft" / "adapter"
+        adapters.save_both(policy.model, sft_adapter, folder / "adapter", adapter)
     return stage.finished
-
-
-def save_both(policy: Policy, sft_adapter: str | Path, folder: Path, config: lora.LoRAConfig) -> None:
-    """RFT's adapter was trained on the base with SFT's merged in. For the plain base, both are one adapter of
-    twice the rank. Layers that cannot be stacked so are saved alone, to be used on the merged base."""
-    if policy.layer.stackable:
-        state = adapters.adapter_state(policy.model)
-        stacked = adapters.stack_adapters(*adapters.read_chain(sft_adapter), state, config)
-        adapters.write_adapter(folder, *stacked)
-    else:
-        adapters.save_adapter(policy.model, folder, config)
-        print(f"{folder} is for the base with {sft_adapter} merged in: see tools.merge")
 
 
 def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:

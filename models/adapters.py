@@ -233,3 +233,14 @@ def stack_adapters(
     same = sorted(config1.targets) == sorted(config2.targets)  # else every module is named by its path
     targets = config1.targets if same else tuple(module.removeprefix(PREFIX) for module in modules)
     return state, replace(config1, r=r, alpha=r, targets=targets)
+
+
+def save_both(model: nn.Module, sft_adapter: Folder, folder: Path, config: LoRAConfig) -> None:
+    """The model's adapter, RFT's, was trained on the base with SFT's merged in. For the plain base, both are
+    one adapter of twice the rank. Layers that cannot be stacked so are saved alone, to be used on the merged
+    base."""
+    if all(layer.stackable for layer in lora.require_layers(model).values()):
+        write_adapter(folder, *stack_adapters(*read_chain(sft_adapter), adapter_state(model), config))
+    else:
+        save_adapter(model, folder, config)
+        print(f"{folder} is for the base with {sft_adapter} merged in: see tools.merge")

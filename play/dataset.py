@@ -1,9 +1,7 @@
-"""The data set of expert games: how it is made and read, what SFT imitates in it, and the prompts of RFT."""
+"""The data set of expert games: how it is made, what SFT imitates in it, and the prompts of RFT."""
 
 import copy
-import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,14 +10,11 @@ from games import KINDS, Decision, State, game_from_json
 from play.expert_games import Record, label_decision, simulate
 from play.thoughts import thought_of
 from policy import Policy
-from prompts import PromptStyle, format_reply, parse_reply, read_reply
+from prompts import PromptStyle, format_reply, parse_reply
 from rewards import Target
-from run.errors import InputError, library_errors, one_line
-from run.files import write_atomic
+from run.errors import InputError
 from run.seeds import Stream, numpy_generator, shuffled
-from world.draws import Family, draw_game, split_of
-
-WRITE_ONE = "write one with: python -m tools.expert_games --out FILE"
+from world.draws import Family, draw_game
 
 # -------------------- games
 
@@ -54,74 +49,6 @@ def simulate_many(
         trained.append(seat_of(seat, seed, index, N) if partners else 0)
         records += simulate([(index, game, rng)], exact, style, noise, partners, trained[-1:])
     return simulate(plays, expert, style, noise, partners, trained) if expert.language else records
-
-
-def write_records(path: str, records: list[Record]) -> None:
-    write_atomic(path, "".join(json.dumps(asdict(r)) + "\n" for r in records).encode())
-
-
-def read_records(path: str) -> list[Record]:
-    """Reads and checks a data set. InputError names the file, the line and what is wrong with it."""
-    with (
-        library_errors(f"cannot read the data set {path}", f"; {WRITE_ONE}"),
-        open(path, encoding="utf-8") as f,
-    ):
-        lines = f.read().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(Record(**json.loads(line)))
-            check_record(records[-1])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-            raise InputError(f"{path} line {number} is not a valid record: {one_line(e)}") from None
-    if not records:
-        raise InputError(f"the data set {path} is empty; {WRITE_ONE}")
-    return records
-
-
-def check_seats(path: str, records: list[Record], partners: bool, seat: int | str, seed: int) -> None:
-    """Raises InputError for a data set that was made with partners and is read without, the other way round,
-    or with another seat: among partners the trained seat alone plays at random, and always."""
-    games: dict[int, list[Record]] = {}
-    for r in records:
-        games.setdefault(r.game, []).append(r)
-    for index, own in games.items():
-        replaced, N = {r.seat for r in own if r.replaced}, max(r.seat for r in own) + 1
-        made_with = len(replaced) == 1 and all(r.replaced for r in own if r.seat in replaced)
-        if partners and not (made_with and replaced == {seat_of(seat, seed, index, N)}):
-            raise InputError(f"{path} was not made with --partners and this --seat and --seed; {WRITE_ONE}")
-        if not made_with:
-            return
-    if not partners and len(games) > 1:
-        raise InputError(f"{path} was made with --partners: give the same ones here")
-
-
-def check_split(path: str, records: list[Record], families: Iterable[Family]) -> None:
-    """InputError: a game of the file is held out, except where the flags give all its numbers."""
-    own = {family.game: family for family in families}
-    for number, instance in {r.game: r.instance for r in records}.items():
-        game = game_from_json(instance)
-        family = own.get(game.name, Family(game.name))
-        if not family.nothing_drawn and split_of(game, family) == "held-out":
-            raise InputError(f"{path}: game {number} is held out of training, for evaluation; {WRITE_ONE}")
-
-
-def check_record(r: Record) -> None:
-    """Raises ValueError, or whatever a value of a wrong type leads to."""
-    game = game_from_json(r.instance)
-    if not all(type(v) is int for v in (r.game, r.seat, r.stage, r.round)) or r.stage < 0:
-        raise ValueError("`game`, `seat`, `stage` and `round` must be whole numbers")
-    round_before, stage = divmod(r.stage, len(game.stages))
-    if (r.round - 1, r.kind) != (round_before, game.stages[stage]) or r.seat not in range(game.N):
-        raise ValueError("`round` and `kind` must be those of the `stage`, and `seat` a seat of the game")
-    for name, text in (("reply", r.reply), ("label", r.label)):
-        if read_reply(text, KINDS[r.kind], r.seat, game.N, game.caps[r.seat])[0] is None:
-            raise ValueError(f"`{name}` is not a compliant reply: {text!r}")
-    roles = [m["role"] for m in r.prompt]
-    roles = roles[1:] if roles[:1] == ["system"] else roles
-    if roles != ["user", *["assistant", "user"] * r.stage]:
-        raise ValueError("`prompt` must be a conversation with a question and a reply per `stage`")
-    "".join(m["content"] for m in r.prompt).encode()  # half of a surrogate pair cannot be encoded
 
 
 # -------------------- what is trained

@@ -27,7 +27,8 @@ def thought_of(label: str) -> str:
 
 def bcz_link_steps(seen: Observation) -> str:
     """The best responses to efforts alpha, then one product for each link."""
-    delta, c, alpha_N, response_N = (*seen.parameters.values(), seen.types, BCZ.responses(seen))
+    delta, c, alpha_N = seen.parameters["delta"], seen.parameters["c"], seen.types
+    response_N = BCZ.responses(seen)
     total, own = sum(alpha_N), response_N[seen.seat] * delta / c
     pairs = zip(alpha_N, response_N, strict=True)
     responses = ", ".join(f"{a:g} + {delta:.3f} x {total - a:g} = {x:.2f}" for a, x in pairs)

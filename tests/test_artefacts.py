@@ -8,7 +8,7 @@ import pytest
 
 import eval
 from models import adapters, pretrained
-from play.dataset import read_records
+from play.records import read_records
 from tools import expert_games
 
 RESULTS = Path(__file__).parent.parent / "results"

@@ -13,7 +13,8 @@ from tables import effort, group_of, row
 import rewards
 from decisions import EFFORTS, LINKS
 from games import Decision, State, complete_graph, empty_graph
-from rewards import Memory, Target, accuracy, belief_accuracy, f1, graph_likeness, likeness, welfare
+from rewards import Memory, Target, accuracy, belief_accuracy, f1, graph_likeness, likeness
+from variants.game import welfare
 from world.bcz import BCZ
 from world.draws import Family, draw_game
 from world.pgg import PGG

@@ -16,10 +16,11 @@ import train_rft
 import train_sft
 from experts import Expert
 from prompts import PromptStyle
-from rewards import TERMS, expert_rewards, welfare
+from rewards import TERMS, expert_rewards
 from run.errors import InputError
 from run.values import named_numbers
 from variants import objective
+from variants.game import welfare
 from world.draws import TYPE_PATTERNS, Family
 
 # The fields of settings that are only words, of which a property or another field makes what is used.

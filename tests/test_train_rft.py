@@ -29,6 +29,7 @@ from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
 from play.expert_games import history_from_text
+from play.records import write_records
 from prompts import PromptStyle
 from rewards import Target, graph_likeness, likeness
 from run.seeds import Stream
@@ -377,7 +378,7 @@ def test_what_rft_cannot_use_is_refused_before_sft(model_dir, tmp_path, refused)
     ]
     for number, (some, changes, words) in enumerate(cases):
         data = tmp_path / f"{number}.jsonl"
-        dataset.write_records(data, some)
+        write_records(data, some)
         said = refused(train_rft.main, runs.rft_flags(model_dir, tmp_path / "run", games=data, **changes))
         assert words in said and not (tmp_path / "run").exists()
 

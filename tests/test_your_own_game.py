@@ -18,10 +18,11 @@ from games import GAMES, GameError, State, complete_graph, game_from_json
 from play.dataset import simulate_many
 from play.expert_games import label_decision
 from prompts import PromptStyle, messages, parse_reply
-from rewards import Target, welfare
+from rewards import Target
 from tools import check_game
 from tools.check_game import check_efficient_graph, check_nash, check_payoffs, check_planner, check_replies
 from variants import objective
+from variants.game import welfare
 from variants.objective import per_group
 from world.draws import Family, draw_game, held_out_grid, split_of
 

@@ -14,9 +14,10 @@ from decisions import EFFORTS, LINKS
 from docs.cheap_talk import MESSAGES
 from experts import make_expert
 from games import KINDS, Decision, GameError, State, game_from_json
-from play.dataset import check_record, simulate_many, targets
+from play.dataset import simulate_many, targets
 from play.expert_games import history_from_text, history_to_text
 from play.human import to_reply
+from play.records import check_record
 from play.repair import repair_reply
 from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
 from rewards import Target, belief_accuracy, likeness

@@ -6,7 +6,7 @@ python -m tools.expert_games --games 126 --out expert_games.jsonl
 import run.threads  # isort: skip  # noqa: F401 (before torch: how idle threads wait)
 import argparse
 
-from play.dataset import write_records
+from play.records import write_records
 from run.errors import InputError, reports_errors
 from run.files import refuse_existing
 from run.flags import add_flags, from_flags

@@ -1,4 +1,4 @@
-"""Rewards from the game itself, without a teacher: `--reward-from game` [choice].
+"""Rewards from payoffs [choice]: `--reward-from game`, without a teacher, and `--reward-from welfare`.
 
 What a decision is worth in its round follows from the payoffs, given what the others do in that state: the
 partners, or in self-play the policy (without partners: what the expert would do). Every choice that the agent
@@ -12,7 +12,8 @@ r^S = compliance + 2 U2, and R^G = s with both bonuses, as in rewards.py. The ro
 decisions.py. No decision of the expert in the agent's own seat is used. A kind of decision that pays nothing
 by itself has compliance alone."""
 
-from games import Stakes
+from decisions import payoffs_with_row
+from games import Decision, Stakes
 from rewards import Memory, Sample, Target, group_rewards
 
 
@@ -35,3 +36,18 @@ def game_rewards(
 def share(stakes: Stakes) -> float:
     """Rounding errors must not decide which of two equally good replies gets a bonus."""
     return round(stakes.share, 9)
+
+
+def welfare(decision: Decision | None, target: Target) -> float | None:
+    """s_i of `--reward-from welfare`, by payoffs instead of likeness: what all earn with this row among the
+    experts', as a share of the most that a graph can bring. The rest is as in rewards.expert_rewards."""
+    game = target.game
+    if target.kind.letter != "G":
+        return None
+    if decision is None:
+        return 0.0
+    W = payoffs_with_row(target.state, target.seat, target.actions, decision.action).sum()
+    _, best = game.efficient_graph(game.scored_at)
+    if best <= 0:  # in a public goods game in which no link pays, a graph without loss scores 1
+        return float(W >= best)
+    return round(max(0.0, float(W)) / best, 9)

@@ -13,8 +13,9 @@ from experts import make_expert
 from games import game_from_json
 from models.load import load_policy
 from play import dataset
-from play.dataset import read_records, targets, write_records
+from play.dataset import targets
 from play.expert_games import label_decision
+from play.records import read_records, write_records
 from prompts import PromptStyle, parse_reply
 from run.errors import InputError
 from tools import expert_games

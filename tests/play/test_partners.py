@@ -10,9 +10,10 @@ from whole_runs import interrupted, lines_of, rft_flags, run_rft
 from decisions import EFFORTS, LINKS, own_rows
 from experts import Partners, make_expert
 from games import Decision, Kind, State, complete_graph, form_links, game_from_json
-from play.dataset import check_seats, simulate_many, targets
+from play.dataset import simulate_many, targets
 from play.expert_games import label_decision
 from play.probe import probe_targets
+from play.records import check_seats
 from prompts import PromptStyle, Reply, parse_reply
 from rewards import WEIGHTS, Memory, Sample, Target
 from run.errors import InputError

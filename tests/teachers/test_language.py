@@ -25,7 +25,8 @@ from experts import make_expert
 from games import KINDS, State, game_from_json
 from models import adapters
 from models.load import load_policy
-from play.dataset import read_records, simulate_many
+from play.dataset import simulate_many
+from play.records import read_records
 from prompts import PromptStyle, format_reply, parse_reply, read_reply
 from run.errors import InputError
 from teachers import language

@@ -18,7 +18,8 @@ from tools.check_game import (
     check_replies,
     random_graph,
 )
-from world.bcz import BCZ, effort_fixed_point, threshold_graphs
+from world.bcz import BCZ, threshold_graphs
+from world.efforts import effort_fixed_point
 
 NO_CAP = 1e6  # far above every uncapped solution used here
 
