@@ -1,7 +1,7 @@
 """Experts: the players of the other seats and the teachers of the data.
 
 An expert answers (state, seat, rng, past) with a Decision; `past` is what the agent answered in the stages
-before, which only language models look at. The exact ones need no model:
+before, which only language models look at. Their names:
 
     second-best   the efficient graph at Nash efforts, then Nash efforts on what formed (the default). In
                   economics the second best is the highest welfare that is possible when agents still choose
@@ -104,8 +104,8 @@ RULES = {
 
 
 class Expert:
-    """A player, with a `__call__` or a `decide_all` of its own. `language`: it is a language model, whose
-    answers take time and may cost money."""
+    """A player. A subclass defines `__call__` or `decide_all`; each calls the other by default. `language`:
+    it is a language model, whose answers take time and may cost money."""
 
     name: str
     language = False
@@ -119,7 +119,7 @@ class Expert:
         return [self(*call) for call in calls]
 
     def stand_in(self) -> "Expert":
-        """An exact expert that draws as many random numbers."""
+        """An exact expert that draws as many random numbers, for games that are only prepared."""
         return self
 
 

@@ -52,7 +52,7 @@ class Game:
 
     # Each game: its rules. Efforts and payoffs are (N,).
     name: ClassVar[str]  # as in --game
-    scored_at: ClassVar[str] = "nash"  # or "planner": at which efforts it is counted what links are worth
+    scored_at: ClassVar[str] = "nash"  # or "planner": the efforts at which links are valued
     c: float  # cost of a link, paid at both ends
     fee: float = 0.0  # [choice] what a proposal costs, answered or not, as a share of c; 0 in the paper
     stages: str  # the stages of a round, by the letters of their kinds: `G` links, `E` efforts

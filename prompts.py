@@ -51,7 +51,7 @@ class PromptStyle:
 
     @property
     def recorded(self) -> dict:
-        """What of it changes prompts and labels; every line of a data set says how it was made."""
+        """The fields that change prompts or labels; every line of a data set holds them."""
         return dict(information=self.information, belief=self.belief, hints=self.hints, think=self.think > 0)
 
     def reply_limit(self, N: int) -> int:
@@ -76,7 +76,7 @@ class Reply:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What one seat knows when it decides: a function of (state, seat) and of nothing else."""
+    """What the words of a prompt may draw on, from the view of one seat (of last_actions it reads a part)."""
 
     # The game.
     game: str
@@ -173,7 +173,7 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
 
 
 def news(seen: Observation) -> str:
-    """The results since the agent's last decision: what of a user message depends on the history."""
+    """The results since the agent's last decision: the part of a user message that depends on the history."""
     text = seen.previous.result(seen) if seen.previous else ""
     if seen.last_payoff is not None and seen.stage_of_round == 0:
         text += f"Your payoff was {seen.last_payoff:.2f}. "

@@ -57,7 +57,7 @@ class Target:
         return float(self.game.caps[self.seat])
 
     def with_own(self, decision: Decision) -> np.ndarray:
-        """The experts' actions with the agent's own in their place."""
+        """The experts' actions, but for this seat the decision's."""
         actions = list(self.actions)
         actions[self.seat] = decision.action
         return np.array(actions)
@@ -65,10 +65,9 @@ class Target:
 
 @dataclass
 class Sample:
-    """One sampled reply to a prompt, and what training makes of it. (It is only rewarded: the recorded game
-    continues with what was played there.) decision: what the strict parser reads in the reply, None if it is
-    not compliant; rewards: every term by name and, for the log, A^S and A^G; advantage: A_i; weight: w_i,
-    that of each of its tokens in J."""
+    """One sampled reply to a prompt, and what training makes of it. (It does not change the recorded game.)
+    decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
+    name and, for the log, A^S and A^G; advantage: A_i; weight: w_i, that of each of its tokens in J."""
 
     reply: Reply
     decision: Decision | None

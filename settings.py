@@ -355,7 +355,7 @@ class Run:
     preset: str = flag("--preset", "small", "defaults (docs/settings.md)", choices=lambda: list(PRESETS))
     resume: str | None = flag("--resume RUN", None, "continue this run with its own settings")
     seed: int = flag("--seed", 0, "of data, adapters, order and sampling", values.seed_int)
-    micro_batch: int = flag("--micro-batch", 2, "packs per pass (memory, not maths)", values.positive_int)
+    micro_batch: int = flag("--micro-batch", 2, "prompts or packs a pass (for memory)", values.positive_int)
 
 
 # The defaults, those of `small`, are for SmolLM2-135M on two CPU cores. The paper's values:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
-    """(r - mean) / (std + eps) within one group, (M,). A group of one, or with equal rewards, gets exactly 0:
-    otherwise the division would magnify the rounding error of the mean, 1e-8."""
+    """(r - mean) / (std + eps) within one group, (M,). A group of one, or with equal rewards, gets exactly 0,
+    by which train_rft.rft knows that it teaches nothing."""
     if (rewards_M == rewards_M[0]).all():
         return torch.zeros_like(rewards_M)
     return (rewards_M - rewards_M.mean()) / (rewards_M.std(unbiased=False) + eps)

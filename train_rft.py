@@ -124,7 +124,7 @@ def sample(
 
 
 def advantages(groups: list[list[Sample]], name: str, advantage: Callable) -> dict[int, Tensor]:
-    """One level of advantage: the groups that have a reward of this name, by their numbers -> (M,)."""
+    """One level of advantage, (M,) by the number of the group, for groups that have a reward of this name."""
     rewards = {k: reward_tensor(group, name) for k, group in enumerate(groups) if name in group[0].rewards}
     return dict(zip(rewards, advantage(list(rewards.values())), strict=True))
 

@@ -53,8 +53,7 @@ class Conversation:
 
     @property
     def tokens(self) -> int:
-        """Different ones: the last prompt contains the earlier ones, and the fast engine reads them
-        once."""
+        """Without repetition: the last prompt contains the earlier ones."""
         return max(map(len, self.prompts)) + sum(len(reply) for (reply,) in self.replies)
 
 

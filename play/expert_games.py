@@ -52,7 +52,7 @@ def simulate(
 
     trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
     nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
-    lines say what the others really do in the same stage [choice]."""
+    lines say what the others really do in the same stage [choice]. (So do those of the expert `random`.)"""
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
     records: list[list[Record]] = [[] for _ in plays]

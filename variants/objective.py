@@ -1,8 +1,8 @@
 """What `--objective` chooses from: the parts of A and J as tompo.py defines them, and other forms of them.
 
 `--objective advantage=loo loss=cispo` chooses two; the first of each table is the default. A variant is one
-function and one line of a table. With one inner epoch rho is 1, and then all ratios and losses have the
-gradient of GRPO with the same aggregation."""
+function and one line of a table. With one inner epoch rho is 1, and then all ratios and losses have the same
+gradient."""
 
 from collections.abc import Callable, Iterable
 

@@ -7,7 +7,8 @@ times the efforts of all linked agents more; the cost of effort is quadratic. A 
     payoff         pi_i = alpha_i x_i - x_i^2 / 2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
 
 The derivative of pi_i in x_i is 0 at the best response. At the Nash efforts all agents respond best to each
-other; the planner chooses the efforts that maximise the welfare sum_i pi_i, where every link counts twice:
+other; the planner chooses the efforts that maximise the welfare sum_i pi_i, in which the delta x_i x_j of
+every link occurs twice:
 
     best response  x_i = alpha_i + delta (G x)_i
     Nash           x   = (I -   delta G)^-1 alpha     needs   delta rho(G) < 1   (weighted Katz-Bonacich)
