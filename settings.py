@@ -277,8 +277,8 @@ class RFT:
         return 1 - self.clip_eps[0], 1 + self.clip_eps[-1]
 
     @property
-    def prompts(self) -> dict[str, int]:
-        """Decisions per step, by the letter of their kind."""
+    def counts(self) -> dict[str, int]:
+        """Prompts per step, by the letter of their kind."""
         return dict(zip(KINDS, self.prompt_counts, strict=False))
 
 

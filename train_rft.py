@@ -64,7 +64,7 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
     log = RFTLog(stage)
     for step in stage.steps():
         # 1. Prompts q: decisions of one agent in expert games.
-        prompts = cfg.next_batch(pool, cfg.prompts, step, cfg.seed)
+        prompts = cfg.next_batch(pool, cfg.counts, step, cfg.seed)
         targets = [q.target for q in prompts]
         # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
         generator = torch_generator(cfg.seed, Stream.RFT_REPLIES, step)
@@ -218,7 +218,7 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
         put_adapter(policy, settings.rft.sft_adapter)
         settings.keep("sft_adapter_sha256", adapters.checksum(settings.rft.sft_adapter), "--sft-adapter")
     trained = trained_seats(records, data.seat, data.seed)
-    pool = make_prompts(policy, records, trained, settings.rft.prompts, style)
+    pool = make_prompts(policy, records, trained, settings.rft.counts, style)
     check_lengths(settings, policy)
     if not settings.rft.sft_adapter and not settings.run.resume:
         try_memory(settings, policy, pool)
@@ -228,10 +228,10 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
 def try_memory(settings: Settings, policy: Policy, pool: list[list[Prompt]]) -> None:
     """Computes one pass of RFT's update, of the longest prompts with replies as long as their labels, on an
     adapter that is taken off again. What does not fit into memory is known now, and not after SFT."""
-    cfg, P, V = settings.rft, sum(settings.rft.prompts.values()), len(policy.tokenizer)
+    cfg, P, V = settings.rft, sum(settings.rft.counts.values()), len(policy.tokenizer)
     label = lambda q: policy.encode_reply(q.record.label)
     tokens = lambda q: len(q.ids) + cfg.m * len(label(q))
-    asked = ([q for q in conversation if cfg.prompts.get(q.target.kind.letter)] for conversation in pool)
+    asked = ([q for q in conversation if cfg.counts.get(q.target.kind.letter)] for conversation in pool)
     longest = sorted((max(own, key=tokens) for own in asked if own), key=tokens, reverse=True)[:P]
     with memory_errors("RFT"):
         torch.empty(P, cfg.m, settings.players.style.reply_limit(settings.data.agents[1]))  # random numbers

@@ -88,6 +88,10 @@ def make_conversations(
     return result
 
 
+def chunks(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def prompts_and_replies(part: list[Conversation]) -> tuple[list, list]:
     """Those of all these conversations, in order."""
     return [p for c in part for p in c.prompts], [r for c in part for r in c.replies]
@@ -142,10 +146,6 @@ def sft(
 
 
 # -------------------- what both stages of training share
-
-
-def chunks(items: list, size: int) -> list[list]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora.LoRAConfig:

@@ -101,7 +101,7 @@ class Trainer(GRPOTrainer):
 def make_config(settings: Settings) -> GRPOConfig:
     """Our objective as TRL names it, changed by --trl. Every process gets whole groups. Raises InputError."""
     rft, micro_batch, flags = settings.rft, settings.run.micro_batch, settings.flags
-    groups, world = sum(rft.prompts.values()), int(os.environ.get("WORLD_SIZE", 1))
+    groups, world = sum(rft.counts.values()), int(os.environ.get("WORLD_SIZE", 1))
     if groups % (world * micro_batch):
         split = f"{world} processes with --micro-batch {micro_batch}"
         raise InputError(f"--prompts: the {groups} groups of a step cannot be shared evenly by {split}")
@@ -126,9 +126,9 @@ def make_trainer(settings: Settings) -> tuple[Trainer, Rewards]:
     policy = load_policy(settings.model.name, engine="plain", template=settings.model.template_values)
     records = data.load(settings.games, players)
     trained = trained_seats(records, data.seat, seed)
-    pool = make_prompts(policy, records, trained, rft.prompts, players.style)
+    pool = make_prompts(policy, records, trained, rft.counts, players.style)
     steps = range(config.max_steps)
-    prompts = [p for step in steps for p in rft.next_batch(pool, rft.prompts, step, seed)]
+    prompts = [p for step in steps for p in rft.next_batch(pool, rft.counts, step, seed)]
     N = max(p.target.game.N for p in chain(*pool))
     config.max_completion_length = players.style.reply_limit(N)
     # Nothing of the model's own generation config (min_p, ...) may change what is sampled but its ends.

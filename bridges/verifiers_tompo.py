@@ -106,9 +106,9 @@ class Tasks(vf.Taskset[Task, Config]):
 def decisions(settings: Settings) -> Iterator[Data]:
     rft, data, style, seed = settings.rft, settings.data, settings.players.style, settings.run.seed
     records = data.load(settings.games, settings.players)
-    pool = make_prompts(None, records, trained_seats(records, data.seat, seed), rft.prompts, style)
+    pool = make_prompts(None, records, trained_seats(records, data.seat, seed), rft.counts, style)
     for step in range(rft.steps):
-        for q in rft.next_batch(pool, rft.prompts, step, seed):
+        for q in rft.next_batch(pool, rft.counts, step, seed):
             state, experts = q.target.state, q.target.kind.to_text(q.target.actions)
             place = dict(history=history_to_text(state), seat=q.target.seat, game=q.target.game_index)
             yield Data(prompt=q.record.prompt, instance=state.game.to_json(), experts=experts, **place)

@@ -44,7 +44,7 @@ def page(settings: flags.Settings) -> str:
     optimizer = make_optimizer(policy.model)
     records = settings.data.load(settings.games, settings.players)
     trained = trained_seats(records, settings.data.seat, seed)
-    pool = make_prompts(policy, records, trained, cfg.prompts, style)
+    pool = make_prompts(policy, records, trained, cfg.counts, style)
 
     # The first decision about links in which both levels say something and every reply is compliant.
     for step in range(100):

@@ -45,7 +45,8 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage."""
+    """One finished game: the policy's turns, realised welfare by round, all agents' actions by stage. (The
+    probe measures turns alone, of many games.)"""
 
     game: Game
     turns: list[Turn]

@@ -99,7 +99,7 @@ def test_there_are_few_flags_and_each_says_what_it_does(script):
 def test_the_defaults():
     _, s = parsed([])
     assert s.games.families == (Family(),) and s.players.style == PromptStyle()
-    assert s.data == settings.Data(0, 126, (4, 4), 0, 0.15) and s.rft.prompts == {"G": 8, "E": 2}
+    assert s.data == settings.Data(0, 126, (4, 4), 0, 0.15) and s.rft.counts == {"G": 8, "E": 2}
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip, s.rft.beta) == (0.8, 0.2, (0.8, 1.2), 0.04)
     assert s.evaluation == settings.Evaluation(4, 60, 0) and not s.run.resume
     assert s.flags["script"] == "train_rft.py" and parsed([], train_sft)[1].rft is None
@@ -112,7 +112,7 @@ def test_what_flags_stand_for():
     assert (s.rft.w_sample, s.rft.w_graph, s.rft.clip) == (1.0, 0.0, (0.9, 1.3)) and s.evaluation.seat == 0
     assert parsed(["--seat", "random"])[1].evaluation.seat == "random"
     _, s = parsed("--weights A_S=0.5 A_G=2 local=3 --reward-from welfare --prompts 0 4 --agents 2-5".split())
-    assert (s.rft.w_sample, s.rft.w_graph, s.rft.prompts) == (0.5, 2.0, {"G": 0, "E": 4})
+    assert (s.rft.w_sample, s.rft.w_graph, s.rft.counts) == (0.5, 2.0, {"G": 0, "E": 4})
     assert (s.rft.reward.func, s.rft.reward.keywords["score"]) == (expert_rewards, welfare)
     weights = settings.KNOWN_WEIGHTS | {"A_S": 0.5, "A_G": 2.0, "local": 3.0}
     assert s.rft.reward.keywords["weights"] == weights and s.evaluation.agents == 2

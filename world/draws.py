@@ -25,8 +25,8 @@ TYPE_PATTERNS = ("homogeneous", "linear", "half", "hub")
 class Family:
     """A game with its stages and rounds, and what of its instances is fixed.
 
-    patterns: of the types, where these are drawn; types: else the numbers themselves (one for all agents, or
-    N, by seat); fixed: the values of parameters that the game calls fixable, by name; fee: see games.Game."""
+    patterns: from which types are drawn; types: given in their place, one number for all agents or N, by
+    seat; fixed: values of parameters that are not drawn, by name (Game.fixable); fee: see games.Game."""
 
     game: str = "bcz"
     stages: str = "GE"

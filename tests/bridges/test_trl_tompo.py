@@ -45,7 +45,7 @@ def merged(model_dir, tmp_path_factory):
 def prompts_of(settings, policy):
     records = settings.data.load(settings.games, settings.players)
     trained = trained_seats(records, settings.data.seat, settings.run.seed)
-    return make_prompts(policy, records, trained, settings.rft.prompts, settings.players.style)
+    return make_prompts(policy, records, trained, settings.rft.counts, settings.players.style)
 
 
 class Recorder(TrainerCallback):
@@ -122,7 +122,7 @@ def test_a_step_has_the_prompts_of_ours(run, merged):
     policy, settings = load_policy(merged, engine="plain"), run["settings"]
     rft, pool = settings.rft, prompts_of(settings, policy)
     for step in range(2):
-        batch = rft.next_batch(pool, rft.prompts, step, settings.run.seed)
+        batch = rft.next_batch(pool, rft.counts, step, settings.run.seed)
         prompts = run["recorder"].steps[step]["prompt"]
         assert prompts == [p.record.prompt for p in batch for _ in range(M)]
         assert run["trainer"]._tokenize_prompts(prompts)[0] == [p.ids for p in batch for _ in range(M)]
@@ -252,7 +252,7 @@ def test_two_processes_have_one_memory_and_one_step(merged, tmp_path, monkeypatc
     one, other = (json.loads((tmp_path / f"found{rank}").read_text()) for rank in range(2))
     policy, settings = load_policy(merged, engine="plain"), trl_tompo.parse(asked)
     rft, pool = settings.rft, prompts_of(settings, policy)
-    targets = [p.target for p in rft.next_batch(pool, rft.prompts, 0, settings.run.seed)]
+    targets = [p.target for p in rft.next_batch(pool, rft.counts, 0, settings.run.seed)]
     parts = targets[:3], targets[3:]  # the first half is rank 0's
     halves = [{t.game.key for t in part if t.kind.letter == "G"} for part in parts]
     assert one["memory"] == other["memory"] and one["memory"].keys() == halves[0] | halves[1]

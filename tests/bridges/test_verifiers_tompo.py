@@ -63,8 +63,8 @@ def test_the_tasks_are_the_prompts_of_training(model_dir):
     settings = bridge.parse(FLAGS)
     records = settings.data.load(settings.games, settings.players)
     trained, rft = trained_seats(records, "all", 3), settings.rft
-    pool = make_prompts(load_policy(model_dir), records, trained, rft.prompts, settings.players.style)
-    prompts = [q for step in range(2) for q in rft.next_batch(pool, rft.prompts, step, 3)]
+    pool = make_prompts(load_policy(model_dir), records, trained, rft.counts, settings.players.style)
+    prompts = [q for step in range(2) for q in rft.next_batch(pool, rft.counts, step, 3)]
     tasks = list(make(flags=FLAGS).taskset)
     assert [plain(task.data.prompt) for task in tasks] == [q.record.prompt for q in prompts]
     kinds = {q.target.kind.letter for q in prompts}
@@ -95,8 +95,8 @@ def test_a_group_is_rewarded_by_rewards_py_and_the_memory_learns_of_it(model_dir
     settings, memory, seen = bridge.parse(ONE_GAME), Memory(), set()
     records = settings.data.load(settings.games, settings.players)
     trained, rft = trained_seats(records, "all", 0), settings.rft
-    pool = make_prompts(load_policy(model_dir), records, trained, rft.prompts, settings.players.style)
-    targets = [q.target for step in range(6) for q in rft.next_batch(pool, rft.prompts, step, 0)]
+    pool = make_prompts(load_policy(model_dir), records, trained, rft.counts, settings.players.style)
+    targets = [q.target for step in range(6) for q in rft.next_batch(pool, rft.counts, step, 0)]
     environment = make(flags=ONE_GAME)
     with ChatServer(mixed) as server:
         done = episodes(environment, server, 12, at_once=1)
