@@ -39,18 +39,21 @@ def own_rows(N: int, seat: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=2**16)
-def _payoffs(game: Game, links: bytes) -> np.ndarray:
+def _payoffs(game: Game, links: bytes, efforts: tuple[float, ...] | None) -> np.ndarray:
     links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
-    return game.payoffs(links_NN, game.solve_efforts(game.scored_at, links_NN))
+    efforts_N = game.solve_efforts(game.scored_at, links_NN) if efforts is None else np.array(efforts)
+    return game.payoffs(links_NN, efforts_N)
 
 
 def payoffs_with_row(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> np.ndarray:
     """What every agent earns, (N,), with this row of the seat among the proposals, at the efforts that
-    `Game.scored_at` names, on the graph that forms."""
+    `Game.scored_at` names, on the graph that forms; at those of this round where none are to follow."""
     proposals_NN, game = proposals_NN.copy(), state.game
     proposals_NN[seat] = row_N
-    links = form_links(proposals_NN).tobytes()
-    return _payoffs(game, links) - game.unanswered_costs(proposals_NN)
+    rest = game.stages[len(state.history) % len(game.stages) + 1 :]
+    efforts = None if "E" in rest or state.efforts is None else tuple(state.efforts.tolist())
+    payoffs_N = _payoffs(game, form_links(proposals_NN).tobytes(), efforts)
+    return payoffs_N - game.unanswered_costs(proposals_NN)
 
 
 def row_payoffs(state: State, seat: int, proposals_NN: np.ndarray) -> np.ndarray:

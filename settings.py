@@ -24,7 +24,7 @@ from models import adapters
 from models.load import DTYPES, ENGINES, default_device, dtype_name, load_policy, say_speed
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
-from play.records import check_seats, check_split, check_style, read_records
+from play.records import check_games, check_seats, check_style, read_records
 from play.rft_log import LOGGED
 from policy import Policy
 from prompts import PromptStyle
@@ -183,8 +183,8 @@ class Data:
         if isinstance(self.games, str):
             records = read_records(self.games)
             check_seats(self.games, records, players.partners is not None, self.seat, self.seed)
-            check_split(self.games, records, games.families)
-            check_style(self.games, records, players.style)
+            check_games(self.games, records, games.families)
+            check_style(self.games, records, players.style, players.partners)
             return records
         return self.simulate(games, players, self.games)
 

@@ -9,7 +9,7 @@ from decisions import EFFORTS
 from experts import Expert, decide_together
 from games import KINDS, Decision, Game, State, game_from_json
 from play.thoughts import thought
-from prompts import PromptStyle, format_reply, messages, read_reply
+from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Record:
     links: list
     efforts: list | None
     payoffs: list | None
-    style: dict | None = None  # PromptStyle.recorded; None in files of older versions
+    style: dict | None = None  # PromptStyle.recorded, and who played; older files lack some of it, or all
 
 
 def simulate(
@@ -53,6 +53,7 @@ def simulate(
     trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
     nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
     lines say what the others really do in the same stage [choice]. (So do those of the expert `random`.)"""
+    made = style.recorded | dict(expert=expert.name, partners=partners.name if partners else None)
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
     records: list[list[Record]] = [[] for _ in plays]
@@ -67,7 +68,9 @@ def simulate(
             labels = [next(answers) for _ in seats]
             replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
-            actions = np.array([decision.action for decision in played])
+            said = [format_reply(decision, style) for decision in played]
+            # What is played is what stands in the reply, which may have fewer decimals.
+            actions = np.array([(parse_reply(said[i], state, i) or played[i]).action for i in seats])
             if partners or expert.name == "random":  # beliefs of these labels: what the others now do
                 labels = [
                     replace(d, belief=kind.expert_decision(actions, game, i).belief)
@@ -76,16 +79,15 @@ def simulate(
             states[k] = after = state.step(actions)
             proposals_NN, ended = after.last("G"), after.round > state.round
             shared = dict(game=index, instance=game.to_json(), round=state.round, stage=len(state.history))
-            shared |= dict(kind=kind.letter, links=after.links.tolist(), style=style.recorded)
+            shared |= dict(kind=kind.letter, links=after.links.tolist(), style=made)
             shared["proposals"] = None if proposals_NN is None else proposals_NN.tolist()
             shared["efforts"] = after.efforts.tolist() if kind is EFFORTS else None
             shared["payoffs"] = after.round_results()[-1][2].round(6).tolist() if ended else None
             for i in seats:
-                reply, label = format_reply(played[i], style), format_reply(labels[i], style)
-                label = thought(state, i, style) + label
-                own = dict(prompt=messages(state, i, replies[k][i], style), reply=reply, label=label)
+                label = thought(state, i, style) + format_reply(labels[i], style)
+                own = dict(prompt=messages(state, i, replies[k][i], style), reply=said[i], label=label)
                 records[k].append(Record(**shared, **own, seat=i, replaced=replaced[i]))
-                replies[k][i].append(reply)
+                replies[k][i].append(said[i])
     return [record for game_records in records for record in game_records]
 
 

@@ -90,8 +90,9 @@ Here x is your effort, {game.type_name} your own number (everybody has one), (li
     if style.hints and game.link_hint(seen):
         text += f"""\
 The hint beside the question about links says what a link with each agent, in their order, would earn if what
-stands before it were true. It counts in c: at 1 a link earns what it costs, above 1 it pays. The hint about
-efforts may suppose something, too: `efforts {game.type_name}` means that each of the others gives its number.
+stands before it were true. It counts in c: at {1 + game.fee:g} a link earns what it costs, above it pays. The
+hint about efforts may suppose something, too: `efforts {game.type_name}` means that each of the others gives
+its number.
 """
     return f"""{text}\
 Answer with the numbers alone: for links one for each of the others, 1 for whom you choose, such as

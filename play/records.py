@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict
 
+from experts import Expert
 from games import KINDS, game_from_json
 from play.dataset import seat_of
 from play.expert_games import Record
@@ -55,23 +56,27 @@ def check_seats(path: str, records: list[Record], partners: bool, seat: int | st
         raise InputError(f"{path} was made with --partners: give the same ones here")
 
 
-def check_split(path: str, records: list[Record], families: Iterable[Family]) -> None:
-    """InputError: a game of the file is held out, except where the flags give all its numbers."""
-    own = {family.game: family for family in families}
+def check_games(path: str, records: list[Record], families: Iterable[Family]) -> None:
+    """InputError: a game of the file is none of these families', or it is held out, except where the flags
+    give all its numbers."""
+    known = {(family.game, family.stages, family.rounds, family.fee): family for family in families}
     for number, instance in {r.game: r.instance for r in records}.items():
         game = game_from_json(instance)
-        family = own.get(game.name, Family(game.name))
+        family = known.get((game.name, game.stages, game.rounds, game.fee))
+        if family is None:
+            what = f"{game.label} of {game.rounds} rounds with fee {game.fee:g}"
+            raise InputError(f"{path}: game {number} is {what}; give the same flags here, or {WRITE_ONE}")
         if not family.nothing_drawn and split_of(game, family) == "held-out":
             raise InputError(f"{path}: game {number} is held out of training, for evaluation; {WRITE_ONE}")
 
 
-def check_style(path: str, records: list[Record], style: PromptStyle) -> None:
-    """InputError: the records were made with other prompts."""
-    here = style.recorded
-    made = next((r.style for r in records if r.style not in (None, here)), None)
-    if made is not None:
-        what = f"{path} was made with {one_line(made)}, and not with {here}"
-        raise InputError(f"{what}; give the same flags, or {WRITE_ONE}")
+def check_style(path: str, records: list[Record], style: PromptStyle, partners: Expert | None) -> None:
+    """InputError: the records were made with other prompts or partners."""
+    here = style.recorded | {"partners": partners.name if partners else None}
+    for made in filter(None, (r.style for r in records)):
+        for name in (name for name, value in here.items() if made.get(name, value) != value):
+            what = f"{path} was made with {name} {one_line(made[name])}, and not with {here[name]}"
+            raise InputError(f"{what}; give the same flags, or {WRITE_ONE}")
 
 
 def check_record(r: Record) -> None:

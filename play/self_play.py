@@ -57,8 +57,8 @@ class SelfPlay:
     def next_batch(
         self, pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int
     ) -> list[Prompt]:
-        """As dataset.next_batch, but from new games, one for each decision of a kind, so that a step meets as
-        many different games as with expert games. The pool is not used."""
+        """As dataset.next_batch, but from new games, one seat of each, so that a step meets as many different
+        games as with expert games. The pool is not used."""
         rng, plays = numpy_generator(seed, Stream.SELF_PLAY, step), []
         while len(plays) < max(counts.values()):
             N = int(rng.integers(self.agents[0], self.agents[1] + 1))
@@ -68,4 +68,8 @@ class SelfPlay:
         player = Itself(self.policy, self.style, self.temperature, generator)
         records = simulate(plays, player, self.style)
         fresh = make_prompts(self.policy, records, records, counts, self.style)
-        return dataset.next_batch(fresh, counts, step, seed, rng.permutation(len(fresh)).tolist())
+        seats: dict[int, list[int]] = {}  # by game, the numbers of its conversations
+        for k, (q, *_) in enumerate(fresh):
+            seats.setdefault(q.target.game_index, []).append(k)
+        order = [int(rng.choice(seats[game])) for game in rng.permutation(list(seats)).tolist()]
+        return dataset.next_batch(fresh, counts, step, seed, order)

@@ -248,6 +248,8 @@ REFUSED = """
 --types=-1                              | --types takes
 --types nan                             | --types takes
 --game pgg --types 2.678                | at most two decimals
+--game pgg --types 12345.67             | and six digits
+--fix fee=0.1234567                     | --fix fee=0.1234567: agents would read 0.123457
 --stages GX                             | stages must be a string of G (links), E (efforts)
 --stages G                              | stages must be a string
 --weights fame=1                        | --weights fame: no such name; there are local, global, belief, A_S

@@ -82,7 +82,7 @@ def compliance(run: Run) -> Judgement:
 
 
 def welfare(run: Run) -> Judgement:
-    """U3 as a share of what the others' expert reaches in the same seat, if U2 is high."""
+    """U3 as a share of the most that an expert reaches in the same seat, if U2 is high."""
     experts = [n for n in run.results if n.startswith("expert:") and n != "expert:random"]
     if not experts:
         return 0, "not judged: there is no eval.json with a row of an expert to compare with", ""
@@ -90,8 +90,8 @@ def welfare(run: Run) -> Judgement:
     u1, u2, u3 = (run.results[own]["all rounds"][m]["mean"] for m in ("U1", "U2", "U3"))
     if u1 < FEW_COMPLIANT:  # silence can have a high U2: where nobody links, nothing is at stake
         return 0, f"not judged: only {u1:.2f} of the evaluated replies are compliant", ""
-    reach = run.results[experts[0]]["all rounds"]["U3"]["mean"]
-    text = f"{own}: U2 {u2:.3f}, U3 {u3:.3f}, where {experts[0]} in its seat has U3 {reach:.3f}"
+    reach, best = max((run.results[name]["all rounds"]["U3"]["mean"], name) for name in experts)
+    text = f"{own}: U2 {u2:.3f}, U3 {u3:.3f}, where {best} in its seat has U3 {reach:.3f}"
     advice = "The group is poor: raise --weights A_G, or imitate a cooperative expert (--expert planner)."
     # With a lower U2, a low U3 is bad play and no social dilemma.
     return judge(u3 / reach, 0.95, 0.85) if u2 >= 0.80 and reach > 0 else 0, text, advice

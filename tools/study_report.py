@@ -23,7 +23,7 @@ import numpy as np
 
 from play.intervals import UNKNOWN, mean_interval
 from play.report import possible, tell_interval
-from prompts import last_line
+from prompts import last_line, read_list
 from rewards import Target
 from run.errors import InputError
 from run.files import read_lines, write_atomic
@@ -114,7 +114,7 @@ def graph_replies(samples: list[dict]) -> dict[str, list[float | None]]:
 
     def followed(part):
         lines = [[last_line(s["reply"], label) for label in ("Belief:", "Decision:")] for s in part]
-        return mean(belief == decision for belief, decision in lines if belief)
+        return mean(read_list(belief) == read_list(row) for belief, row in lines if belief)
 
     def links(part, author="reply"):
         rows = [row_of(s[author]) for s in part]
@@ -251,7 +251,9 @@ def rows_of_differences(compared: dict, reference: str) -> Rows:
     for name, row in compared.items():
         tests = [row.get(metric) for metric in COMPARED]
         told = [t and f"{tell_interval(t, 3, '+')}, p {t['p']:.3f} ({t['holm']:.3f})" for t in tests]
-        ends = {end: row.get(LOG, UNKNOWN)[end] for end in ("mean", "low", "high")}
+        log, product = row.get(LOG, UNKNOWN), row.get("U1 x U3", UNKNOWN)
+        log = UNKNOWN if log.get("n") != product.get("n") else log  # some seed has no logarithm
+        ends = {end: log[end] for end in ("mean", "low", "high")}
         ratio = {end: None if log is None else math.exp(log) for end, log in ends.items()}
         yield [name, *(text or "-" for text in told), tell_interval(ratio, 3)]
 

@@ -71,6 +71,8 @@ def families_of(
     """Every game with every string of stages; of `fixed` each game takes what it can fix, and `fee`. Raises
     GameError."""
     fixed, families = fixed or {}, []
+    if float(f"{(fee := fixed.get('fee', 0.0)):g}") != fee:
+        raise GameError(f"--fix fee={fee}: agents would read {fee:g}; give no more digits")
     for name in dict.fromkeys(games):
         own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in fixed)
         for p, value in own:
@@ -78,7 +80,7 @@ def families_of(
                 raise GameError(f"--fix {p}={value:g}: agents would read {read}; give no more decimals")
         for string in dict.fromkeys(stages):
             check_stages(string)
-            families.append(Family(name, string, rounds, patterns, types, own, fixed.get("fee", 0.0)))
+            families.append(Family(name, string, rounds, patterns, types, own, fee))
     return tuple(families)
 
 
@@ -93,9 +95,10 @@ def patterns_and_types(words: Sequence[str] | None) -> tuple[tuple[str, ...], tu
         types = tuple(float(word) for word in words)
     except ValueError:
         types = (math.nan,)
-    # With a third decimal, PGG's cap, which is the type, would be below the effort that an expert writes.
-    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) for v in types):
-        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers with at most two decimals"
+    # With a third decimal, PGG's cap, which is the type, would be below the effort that an expert writes. Of
+    # seven digits agents would read six.
+    if not all(math.isfinite(v) and v > 0 and v == round(v, 2) == float(f"{v:g}") for v in types):
+        allowed = f"{', '.join(TYPE_PATTERNS)} or positive numbers of at most two decimals and six digits"
         raise GameError(f"--types takes {allowed}, got {' '.join(words)}")
     return TYPE_PATTERNS, types
 

@@ -158,7 +158,29 @@ def test_the_script_writes_a_data_set(tmp_path, capsys):
     assert records == simulate_many(5, "second-best", 3, families=TWO_ROUNDS)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--stages GGE", "game 0 is BCZ-GE of 3 rounds with fee 1; give the same flags here"),
+        ("--fix fee=0.5", "game 0 is BCZ-GE of 3 rounds with fee 1;"),
+        ("--rounds 2", "game 0 is BCZ-GE of 3 rounds with fee 1;"),
+        (
+            "--partners never-link selfish",
+            "was made with partners never-link, and not with never-link or selfish;",
+        ),
+    ],
+)
+def test_a_file_of_other_games_or_partners_is_refused(flags, message, tmp_path, refused):
+    """It would be trained on, and probed and evaluated in the games of the flags."""
+    path, made = str(tmp_path / "games.jsonl"), "--rounds 3 --fix fee=1 --partners never-link"
+    expert_games.main(["--games", "2", "--out", path, *made.split()])
+    _, s = parsed(["--games", path, *made.split()])
+    assert len(s.data.load(s.games, s.players)) == 2 * 4 * 6
+    assert message in refused(train_sft, ["--games", path, *made.split(), *flags.split()])
+
+
 MADE = {"information": "full", "belief": True, "hints": True, "think": False}  # by default
+WHO = {"expert": "second-best", "partners": None}
 
 
 @pytest.mark.parametrize("flag", ["--information=local", "--no-belief", "--no-hints", "--think=60"])
@@ -167,9 +189,9 @@ def test_a_file_says_with_which_flags_of_prompts_it_was_made_and_goes_with_no_ot
     other = MADE | {name: flag.partition("=")[2] if name == "information" else not MADE[name]}
     for own, foreign, made, here in (([], [flag], MADE, other), ([flag], [], other, MADE)):
         expert_games.main(["--games", "2", "--out", str(path), *own])
-        assert {str(r.style) for r in read_records(path)} == {str(made)}
+        assert {str(r.style) for r in read_records(path)} == {str(made | WHO)}
         argv = ["--games", str(path), "--model", str(tmp_path / "none"), "--out", str(tmp_path / "run")]
-        said = f"{path} was made with {made}, and not with {here}; give the same flags, or write one with"
+        said = f"{path} was made with {name} {made[name]}, and not with {here[name]}; give the same flags, or"
         assert said in refused(train_sft, [*argv, *foreign]) and not (tmp_path / "run").exists()
         _, s = parsed([*argv, *own, "--max-new-tokens", "99"])
         assert s.data.load(s.games, s.players) == read_records(path)

@@ -72,7 +72,7 @@ def test_the_rules_are_told_in_words_once_and_the_numbers_in_every_game(types, c
     told = rules(State(game), 0, PromptStyle("local"), False)
     assert "You play 3 rounds: links, then links, then efforts." in told and "hint" not in told
     assert "A choice costs you 0.5 c, answered or not." in told and "e your own number" in told
-    assert "hint" in rules(State(game), 0, PromptStyle(), False)
+    assert "at 1.5 a link earns what it costs" in rules(State(game), 0, PromptStyle(), False)
     assert "hint" not in rules(State(game), 0, PromptStyle(hints=False), False)
 
 

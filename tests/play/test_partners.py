@@ -8,10 +8,10 @@ import pytest
 from whole_runs import interrupted, lines_of, rft_flags, run_rft
 
 from decisions import EFFORTS, LINKS, own_rows
-from experts import Partners, make_expert
+from experts import Expert, Partners, make_expert
 from games import Decision, Kind, State, complete_graph, form_links, game_from_json
 from play.dataset import simulate_many, targets
-from play.expert_games import label_decision
+from play.expert_games import label_decision, simulate
 from play.probe import probe_targets
 from play.records import check_seats
 from prompts import PromptStyle, Reply, parse_reply
@@ -135,6 +135,36 @@ def test_rewards_for_links_from_the_game_against_all_rows():
     assert [o.rewards for o in again] == [o.rewards for o in group]
 
 
+@pytest.mark.parametrize("stages, later", [("EG", False), ("GEG", False), ("EGE", True)])
+def test_links_after_the_efforts_of_a_round_are_worth_what_they_pay_at_these(stages, later):
+    state, P, x = State(drawn(stages=stages, rounds=1)), complete_graph(4), np.array([0.1, 0.2, 0.1, 0.3])
+    for kind in stages[: stages.rindex("G")]:
+        state = state.step(x if kind == "E" else P)
+    for row in own_rows(4, 0):
+        proposals = np.array([row, *P[1:]])
+        x_N = state.game.nash_efforts(form_links(proposals)) if later else x
+        paid = state.game.round_payoffs(proposals, x_N)[0]
+        assert LINKS.stakes(state, 0, proposals).chosen == pytest.approx(paid)
+        if not later:  # it is what the round pays
+            assert state.step(proposals).round_results()[-1][2][0] == pytest.approx(paid)
+
+
+def test_what_is_played_is_what_the_reply_says():
+    """A player may choose more decimals than a reply has."""
+
+    class Fine(Expert):
+        name = "fine"
+
+        def __call__(self, state, seat, rng, past=()):
+            return Decision(state.kind, complete_graph(4)[seat] if state.kind is LINKS else 1.23456)
+
+    game = drawn(rounds=1)
+    records = simulate([(0, game, np.random.default_rng(0))], Fine(), STYLE)
+    assert {r.reply for r in records if r.kind == "E"} == {"Decision: 1.23"}
+    paid = game.round_payoffs(complete_graph(4), np.full(4, 1.23))
+    assert records[-1].efforts == [1.23] * 4 and records[-1].payoffs == pytest.approx(paid.tolist(), abs=1e-6)
+
+
 def test_the_two_levels_of_an_effort_disagree_and_have_a_memory_of_their_own():
     state, x = State(drawn()).step(complete_graph(4)), np.array([1.0, 1.5, 2.0, 0.5])
     target, first = Target(state, 0, x), Target(State(drawn()), 0, complete_graph(4))
@@ -217,6 +247,8 @@ def test_a_run_learns_from_the_game(ended_run):
         assert first and last and not first & last
         asked = [(r["step"], r["game"], r["stage"], r["seat"]) for r in samples]
         assert {asked.count(place) for place in asked} == {4}  # m replies, and no question twice in a step
+        links = {(r["step"], r["game"]) for r in samples if r["kind"] == "G"}
+        assert len(links) * 4 == sum(r["kind"] == "G" for r in samples)  # each of another game
 
 
 def test_it_goes_on_bit_for_bit(ended_run, tmp_path, monkeypatch):

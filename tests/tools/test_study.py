@@ -55,6 +55,10 @@ def test_differences_are_paired_by_seed():
     half = 12.7062 * math.sqrt(0.005) / math.sqrt(2)  # t of one degree of freedom
     assert row["high"] == pytest.approx(0.15 + half)
     assert differences["a"][study_report.LOG]["mean"] == pytest.approx(math.log(2))  # in both seeds
+    ratio = lambda rows: [row[-1] for row in study_report.rows_of_differences(rows, "tompo")][1]
+    assert ratio(differences).startswith("2.000")
+    units[1]["values"]["U3"] = [-0.1]  # it has no logarithm, and no seed is left out in silence
+    assert ratio(study_report.compare(["tompo", "a"], "tompo", study_report.by_seed(units))) == "-"
 
 
 def sample(step=0, game=0, kind="G", compliance=0.5, reply="", expert="[0, 1, 1]", **values):
@@ -117,7 +121,7 @@ def test_a_dozen_groups_by_hand():
 
 def test_beliefs_and_links_of_both_ends_of_a_run_by_hand():
     def reply(step, belief, row, expert="[0, 1, 0]", kind="G", compliance=0.5):
-        text = f"Belief: {belief}\nDecision: {row}" if belief else f"Decision: {row}"
+        text = f"Belief: {str(belief).replace(' ', '')}\nDecision: {row}" if belief else f"Decision: {row}"
         return sample(step, 0, kind, compliance, text, expert)
 
     a, b, none = "[0, 1, 0]", "[0, 1, 1]", "[0, 0, 0]"

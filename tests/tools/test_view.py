@@ -190,6 +190,12 @@ def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
     assert best["n"] == len(choices)
     assert best["agreed"] == pytest.approx(max(map(agreed, np.linspace(-1, 9, 4001))), abs=1e-5)
     assert best["agreed"] == pytest.approx(agreed(best["t"])) and best["even"] == pytest.approx(agreed(1))
+    assert table["breakEven"] == 1
+    for row in (results := results_of(made))["tompo"]["instances"]:
+        row["instance"] = row["instance"] | {"fee": 0.5}
+    table = learned.learned(results, "second-best")
+    assert table["breakEven"] == 1.5
+    assert table["thresholds"]["after RFT"]["even"] == pytest.approx(agreed(1.5))
     shutil.copytree(made, tmp_path / "run")
     write_json(tmp_path / "run/config.json", CONFIG | NEW | {"expert": "random"})  # coin flips: no measure
     assert len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2

@@ -1,8 +1,8 @@
 """What RFT has changed, in one number: whom the policy links to, by what the link is said to be worth.
 
-The prompts of the games state for every other agent what a link with it would earn, in units of its cost (the
-worked number). At 1, a link earns what it costs. A policy of one threshold links iff that number is at least
-some value.
+The prompts of the games state for every other agent what a link with it would earn, in units of c (the worked
+number). At 1, or with a fee at 1 + fee, a link earns what it costs. A policy of one threshold links iff that
+number is at least some value.
 """
 
 import re
@@ -38,10 +38,10 @@ def choices_of(decisions: Iterable[tuple[State, int, str]]) -> Choices:
     return choices
 
 
-def best_threshold(choices: Choices) -> dict | None:
+def best_threshold(choices: Choices, break_even: float = 1.0) -> dict | None:
     """The rule "link iff the worked number is at least t" that agrees with the largest share of the choices.
     t is one of the worked numbers, or a little more than the largest of them: never link. even: the share of
-    the choices that agree with t = 1."""
+    the choices that agree with t = break_even."""
     if not choices:
         return None
     worth, linked = np.array(choices).T
@@ -49,7 +49,7 @@ def best_threshold(choices: Choices) -> dict | None:
     thresholds = [*thresholds, thresholds[-1] + 0.01]
     agreed = [float(((worth >= t) == linked).mean()) for t in thresholds]
     best = int(np.argmax(agreed))
-    even = float(((worth >= 1) == linked).mean())
+    even = float(((worth >= break_even) == linked).mean())
     return {"t": float(thresholds[best]), "agreed": agreed[best], "n": len(choices), "even": even}
 
 
@@ -75,5 +75,7 @@ def learned(results: dict[str, dict], expert: str) -> dict:
     known = choices.get("before RFT") and choices.get("after RFT")
     shown = {who: part for who, part in choices.items() if known and part and rows[who] != "expert:random"}
     bins = {who: links_by_number(part) for who, part in shown.items()}
-    thresholds = {who: best_threshold(part) for who, part in shown.items()}
-    return {"edges": EDGES, "bins": bins, "thresholds": thresholds}
+    first = next(iter(results.values()), {"instances": []})["instances"][:1]  # the fee is that of all games
+    break_even = 1 + sum(row["instance"].get("fee", 0) for row in first)
+    thresholds = {who: best_threshold(part, break_even) for who, part in shown.items()}
+    return {"edges": EDGES, "bins": bins, "thresholds": thresholds, "breakEven": break_even}
