@@ -71,6 +71,10 @@ ONE_GRAPH = f"{ALL_SEATS} --reward-from joint --prompts 2 2"
 in_one_graph = partial(Arm, family="where it may act, one graph", evaluation="--seat all")
 STAKES = f"{ALL_SEATS} --reward-from game"  # own payoff and welfare, in all seats: the levels disagree
 in_stakes = partial(Arm, family="own stake and common good", evaluation="--seat all")
+GIVERS = "--game pgg --types homogeneous --fix c=1 --partners planner --expert random --label-noise 0"
+GIVERS += " --sft-steps 24 --steps 16 --prompts 2 8 --reward-from game --dtype bfloat16"
+among_givers = partial(Arm, family="among those who give")  # does the policy give, too, or take a free ride?
+NO_BONUS = "local=0 global=0"
 REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)
 once = partial(Arm, family="seen once", seeds=1)  # options on which no claim rests: what each of them does
@@ -129,6 +133,10 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     in_stakes("grpo, game's rewards", flags=f"--algo grpo {STAKES}"),
     in_stakes("weights 0.2 0.8, game's rewards", flags=f"--weights A_S=0.2 A_G=0.8 {STAKES}"),
     in_stakes("sft, game's rewards", flags=STAKES, sft=True),
+    among_givers("tompo, public good", flags=f"{GIVERS} --weights A_S=0.8 A_G=0.2 {NO_BONUS}"),
+    among_givers("weights 0.2 0.8, public good", flags=f"{GIVERS} --weights A_S=0.2 A_G=0.8 {NO_BONUS}"),
+    among_givers("sft, public good", flags=GIVERS, sft=True),
+    among_givers("grpo, public good", flags=f"{GIVERS} --algo grpo --weights {NO_BONUS}"),
 ]
 
 # -------------------- the commands of an arm
