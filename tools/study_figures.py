@@ -1,4 +1,4 @@
-"""The two figures of a study: differences between its arms, and the probe during RFT."""
+"""The figures of a study: differences between its arms, the probe during RFT, own payoff and welfare."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,3 +71,26 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
+
+
+STAKES = {"game's rewards": "BCZ, in self-play", "public good": "a public good, among those who give"}
+WEIGHTS = {"sft": "SFT", "grpo": "1, 0 (GRPO)", "tompo": "0.8, 0.2 (ToMPO)", "weights 0.2 0.8": "0.2, 0.8"}
+
+
+def draw_stakes(values: dict, path: Path) -> None:
+    """U2 and U3 of policies that were trained on own payoff and welfare: a point for each pair of weights of
+    A^S and A^G, with t intervals over seeds. values: of study_report.by_seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axis, (word, title) in zip(figure.subplots(1, 2), STAKES.items(), strict=True):
+        for color, (name, label) in enumerate(WEIGHTS.items()):
+            U2, U3 = (mean_interval(values.get(f"{name}, {word}", {}).get(key, ())) for key in ("U2", "U3"))
+            if U2["n"]:
+                half = [own["mean"] - own["low"] if own["n"] > 1 else 0 for own in (U2, U3)]
+                look = dict(fmt="o", color=f"C{color}", capsize=2, label=label)
+                axis.errorbar(U2["mean"], U3["mean"], half[1], half[0], **look)
+        axis.set(title=title, xlabel="U2, own payoff", ylabel="U3, welfare")
+        axis.grid(alpha=0.3)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110)

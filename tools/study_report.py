@@ -28,7 +28,7 @@ from rewards import Target
 from run.errors import InputError
 from run.files import read_lines, write_atomic
 from tools.page.learned import best_threshold, choices_of
-from tools.study_figures import draw_curves, draw_forest
+from tools.study_figures import draw_curves, draw_forest, draw_stakes
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
@@ -304,8 +304,8 @@ def rows_of_groups(dozen: list[dict]) -> Rows:
 
 
 def write(results: Path, planned: dict[str, int]) -> str:
-    """Writes study.md, study-forest.png and study-curves.png beside the results. planned: how many seeds
-    every arm is to have. Returns what to print. Raises InputError if there are no results."""
+    """Writes study.md and three figures beside the results. planned: how many seeds every arm is to have.
+    Returns what to print. Raises InputError if there are no results."""
     lines, folder, place = read_lines(results), results.parent, {name: i for i, name in enumerate(planned)}
     if not lines:
         raise InputError(f"{results} holds no results yet; run python -m tools.study first")
@@ -339,7 +339,8 @@ def write(results: Path, planned: dict[str, int]) -> str:
     write_atomic(folder / "study.md", (text + "\n").encode())
     draw_forest(compared, folder / "study-forest.png")
     draw_curves(lines, folder / "study-curves.png")
-    return f"{text}\n\nwritten: {folder}/study.md, study-forest.png, study-curves.png"
+    draw_stakes(values, folder / "study-stakes.png")
+    return f"{text}\n\nwritten: {folder}/study.md, study-forest.png, study-curves.png, study-stakes.png"
 
 
 def about(lines: list[dict]) -> str:

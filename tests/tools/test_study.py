@@ -215,8 +215,25 @@ def test_a_small_study_fails_in_part_and_goes_on(model_dir, tmp_path, monkeypatc
     added = report.split("## What RFT adds")[1].splitlines()[4]
     assert added.startswith("| tompo | 1 | ") and f", {gain:+.3f} |" in added
     assert "tompo (7), sft (7)." in report  # what the plan still lacks
-    for name in ("study-forest.png", "study-curves.png"):
+    for name in ("study-forest.png", "study-curves.png", "study-stakes.png"):
         assert (tmp_path / name).stat().st_size > 10_000
+
+
+def test_own_payoff_and_welfare_of_the_weights(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda own, *path, **how: drawn.append(own))
+    seeds = {"U2": np.array([0.9, 1.0, np.nan]), "U3": np.array([0.8, 0.82, np.nan])}
+    one = {"U2": np.array([0.5]), "U3": np.array([0.99])}
+    study_figures.draw_stakes({"tompo, public good": seeds, "weights 0.2 0.8, public good": one}, tmp_path)
+    empty, axis = drawn[0].axes
+    points = {c.get_label(): [float(c[0].get_data()[k][0]) for k in (0, 1)] for c in axis.containers}
+    assert not empty.containers and list(points) == ["0.8, 0.2 (ToMPO)", "0.2, 0.8"]
+    assert [*points.values()] == [pytest.approx([0.95, 0.81]), [0.5, 0.99]]
+    bars = [segment for bar in axis.containers[0][2] for segment in bar.get_segments()]
+    half = 12.7062 * 0.05  # t of one degree of freedom, times the standard error
+    assert np.ptp(bars[0][:, 0]) == pytest.approx(2 * half) and np.ptp(bars[1][:, 1]) == pytest.approx(
+        0.4 * half
+    )
 
 
 def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypatch):
