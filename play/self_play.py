@@ -2,8 +2,8 @@
 
 [choice] `--partners self --seat all`. With fixed expert games a policy answers others that never change; here
 the others are the policy itself, as it is in this step. The games of a step are played to their end with one
-reply to every question, and then decisions of all seats are drawn, which become prompts like any others: m
-replies are sampled to each, and rewarded by what the others did in that game.
+reply to every question, and then decisions of one seat of each are drawn, which become prompts like any
+others: m replies are sampled to each, and rewarded by what the others did in that game.
 """
 
 from dataclasses import dataclass
