@@ -94,4 +94,6 @@ def check_record(r: Record) -> None:
     roles = roles[1:] if roles[:1] == ["system"] else roles
     if roles != ["user", *["assistant", "user"] * r.stage]:
         raise ValueError("`prompt` must be a conversation with a question and a reply per `stage`")
+    if not isinstance(r.style, dict | None):
+        raise ValueError("`style` must be an object or null")
     "".join(m["content"] for m in r.prompt).encode()  # half of a surrogate pair cannot be encoded

@@ -93,6 +93,7 @@ def bad_lines(graph, effort):
         yield from (edited(json.dumps(record), change).decode() for change in given(section))
     for name in graph.keys() - {"style"}:  # which files of older versions lack
         yield json.dumps({k: v for k, v in graph.items() if k != name})
+    yield from (json.dumps(graph | {"style": style}) for style in ("full", [1], 3))
     yield json.dumps(graph | {"seat": 1, "label": "Decision: [0, 1, 1, 1]"})  # its own position is another
 
 
