@@ -68,8 +68,7 @@ def simulate(
             labels = [next(answers) for _ in seats]
             replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
-            said = [format_reply(decision, style) for decision in played]
-            # What is played is what stands in the reply, which may have fewer decimals.
+            said = [format_reply(decision, style) for decision in played]  # is played, to its last digit
             actions = np.array([(parse_reply(said[i], state, i) or played[i]).action for i in seats])
             if partners or expert.name == "random":  # beliefs of these labels: what the others now do
                 labels = [
