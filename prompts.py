@@ -152,6 +152,15 @@ def tell_links(links_NN: np.ndarray) -> str:
     return {0: "none", N * (N - 1) // 2: "all"}.get(len(pairs), ", ".join(pairs))
 
 
+def tell_partners(seen: Observation) -> str:
+    """`2 links to alphas [3, 3]`: how many links the agent has, and the types at their other ends."""
+    linked = np.flatnonzero(seen.links[seen.seat])
+    text = f"{len(linked)} links"
+    if seen.types is not None and len(linked):
+        text += f" to {GAMES[seen.game].type_name}s {tell_short(seen.types[j] for j in linked)}"
+    return text
+
+
 def system_message(seen: Observation, style: PromptStyle) -> str:
     """The shared rules come first, so that the fast engine computes their keys and values once for all
     prompts."""

@@ -28,7 +28,7 @@ from functools import cache
 import numpy as np
 
 from games import Game, GameError, empty_graph, register, solved_once
-from prompts import Observation, tell_numbers, tell_short
+from prompts import Observation, tell_numbers, tell_partners
 from world.efforts import effort_cap, effort_fixed_point
 
 
@@ -142,10 +142,7 @@ class BCZ(Game):
 
     @classmethod
     def effort_facts(cls, seen: Observation) -> str:
-        """The number of own links, and the alphas at their other ends."""
-        linked = np.flatnonzero(seen.links[seen.seat])
-        alphas = seen.types is not None and len(linked) and tell_short(seen.types[j] for j in linked)
-        return f"{len(linked)} links" + (f" to alphas {alphas}" if alphas else "")
+        return tell_partners(seen)
 
     @classmethod
     def effort_hint(cls, seen: Observation) -> str:
