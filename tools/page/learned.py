@@ -75,7 +75,7 @@ def learned(results: dict[str, dict], expert: str) -> dict:
     known = choices.get("before RFT") and choices.get("after RFT")
     shown = {who: part for who, part in choices.items() if known and part and rows[who] != "expert:random"}
     bins = {who: links_by_number(part) for who, part in shown.items()}
-    first = next(iter(results.values()), {"instances": []})["instances"][:1]  # the fee is that of all games
-    break_even = 1 + sum(row["instance"].get("fee", 0) for row in first)
+    games = (row["instance"] for summary in results.values() for row in summary["instances"])
+    break_even = 1 + next(games, {}).get("fee", 0)  # all games have the same fee
     thresholds = {who: best_threshold(part, break_even) for who, part in shown.items()}
     return {"edges": EDGES, "bins": bins, "thresholds": thresholds, "breakEven": break_even}
