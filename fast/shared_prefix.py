@@ -28,7 +28,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fast import attention
 from run.errors import InputError
 
 # -------------------- rows: prompts and replies as trees of tokens
@@ -98,6 +97,21 @@ def trunk_length(row: Row) -> int:
     return next((node for node, parent in enumerate(row.parents) if parent != node - 1), len(row.parents))
 
 
+def visible(row: Row, first: int) -> np.ndarray:
+    """Which tokens of a row the node `first` and those after it see, (nodes, all nodes): themselves and those
+    above them."""
+    end = len(row.ids)
+    visible = np.zeros((end - first, end), bool)
+    for node in range(first, end):
+        seen, parent = visible[node - first], row.parents[node]
+        if parent >= first:
+            seen |= visible[parent - first]
+        while -1 < parent < first:
+            seen[parent], parent = True, row.parents[parent]
+        seen[node] = True
+    return visible
+
+
 def common_beginning(rows: list[Row]) -> int:
     """C: the number of tokens with which all rows begin, before any branch. It is 0 for a single row, and
     leaves every row a token of its own."""
@@ -111,8 +125,6 @@ def common_beginning(rows: list[Row]) -> int:
 
 
 # -------------------- attention
-
-IN_BLOCKS = ("cpu",)  # the devices where attention.py is faster than torch's own attention
 
 
 def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -166,22 +178,20 @@ class _Gather(torch.autograd.Function):
 
 class Pass:
     """Rows packed for one forward pass: first the common beginning, then the rest of each row, row after row.
-    Attention sees the rows one by one, or side by side with padding where torch's kernels compute it."""
+    Attention sees the rows side by side, each with C + X queries, some of which are padding."""
 
     def __init__(self, rows: list[Row], device, dtype, store: Store | None = None):
         """store: what was read before, to which this pass adds; None: all is read, and nothing stored."""
-        self.rows, self.store, self.device, self.dtype = rows, store, device, dtype
-        self.goes_on = goes_on = bool(store and store.read)
+        self.store, self.device, self.dtype = store, device, dtype
+        goes_on = bool(store and store.read)
         self.C = C = 0 if goes_on else common_beginning(rows)
         self.known = known = store.read if goes_on else [C] * len(rows)
-        self.ends = [len(row.ids) for row in rows]
-        # Before its first branch, a token sees all tokens of its row before it, and needs no mask.
-        self.trunks = [n if goes_on else trunk_length(row) for row, n in zip(rows, known, strict=True)]
-        lengths = np.array(self.ends) - known
-        self.R, self.X, self.K = len(rows), int(max(lengths)), max(self.ends)
+        ends = [len(row.ids) for row in rows]
+        lengths = np.array(ends) - known
+        self.R, self.X, self.K = R, X, K = len(rows), int(max(lengths)), max(ends)
         self.starts = np.cumsum([C, *lengths]).tolist()  # the packed index of each row's first own token
         if store:
-            store.read = self.ends
+            store.read = ends
 
         def packed(values: list[list[int]]) -> Tensor:
             own = [value for row, n in zip(values, known, strict=True) for value in row[n:]]
@@ -189,39 +199,25 @@ class Pass:
 
         self.ids = packed([row.ids for row in rows])
         self.positions = packed([row.depths for row in rows])
-        self.row_of_own = torch.tensor(np.repeat(range(self.R), lengths), device=device)
-        self.node_of_own = packed([list(range(end)) for end in self.ends])[0, C:]
-        self.seen: dict[int, np.ndarray] = {}  # for `by_kernel`: of a row, or under 0 of all side by side
-        self.masks: dict[int, Tensor] = {}  # the same as what is added to scores
-        # On a CPU, rows stand side by side if padding at most doubles the products of new with all tokens.
-        needed = sum(int(new) * end for new, end in zip(lengths, self.ends, strict=True))
-        self.padded = goes_on and self.R * self.X * self.K <= 2 * needed
-        self.padded |= torch.device(device).type not in IN_BLOCKS
-        if self.padded:
-            self.pad()
-        elif goes_on:
-            self.seen = {r: self.visible(r, n)[None] for r, n in enumerate(known)}
-        else:
-            causal = lambda n, first: attention.blocks(np.tri(n, first + n, first, bool)[None], device)
-            self.beginning_blocks = causal(C, 0)
-            self.blocks = [
-                causal(trunk - n, n) + attention.blocks(self.visible(r, trunk)[None], device, trunk - n)
-                for r, (trunk, n) in enumerate(zip(self.trunks, known, strict=True))
-            ]
-
-    def visible(self, r: int, first: int) -> np.ndarray:
-        """Which tokens of row r the node `first` and those after it see, (nodes, all nodes): themselves and
-        those above them."""
-        parents, end = self.rows[r].parents, self.ends[r]
-        visible = np.zeros((end - first, end), bool)
-        for node in range(first, end):
-            seen, parent = visible[node - first], parents[node]
-            if parent >= first:
-                seen |= visible[parent - first]
-            while -1 < parent < first:
-                seen[parent], parent = True, parents[parent]
-            seen[node] = True
-        return visible
+        self.row_of_own = torch.tensor(np.repeat(range(R), lengths), device=device)
+        self.node_of_own = packed([list(range(end)) for end in ends])[0, C:]
+        # Before its first branch, a token sees all tokens of its row before it, and needs no mask. So do the
+        # first L of the X queries in all rows.
+        self.L = L = 0 if goes_on else min(map(trunk_length, rows)) - C
+        places_RX = np.full((R, X), C)  # padding reads some token, and no token sees it
+        real_RX = np.zeros((R, X), bool)
+        self.seen_RBK = np.zeros((R, X - L, K), bool)
+        for r, (row, n, end) in enumerate(zip(rows, lengths, ends, strict=True)):
+            places_RX[r, :n], real_RX[r, :n] = self.starts[r] + np.arange(n), True
+            self.seen_RBK[r, : n - L, :end] = visible(row, known[r] + L)
+            self.seen_RBK[r, n - L :, 0] = True  # if padding saw nothing, its softmax would be 0/0
+        self.bias: Tensor | None = None  # the same as what is added to scores
+        # For _Gather: from the packed order to the places of all rows, and back (without the beginning).
+        places = torch.tensor(places_RX.flatten(), device=device)
+        real, padding = (torch.tensor(np.flatnonzero(x), device=device) for x in (real_RX, ~real_RX))
+        beginning = torch.arange(C, device=device)
+        self.to_places = places, torch.cat([0 * beginning, real]), beginning
+        self.to_packed = real, places - C, padding
 
     def index(self, r: int, nodes: list[int]) -> list[int]:
         """The packed indices of tokens of row r."""
@@ -229,80 +225,37 @@ class Pass:
 
     def attend(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query (1, heads, n, D), key and value (1, kv heads, n, D) -> (1, n, heads, D)."""
-        stored = self.store.add(module.layer_idx, self, (key, value)) if self.store else None
-        if self.padded:
-            return self.side_by_side(module, query, *(stored or (key, value)), scaling)
-        C, beginning = self.C, [x[:, :, : self.C] for x in (query, key, value)]
-        outs = [] if self.goes_on else [attention.attention(*beginning, self.beginning_blocks, scaling)]
-        for r, end in enumerate(self.ends):
-            own = slice(self.starts[r], self.starts[r + 1])
-            if own.start == own.stop:
-                continue
-            if stored:
-                k, v = (x[r : r + 1, :, :end] for x in stored)
-            else:
-                k, v = (torch.cat([x[:, :, :C], x[:, :, own]], 2) for x in (key, value))
-            if self.goes_on:  # few queries
-                outs.append(self.by_kernel(r, query[:, :, own], k, v, scaling))
-            else:
-                outs.append(attention.attention(query[:, :, own], k, v, self.blocks[r], scaling))
-        return torch.cat(outs, 1)
-
-    def by_kernel(self, r: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), with seen[r] (R, n, K). The
-        heads of a key head stand one after the other, like a long sequence, so that no key is copied."""
-        (R, heads, n, D), kv_heads = q.shape, k.shape[1]
-        if r not in self.masks:  # all layers share it
-            seen_RnK = torch.tensor(self.seen[r], device=self.device)
-            bias_RnK = torch.zeros(seen_RnK.shape, dtype=self.dtype, device=self.device)
-            bias_RnK.masked_fill_(~seen_RnK, -torch.inf)
-            self.masks[r] = bias_RnK[:, None].repeat(1, 1, heads // kv_heads, 1)
-        q = q.reshape(R, kv_heads, -1, D)
-        out = F.scaled_dot_product_attention(q, k, v, self.masks[r], scale=scaling)
-        return out.reshape(R, heads, n, D).transpose(1, 2)
-
-    # -------------------- all rows side by side
-
-    def pad(self) -> None:
-        """The rows side by side: X queries each, of which all rows' first L are trunk, and K keys."""
-        R, X, C, known = self.R, self.X, self.C, self.known
-        self.L = L = min(trunk - n for trunk, n in zip(self.trunks, known, strict=True))
-        places_RX = np.full((R, X), C)  # padding reads some token, and no token sees it
-        real_RX = np.zeros((R, X), bool)
-        self.seen[0] = visible_RBK = np.zeros((R, X - L, self.K), bool)
-        for r, end in enumerate(self.ends):
-            n = end - known[r]
-            places_RX[r, :n], real_RX[r, :n] = self.starts[r] + np.arange(n), True
-            visible_RBK[r, : n - L, :end] = self.visible(r, known[r] + L)
-            visible_RBK[r, n - L :, 0] = True  # if padding saw nothing, its softmax would be 0/0
-        # For _Gather: from the packed order to the places of all rows, and back (without the beginning).
-        places = torch.tensor(places_RX.flatten(), device=self.device)
-        real, padding = (torch.tensor(np.flatnonzero(x), device=self.device) for x in (real_RX, ~real_RX))
-        beginning = torch.arange(C, device=self.device)
-        self.to_places = places, torch.cat([0 * beginning, real]), beginning
-        self.to_packed = real, places - C, padding
-
-    def side_by_side(self, module, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """As `attend`. With a store, key and value are (R, kv heads, K, D)."""
         (_, heads, n, D), R, C, L = query.shape, self.R, self.C, self.L
-
-        def padded(x):  # (1, heads, n, D) -> (R, heads, C + X, D)
-            own = _Gather.apply(x[0].transpose(0, 1).flatten(1), *self.to_places)
-            return torch.cat(
-                [x[:, :, :C].expand(R, -1, -1, -1), own.view(R, self.X, -1, D).transpose(1, 2)], 2
-            )
-
-        q = padded(query)
-        k, v = (key, value) if self.store else (padded(key), padded(value))
+        q, *kv = (self.side_by_side(x) for x in ((query,) if self.store else (query, key, value)))
+        k, v = self.store.add(module.layer_idx, self, (key, value)) if self.store else kv
         outs, out_C = [], q.new_empty(0, heads, D)
         if C + L:
             trunks = [x[:, :, : C + L] for x in (q, k, v)]
             out = sdpa_attention_forward(module, *trunks, None, scaling=scaling, is_causal=True)[0]
             outs, out_C = [out[:, C:]], out[0, :C]
         if L < self.X:
-            outs.append(self.by_kernel(0, q[:, :, C + L :], k, v, scaling))
+            outs.append(self.branches(q[:, :, C + L :], k, v, scaling))
         out = _Gather.apply(torch.cat(outs, 1).reshape(R * self.X, -1), *self.to_packed)
         return torch.cat([out_C.flatten(1), out]).view(1, n, heads, D)
+
+    def side_by_side(self, x: Tensor) -> Tensor:
+        """(1, heads, n, D) -> (R, heads, C + X, D)."""
+        own = _Gather.apply(x[0].transpose(0, 1).flatten(1), *self.to_places)
+        own = own.view(self.R, self.X, -1, x.shape[-1]).transpose(1, 2)
+        return torch.cat([x[:, :, : self.C].expand(self.R, -1, -1, -1), own], 2)
+
+    def branches(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), with seen_RBK, B = n. The
+        heads of a key head stand one after the other, like a long sequence, so that no key is copied."""
+        (R, heads, n, D), kv_heads = q.shape, k.shape[1]
+        if self.bias is None:  # all layers share it
+            seen_RBK = torch.tensor(self.seen_RBK, device=self.device)
+            bias_RBK = torch.zeros(seen_RBK.shape, dtype=self.dtype, device=self.device)
+            bias_RBK.masked_fill_(~seen_RBK, -torch.inf)
+            self.bias = bias_RBK[:, None].repeat(1, 1, heads // kv_heads, 1)
+        q = q.reshape(R, kv_heads, -1, D)
+        out = F.scaled_dot_product_attention(q, k, v, self.bias, scale=scaling)
+        return out.reshape(R, heads, n, D).transpose(1, 2)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tokens=None, **kwargs):

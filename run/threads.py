@@ -23,4 +23,4 @@ def cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
 if cores() < (os.cpu_count() or 1):  # torch would start a thread for every core of the machine
     os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):  # else the user has chosen
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "5000"

@@ -27,8 +27,8 @@ def settled(script, **environment):
 
 
 OWN = [("eval", {"OMP_WAIT_POLICY": "PASSIVE"}, "None PASSIVE"), ("eval", {"GOMP_SPINCOUNT": "7"}, "7 None")]
-SHORT = [(script, {}, "1000 None") for script in ("train_rft", "train_sft", "eval", "tools.bench")]
-SHORT += [(f"tools.{script}", {}, "1000 None") for script in ("others", "crossplay", "expert_games", "merge")]
+SHORT = [(script, {}, "5000 None") for script in ("train_rft", "train_sft", "eval", "tools.bench")]
+SHORT += [(f"tools.{script}", {}, "5000 None") for script in ("others", "crossplay", "expert_games", "merge")]
 
 
 @pytest.mark.parametrize("script, own, expected", SHORT + OWN)
