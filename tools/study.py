@@ -77,6 +77,7 @@ among_givers = partial(Arm, family="among those who give")  # does the policy gi
 NO_BONUS = "local=0 global=0"
 REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)
+LONG = "--steps 200 --dtype bfloat16"
 once = partial(Arm, family="seen once", seeds=1)  # options on which no claim rests: what each of them does
 TEACHERS = [
     *(Arm(f"label noise {rate}", "teachers", f"--label-noise {rate}", 3) for rate in (0, 0.25, 0.75, 0.9, 1)),
@@ -108,6 +109,8 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     once("credit", flags="--reward-from credit"),
     once("credit, zeta 0.5", flags="--reward-from credit --weights zeta=0.5"),
     once("own type alone", flags="--information local"),
+    Arm("tompo, 200 steps", "200 steps", LONG, 2),
+    Arm("grpo, 200 steps", "200 steps", f"--algo grpo {LONG}", 2),
     Arm("no Belief line", "belief", "--no-belief"),
     *TEACHERS,
     *(replace(arm, name=f"{arm.name}, SFT alone", family="SFT alone", sft=True) for arm in TEACHERS),
