@@ -7,16 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from games import (
-    GAMES,
-    KINDS,
-    Decision,
-    Game,
-    Kind,
-    Stakes,
-    State,
-    form_links,
-)
+from games import GAMES, KINDS, Decision, Game, Kind, Stakes, State, form_links
 from prompts import (
     EFFORT_DIGITS,
     Observation,

@@ -28,7 +28,7 @@ from play import human
 from play.expert_games import simulate
 from play.metrics import Episode
 from play.players import Player, adapter_on, expert_examples, expert_player, play_tables, policy_player
-from play.report import CONSTANTS, format_table, mean_over_seats, report, report_seeds, summarise
+from play.report import CONSTANTS, format_table, report, report_seeds, summarise
 from policy import Policy
 from run import ranks
 from run.errors import InputError, library_errors, reports_errors
@@ -100,14 +100,12 @@ def play_held_out(
     return [episodes[i] for i in sorted(episodes)]
 
 
-def play_among_experts(
-    settings: Settings, name: str, make_player, seat: int | str | None = None, repair: bool = False
-) -> list[Episode]:
-    """The player of this name among experts. seat: another than that of the settings."""
+def play_among_experts(settings: Settings, name: str, make_player, repair: bool = False) -> list[Episode]:
+    """The player of this name among experts."""
     players, evaluation = settings.players, settings.evaluation
     make_expert = partial(expert_player, players.others, players.style, evaluation.seed)
-    makers, seat = {True: make_player, False: make_expert}, evaluation.seat if seat is None else seat
-    return play_held_out(settings, seat, makers, [name], repair=repair)
+    makers = {True: make_player, False: make_expert}
+    return play_held_out(settings, evaluation.seat, makers, [name], repair=repair)
 
 
 # -------------------- players by name
@@ -227,20 +225,6 @@ def evaluate_names(settings: Settings, names: list[str], repair: bool) -> dict[s
     return results
 
 
-def evaluate_by_seat(settings: Settings, names: list[str]) -> dict[str, dict]:
-    """{`NAME seat I`: summary of the policy in that seat}. Prints a table for each policy, with the mean."""
-    results = {}
-    for name, make_player in make_cast(settings, names).items():
-        seats = range(settings.evaluation.agents)
-        episodes = [play_among_experts(settings, name, make_player, i) for i in seats]
-        own = {f"{name} seat {i}": summarise(part) for i, part in enumerate(episodes)}
-        tables = {row.removeprefix(f"{name} "): summary["all rounds"] for row, summary in own.items()}
-        print("\n" * bool(results) + f"{name} in each seat, {settings.players.others.name} in the others")
-        print(format_table(tables | {"mean": mean_over_seats(episodes)}), flush=True)
-        results |= own
-    return results
-
-
 def evaluate_table(settings: Settings, names: list[str]) -> dict[str, dict]:
     """{`seat I NAME`: summary} of games in which every seat has its own player; a name in several seats is
     one player. Prints the table."""
@@ -275,7 +259,6 @@ def main(argv=None) -> None:
     names = "base, few-shot:K, an adapter folder (FOLDER+FOLDER: a chain), expert:NAME, human"
     add("--policy", nargs="+", default=["base"], help=names)
     add("--repair", action="store_true", help="add rows in which replies are read leniently")
-    add("--by-seat", action="store_true", help="each policy in every seat of the same games, and the mean")
     add("--table", nargs="+", metavar="PLAYER", help="a player for each seat, named as in --policy")
     add("--json", metavar="FILE", help="write the results, per instance too, to a new file")
     add("--seeds", nargs="+", metavar="EVAL_JSON", help="play nothing: combine these runs' eval.json")
@@ -286,18 +269,14 @@ def main(argv=None) -> None:
         return
     if args.json:
         refuse_existing(args.json)
-    if (args.by_seat or args.table) and (args.seat or args.repair):
-        raise InputError("--by-seat and --table take no --seat or --repair")
-    if args.table and args.partners:
-        raise InputError("--table names a player for each seat: leave out --partners")
-    if args.table and (len(args.table) != args.agents or args.policy != ["base"] or args.by_seat):
+    if args.table and (args.seat or args.repair or args.partners):
+        raise InputError("--table names a player for each seat: leave out --seat, --repair and --partners")
+    if args.table and (len(args.table) != args.agents or args.policy != ["base"]):
         needed = f"a player for each of the {args.agents} seats (--agents)"
-        raise InputError(f"--table names {needed}: leave out --policy and --by-seat")
+        raise InputError(f"--table names {needed}: leave out --policy")
     settings = flags.resolve(args)
     instances(settings.games, settings.evaluation)  # complains about its flags before a model is loaded
-    if args.by_seat:
-        results = evaluate_by_seat(settings, args.policy)
-    elif args.table:
+    if args.table:
         results = evaluate_table(settings, args.table)
     else:
         results = evaluate_names(settings, args.policy, args.repair)

@@ -87,10 +87,7 @@ def _nash(state: State) -> np.ndarray:
 # name -> (state -> proposals (N, N), state -> efforts (N,))
 RULES = {
     "second-best": (lambda s: s.game.efficient_graph("nash")[0], _nash),
-    "planner": (
-        lambda s: s.game.efficient_graph("planner")[0],
-        lambda s: s.game.planner_efforts(s.links),
-    ),
+    "planner": (lambda s: s.game.efficient_graph("planner")[0], lambda s: s.game.planner_efforts(s.links)),
     "nash": (lambda s: nash_graph(s.game), _nash),
     "myopic": (_myopic_proposals, _myopic_efforts),
     "selfish": (lambda s: np.array([_selfish_row(s.game, i) for i in range(s.game.N)]), _nash),

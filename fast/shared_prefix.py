@@ -13,7 +13,8 @@ The model's own code is not changed: any Hugging Face decoder calls this through
 AttentionInterface.
 
 Dimensions: R rows; n tokens of a pass, the first C of which are the common beginning; X the most tokens that
-it reads of one row; K the most tokens of a row, of this pass and those before; T targets, D head size.
+it reads of one row, the last B of which need a mask; K the most tokens of a row, of this pass and those
+before; T targets, D head size.
 """
 
 import math
@@ -101,15 +102,15 @@ def visible(row: Row, first: int) -> np.ndarray:
     """Which tokens of a row the node `first` and those after it see, (nodes, all nodes): themselves and those
     above them."""
     end = len(row.ids)
-    visible = np.zeros((end - first, end), bool)
+    seen = np.zeros((end - first, end), bool)
     for node in range(first, end):
-        seen, parent = visible[node - first], row.parents[node]
+        own, parent = seen[node - first], row.parents[node]
         if parent >= first:
-            seen |= visible[parent - first]
+            own |= seen[parent - first]
         while -1 < parent < first:
-            seen[parent], parent = True, row.parents[parent]
-        seen[node] = True
-    return visible
+            own[parent], parent = True, row.parents[parent]
+        own[node] = True
+    return seen
 
 
 def common_beginning(rows: list[Row]) -> int:
@@ -245,8 +246,9 @@ class Pass:
         return torch.cat([x[:, :, : self.C].expand(self.R, -1, -1, -1), own], 2)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), with seen_RBK, B = n. The
-        heads of a key head stand one after the other, like a long sequence, so that no key is copied."""
+        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), for the last B = n
+        queries. The heads of a key head stand one after the other, like a long sequence, so that no key is
+        copied."""
         (R, heads, n, D), kv_heads = q.shape, k.shape[1]
         if self.bias is None:  # all layers share it
             seen_RBK = torch.tensor(self.seen_RBK, device=self.device)

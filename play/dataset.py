@@ -170,11 +170,7 @@ def check_labels(policy: Policy, records: list[Record], style: PromptStyle) -> N
 
 
 def next_batch(
-    pool: list[list[Prompt]],
-    counts: dict[str, int],
-    step: int,
-    seed: int,
-    order: list[int] | None = None,
+    pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int, order: list[int] | None = None
 ) -> list[Prompt]:
     """The prompts of a step: `counts` decisions of each kind, from the same conversations where possible,
     since these share tokens. An epoch goes through all conversations; order: of these, if given."""

@@ -32,18 +32,6 @@ def mean_interval(values: Iterable[float | None]) -> dict:
     return interval
 
 
-def median_interval(values: Iterable[float | None]) -> dict:
-    """Median and 95 % interval between order statistics, whatever the distribution: at least as many values
-    lie on each side of the true median with the probability of so many heads of n coins. None is left out."""
-    x = np.sort([v for v in values if v is not None])
-    if not len(x):
-        return dict(UNKNOWN)
-    heads = np.cumsum([math.comb(len(x), k) / 2 ** len(x) for k in range(len(x))])
-    k = int((heads <= 0.025).sum())
-    ends = (float(x[k - 1]), float(x[-k])) if k else (None, None)
-    return {"mean": float(np.median(x)), "low": ends[0], "high": ends[1], "n": len(x)}
-
-
 def wilson_interval(successes: float, n: float) -> dict:
     """Share and 95 % Wilson interval."""
     z, share = Z95, successes / n

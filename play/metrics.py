@@ -11,13 +11,13 @@ the mean over its seats.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from operator import attrgetter
 
 import numpy as np
 
 from decisions import LINKS
-from games import KINDS, Decision, Game, State, empty_graph
+from games import KINDS, Decision, Game, State
 from play.intervals import mean_interval
 from rewards import Target, accuracy, belief_accuracy, graph_likeness
 
@@ -79,24 +79,10 @@ def row_agreement(turn: Turn) -> float | None:
 efficiency = attrgetter("U2")  # U2: Turn.U2
 
 
-@cache
-def welfare_bounds(game: Game) -> tuple[float, float]:
-    """(W* of the first best, W of nobody linking at Nash efforts)."""
-    empty_NN = empty_graph(game.N)
-    return game.efficient_graph("planner")[1], game.welfare(empty_NN, game.nash_efforts(empty_NN))
-
-
 def welfare_share(episode: Episode) -> float | None:
     """U3: W / W*, the welfare of a round (mean over rounds) as a share of that of the first best."""
-    first_best, _ = welfare_bounds(episode.game)
+    _, first_best = episode.game.efficient_graph("planner")
     return float(np.mean(episode.welfares)) / first_best if first_best > 1e-9 else None
-
-
-def welfare_gain(episode: Episode) -> float | None:
-    """(W - W_empty) / (W* - W_empty): 0 for nobody linking, 1 for the first best."""
-    first_best, empty = welfare_bounds(episode.game)
-    gain = float(np.mean(episode.welfares)) - empty
-    return gain / (first_best - empty) if first_best - empty > 1e-9 else None
 
 
 def belief(turn: Turn) -> float | None:
@@ -108,7 +94,7 @@ def gap(turn: Turn) -> float | None:
     """What the agent would have gained by its best choice, as a share of W* / N. In self-play this is how
     much a best-replying seat exploits the policy."""
     stakes, game = turn.state.kind.stakes(turn.state, turn.seat, turn.actions), turn.state.game
-    first_best, _ = welfare_bounds(game)
+    _, first_best = game.efficient_graph("planner")
     return (stakes.best - stakes.chosen) * game.N / first_best if stakes and first_best > 1e-9 else None
 
 
@@ -123,7 +109,6 @@ METRICS: dict[str, Callable[[Episode], float | None]] = {
     "row": mean_of(row_agreement),
     "U2": mean_of(efficiency),
     "U3": welfare_share,
-    "U3 gain": welfare_gain,
     "belief": mean_of(belief),
     "gap": mean_of(gap),
     "U2 | ok": mean_of(efficiency, compliant),

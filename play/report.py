@@ -11,12 +11,12 @@ from play.metrics import METRICS, Episode, Turn, compliant, per_instance
 from run.errors import InputError, library_errors
 from run.files import read_json
 
-DETAILS = ("U3 gain", "gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
+DETAILS = ("gap", "U2 | ok", "U3 | ok")  # are in eval.json, and not in printed tables
 COMPARED = ("s", "row", "U2", "U3")  # those whose paired differences are printed
 CONSTANTS = "always-link", "never-link"  # the experts that give the same answer everywhere
 # What a metric can be, for the intervals that are shown; of others nothing is known.
 LIMITS = dict.fromkeys(("U1", "s", "row", "U2", "belief", "U2 | ok"), (0.0, 1.0))
-LIMITS |= dict.fromkeys(("U3", "U3 gain", "U3 | ok", "U1 x U3"), (-math.inf, 1.0)) | {"gap": (0.0, math.inf)}
+LIMITS |= dict.fromkeys(("U3", "U3 | ok", "U1 x U3"), (-math.inf, 1.0)) | {"gap": (0.0, math.inf)}
 
 
 # -------------------- summaries
@@ -61,22 +61,12 @@ def summarise(episodes: list[Episode]) -> dict:
     }
 
 
-def mean_over_seats(by_seat: list[list[Episode]]) -> dict[str, dict]:
-    """{metric: mean and interval} of several plays of the same games, each with the policy in another seat: a
-    game counts once, with its mean over the plays."""
-    rows = []
-    for plays in zip(*by_seat, strict=True):  # of one game
-        values = [per_instance(episode) for episode in plays]
-        rows.append({name: mean_interval(row[name] for row in values)["mean"] for name in values[0]})
-    return _intervals(rows, [t for plays in by_seat for p in plays for t in p.turns], len(by_seat))
-
-
-def paired_difference(a: dict, b: dict, metric: str, centre=mean_interval) -> dict:
-    """a - b of two summaries over the same instances: mean and interval of the differences (or what `centre`
-    makes of them). A person may have played only the first instances."""
+def paired_difference(a: dict, b: dict, metric: str) -> dict:
+    """a - b of two summaries over the same instances: mean and interval of the differences. A person may have
+    played only the first instances."""
     instances = zip(a["instances"], b["instances"], strict=False)
     pairs = [(x.get(metric), y.get(metric)) for x, y in instances]
-    return centre(x - y for x, y in pairs if x is not None and y is not None)
+    return mean_interval(x - y for x, y in pairs if x is not None and y is not None)
 
 
 # -------------------- tables

@@ -1,7 +1,6 @@
 """eval.py: what it plays, prints and writes as a command, what it refuses, and who sits where."""
 
 import json
-import math
 import runpy
 import sys
 from dataclasses import replace
@@ -63,20 +62,6 @@ def test_the_command_with_experts_only(tmp_path, capsys, monkeypatch):
         assert all(f"{result[f'round {r}']['U2 graph']['mean']:.3f}" in line for r in (1, 2))
     (paired,) = [line for line in lines[21:] if line.startswith("expert:nash ")]
     assert "expert:planner minus" in lines[20] and f"{difference:+.3f} ±" in paired
-
-
-def test_by_seat_is_every_seat_alone(tmp_path, capsys):
-    name = "expert:noisy:planner:0.5"
-    results = run(tmp_path, "--policy", name, "--by-seat", games=7)
-    printed = capsys.readouterr().out
-    alone = [run(tmp_path, "--policy", name, "--seat", str(i), games=7)[name] for i in range(4)]
-    assert list(results) == [f"{name} seat {i}" for i in range(4)]
-    assert list(results.values()) == alone
-    means = np.mean([[row["U3"] for row in s["instances"]] for s in alone], 0)
-    half = 2.4469 * means.std(ddof=1) / math.sqrt(7)
-    (line,) = [line for line in printed.splitlines() if line.startswith("mean")]
-    assert means.mean() + half > 1 and f"{means.mean():.3f} [{means.mean() - half:.2f}, 1]" in line
-    assert len({s["all rounds"]["U3"]["mean"] for s in alone}) == 4
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import world  # noqa: F401  (it registers the games that the files name)
 from games import KINDS
-from play.intervals import UNKNOWN, mean_interval, median_interval
+from play.intervals import UNKNOWN
 from play.metrics import METRICS
 from play.report import about_constant, paired_difference, possible
 from run.errors import InputError, one_line, reports_errors
@@ -31,7 +31,6 @@ TEMPLATE = Path(__file__).with_suffix(".html")
 ALGORITHMS = {"tompo": "ToMPO", "grpo": "GRPO"}
 PLAYERS = dict.fromkeys(ALGORITHMS, "RFT policy") | {"sft": "SFT policy", "base": "base model"}
 PLAYERS["expert:random"] = "random play"  # of the table, apart from the name of the algorithm
-MEDIANS = ("U3 gain",)  # one game in which cooperation can add little would make the mean
 PAGE = 2_700_000  # characters of data on a page; half of a run's share is for groups, a third for games
 
 
@@ -52,13 +51,10 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
     }
 
     def cell(metric, summary):
-        if metric in MEDIANS:
-            return possible(metric, median_interval(row.get(metric) for row in summary["instances"]))
         return possible(metric, summary["all rounds"].get(metric, UNKNOWN))
 
     def difference(metric, name):
-        centre = median_interval if metric in MEDIANS else mean_interval
-        return possible(metric, paired_difference(results[first], results[name], metric, centre), True)
+        return possible(metric, paired_difference(results[first], results[name], metric), True)
 
     first, *others = [*results] or [None]
     differences = {f"{first} - {name}": [difference(m, name) for m in METRICS] for name in others}
@@ -67,7 +63,7 @@ def overview(config: dict, timing: dict, results: dict, folder: Path) -> dict:
     return {
         "facts": facts,
         "settings": {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in shown.items()},
-        "metrics": [f"{name}, median" if name in MEDIANS else name for name in METRICS],
+        "metrics": [*METRICS],
         "table": {name: [cell(m, summary) for m in METRICS] for name, summary in results.items()},
         "differences": differences,
         "levels": next((line["levels"] for line in probe if "levels" in line), {}),

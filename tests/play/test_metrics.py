@@ -56,16 +56,6 @@ def test_mean_interval():
     assert mean_interval([2.0, 2.0, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0, "n": 3}
 
 
-def test_the_median_and_its_interval_by_hand():
-    """Of 60 values the 22nd and the 39th (a table of the binomial distribution); of 10 the second and the
-    ninth, since 11 of 1024 throws of ten coins have at most one head. Fewer than 6 values have none."""
-    for n, low, high in ((60, 22, 39), (10, 2, 9), (6, 1, 6)):
-        v = intervals.median_interval([*map(float, range(n, 0, -1)), None])
-        assert v == {"mean": (n + 1) / 2, "low": low, "high": high, "n": n}
-    assert intervals.median_interval([-252.0, 0.4, 0.5]) == {"mean": 0.4, "low": None, "high": None, "n": 3}
-    assert intervals.median_interval([None]) == intervals.UNKNOWN
-
-
 def test_intervals_end_where_the_metric_does():
     wide = mean_interval([0.2, 0.9])  # 0.55 ± 4.45
     cells = {m: report.format_table({"a": {m: wide}}, [m]) for m in ("U2", "U3", "gap", "x")}
@@ -120,10 +110,10 @@ def test_metrics_of_one_game_by_hand():
     first = {name: v["mean"] for name, v in first.items()}
     assert row.pop("U3 | ok") is None
     assert row.pop("gap") > 0 and first.pop("gap") > 0  # see test_the_gap_by_hand
-    expected = {"U1": 3 / 4, "U2": (ROW_VALUE + 0.75 + 0 + 1) / 4, "U3": 2.025 / 2.2, "U3 gain": 0.525 / 0.7}
+    expected = {"U1": 3 / 4, "U2": (ROW_VALUE + 0.75 + 0 + 1) / 4, "U3": 2.025 / 2.2}
     expected |= {"U2 | ok": (ROW_VALUE + 0.75 + 1) / 3, "U2 graph": ROW_VALUE / 2, "U2 effort": 0.875}
     assert row == pytest.approx(expected | {"s": 1 / 3, "row": 0.25, "belief": 1.5 / 4}, abs=1e-4)
-    expected = {"U1": 1, "U2": (ROW_VALUE + 0.75) / 2, "U3": 1.85 / 2.2, "U3 gain": 0.5, "belief": 0.75}
+    expected = {"U1": 1, "U2": (ROW_VALUE + 0.75) / 2, "U3": 1.85 / 2.2, "belief": 0.75}
     expected |= {"U2 | ok": (ROW_VALUE + 0.75) / 2, "U2 graph": ROW_VALUE, "U2 effort": 0.75}
     assert first == pytest.approx(expected | {"U3 | ok": 1.85 / 2.2, "s": 2 / 3, "row": 0.5}, abs=1e-4)
 
@@ -133,18 +123,17 @@ def test_the_gap_by_hand():
     effort = turn(1, 2.0, [0, 1, 1])
     game, best = effort.state.game, effort.state.game.best_response(effort.state.links, effort.actions)[0]
     lost = (2.0 - best) ** 2 / 2  # the payoff is quadratic in the own effort, with second derivative -1
-    first_best, _ = metrics.welfare_bounds(game)
+    _, first_best = game.efficient_graph("planner")
     assert METRICS["gap"](Episode(game, [effort], [1.0])) == pytest.approx(lost * 3 / first_best)
 
 
-def test_there_is_no_gain_where_the_first_best_is_empty_and_no_u3_where_it_is_worth_nothing(monkeypatch):
+def test_there_is_no_u3_where_the_first_best_is_worth_nothing(monkeypatch):
     """And the tables show that as a dash."""
     turns = [turn(1, [0, 1, 1]), turn(1, 1.0)]
     game = BCZ((1.0, 1.0, 1.0), 0.1, 0.5, 3.0)  # c* = 0.1 / (1 - 0.4) = 1/6
     row = per_instance(Episode(game, turns, [1.2]))
-    assert row["U3 gain"] is None and row["U3"] == pytest.approx(0.8)
-    assert metrics.welfare_bounds(game) == pytest.approx((1.5, 1.5))
-    monkeypatch.setattr(metrics, "welfare_bounds", lambda game: (0.0, 0.0))
+    assert row["U3"] == pytest.approx(0.8) and game.efficient_graph("planner")[1] == pytest.approx(1.5)
+    monkeypatch.setattr(BCZ, "efficient_graph", lambda game, efforts: (None, 0.0))
     s = summarise([Episode(TRIO, turns, [0.0])])
     assert s["instances"][0]["U3"] is None and s["all rounds"]["U3"]["n"] == 0
     assert report.report({"a": s, "b": s}).endswith(" -")

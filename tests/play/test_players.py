@@ -87,7 +87,7 @@ def test_replies_that_are_not_compliant_play_nothing_and_count():
     row = per_instance(played)
     assert [(t.decision, t.reply) for t in played.turns] == [(None, "I cannot say.")] * 2
     assert row["U1"] == 0 and row["belief"] == 0 and row["U2 | ok"] is None and row["U3 | ok"] is None
-    assert row["U3"] == pytest.approx(1.15 / 2.2) and row["U3 gain"] == pytest.approx(-0.35 / 0.7)
+    assert row["U3"] == pytest.approx(1.15 / 2.2)
     assert row["U2 graph"] == pytest.approx(0, abs=1e-9) and row["U2 effort"] == pytest.approx(0.75)
 
 
