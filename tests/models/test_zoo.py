@@ -172,19 +172,18 @@ def test_a_window_is_tried_beyond_its_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["position", "mask"])
-def test_an_engine_that_is_wrong_in_drafts_alone_is_seen(model_dir, monkeypatch, capfd, broken):
+def test_an_engine_that_is_wrong_in_one_pass_alone_is_seen(model_dir, monkeypatch, capfd, broken):
     class Wrong(engine_module.Pass):
-        """At the drafted tokens behind the prompts, which the first pass of a sampling reads."""
+        """At the drafted tokens behind the prompts, which the first pass of a sampling reads; or where a reply
+        is not what was drafted, and the second pass goes on."""
 
         def __init__(self, rows, device, dtype, store=None):
             first = store is not None and not store.read
             super().__init__(rows, device, dtype, store)
-            drafted = self.positions > 4
             if first and broken == "position":
-                self.positions += 2 * drafted
-            elif first and drafted.any():
-                for blocks in self.blocks:
-                    blocks[-1].bias[..., -1, :4] = -torch.inf
+                self.positions += 2 * (self.positions > 4)
+            elif store and not first and broken == "mask":
+                self.seen_RBK[:, :, 1:4] = False
 
     monkeypatch.setattr(engine_module, "Pass", Wrong)
     assert type(load_policy(model_dir)) is Policy

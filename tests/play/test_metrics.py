@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tables import TRIO, TRIO_2, constant, expert, play
+from tables import TRIO, TRIO_2, expert, play
 
 import eval as evaluation
 from decisions import EFFORTS, LINKS
@@ -163,15 +163,6 @@ def test_every_game_is_written_whole():
         assert again.done and [a.tolist() for a in again.history] == [a.tolist() for a in one.history]
         assert texts[0].split()[1] in replies[0].replace(", ", "") and texts[1].split()[1][:3] in replies[1]
         assert [float(pay.sum()) for _, _, pay in again.round_results()] == one.welfares
-
-
-def test_the_mean_over_seats_leaves_out_what_is_not_there():
-    """One seat is never compliant: `U2 | ok` of a game is that of the other seat; U1 counts both."""
-    grid, nash = list(held_out_grid(4))[:3], make_expert("nash")
-    played = [play(grid, expert("nash"), 0, nash, 0), play(grid, constant("no"), 1, nash, 0)]
-    mean = report.mean_over_seats(played)
-    assert mean["U1"]["mean"] == 0.5 and mean["U1"]["n"] == 6
-    assert mean["U2 | ok"]["mean"] == pytest.approx(np.mean([per_instance(p)["U2 | ok"] for p in played[0]]))
 
 
 def test_lines_fit_into_120_columns_and_long_names_have_their_own():
