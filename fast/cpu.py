@@ -18,9 +18,9 @@ def prepare_cpu() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-    # MKL does not use AVX-512 on AMD's CPUs, and oneDNN is twice as fast there in fp32. But torch uses oneDNN
-    # only where it may round to bf16 inside. Whether it does (on CPUs with AMX) is seen in a product whose
-    # values are at most 1.1: rounding to bf16 would change them by up to 0.06.
+    # MKL does not use AVX-512 on AMD's CPUs, and oneDNN is twice as fast there in fp32. But torch takes
+    # oneDNN only where it may round to bf16 inside. So a product whose values are at most 1.1 is tried:
+    # rounding would change it by up to 0.06.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     if "AMD" in capabilities.get("cpu_name", "") and capabilities.get("avx512_f"):
         settings, a = torch.backends.mkldnn.matmul, torch.arange(2.0**16).sin().view(256, 256)

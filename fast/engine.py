@@ -171,7 +171,7 @@ class FastPolicy(Policy):
                 if len(replies[b]) == S or token in self.end_ids:
                     del at[b]
                 else:
-                    # A node that was read before the reply came to it is read again.
+                    # A node that an earlier pass has read is read again: its output was not kept.
                     again = node is None or node < store.read[r]
                     at[b] = r, rows[r].append(before, token) if again else node
             drafts.count(len(visits) - len(paths), len(passed) - len(paths))
@@ -206,7 +206,8 @@ class FastPolicy(Policy):
         return [[i for row in part for i in row.prompts] for part in parts]
 
     def token_logps(self, prompts, replies, temperature: float = 1.0) -> list[Tensor]:
-        """As in Policy. The rows are computed in the order of their first prompts."""
+        """As in Policy. A reply's last token is not read, so it need not fit into the context. The rows are
+        computed in the order of their first prompts."""
         rows = sorted(pack(prompts, replies), key=lambda row: row.prompts[0])
         tokens = Pass(rows, self.device, self.model.dtype)
         self.check_length(int(tokens.positions.max()) + 1, 0)

@@ -1,4 +1,4 @@
-"""The same h = W x + scaling B A x as lora.LoRALinear, in one product with W instead of three products.
+"""The same h = W x + scaling B A x as lora.LoRALinear, in one product (fp32) or two (bf16) instead of three.
 
 A `JointLoRALinear` stores a working copy, which it makes anew after W, B or A was changed in place. (It does
 not see what is written to `.data`, or by a fused optimizer.) In fp32 the working copy is the sum
@@ -69,9 +69,9 @@ class JointLoRALinear(LoRALinear):
             self.base.weight = nn.Parameter(S[:, :n], requires_grad=False)
 
 
-def _joint(x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """[x, z] with z = A x."""
-    return torch.cat([x, linear(x, A, None)], -1)
+def _joint(x: torch.Tensor, joint_A: torch.Tensor) -> torch.Tensor:
+    """[x, z] with z = joint_A x, which contains the scaling."""
+    return torch.cat([x, linear(x, joint_A, None)], -1)
 
 
 class _SumLinear(torch.autograd.Function):

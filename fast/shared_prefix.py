@@ -3,7 +3,7 @@
 All prompts begin with the same rules, the prompt of a decision goes on from that of the decision before, and
 the M replies to a prompt follow it and may begin alike. So they form trees:
 
-- a `Row` is a tree: a trunk (the longest prompt) from which replies branch off; a token sees its ancestors;
+- a `Row` is a tree: a trunk (what comes before the first branch), then branches; a token sees its ancestors;
 - a `Pass` packs rows for one forward pass, without padding; the beginning that all rows have in common is
   read once;
 - a `Store` holds the keys and values of what was read, so that later passes read only what is new in the
@@ -13,8 +13,8 @@ The model's own code is not changed: any Hugging Face decoder calls this through
 AttentionInterface.
 
 Dimensions: R rows; n tokens of a pass, the first C of which are the common beginning; X the most tokens that
-it reads of one row, the last B of which need a mask; K the most tokens of a row, of this pass and those
-before; T targets, D head size.
+it reads of one row: L before any branch, then B that need a mask; K the most tokens of a row, of this pass
+and those before; T targets, D head size.
 """
 
 import math
@@ -72,7 +72,7 @@ class Row:
 
 
 def pack(prompts: list[list[int]], replies: list[list[list[int]]]) -> list[Row]:
-    """Prompts and the replies to each (any number) in as few rows as possible, the longest trunk first.
+    """Prompts and the replies to each (any number) in as few rows as possible, the longest prompt first.
 
     A prompt that is the beginning of another shares its row. Replies share the tokens of their common
     beginning, also with the trunk. The last token of a reply predicts nothing, so it is not read."""
@@ -165,7 +165,7 @@ class Store:
 
 class _Gather(torch.autograd.Function):
     """x[index], whose gradient is grad[back] with zeros at `none`. The index takes each token at most once,
-    except padding, which passes no gradient back. In general it would be a slow scatter-add."""
+    except padding, which passes no gradient back. For any index the gradient would be a slow scatter-add."""
 
     @staticmethod
     def forward(ctx, x, index, back, none):
@@ -212,7 +212,7 @@ class Pass:
             places_RX[r, :n], real_RX[r, :n] = self.starts[r] + np.arange(n), True
             self.seen_RBK[r, : n - L, :end] = visible(row, known[r] + L)
             self.seen_RBK[r, n - L :, 0] = True  # if padding saw nothing, its softmax would be 0/0
-        self.bias: Tensor | None = None  # the same as what is added to scores
+        self.bias: Tensor | None = None  # the same as 0 and -inf, which are added to scores
         # For _Gather: from the packed order to the places of all rows, and back (without the beginning).
         places = torch.tensor(places_RX.flatten(), device=device)
         real, padding = (torch.tensor(np.flatnonzero(x), device=device) for x in (real_RX, ~real_RX))
@@ -246,10 +246,9 @@ class Pass:
         return torch.cat([x[:, :, : self.C].expand(self.R, -1, -1, -1), own], 2)
 
     def branches(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q (R, heads, n, D), k and v (R, kv heads, K, D) -> (R, n, heads, D), for the last B = n
-        queries. The heads of a key head stand one after the other, like a long sequence, so that no key is
-        copied."""
-        (R, heads, n, D), kv_heads = q.shape, k.shape[1]
+        """q (R, heads, B, D), k and v (R, kv heads, K, D) -> (R, B, heads, D), by seen_RBK. The query heads
+        that share a key head stand one after the other, like a long sequence, so that no key is copied."""
+        (R, heads, B, D), kv_heads = q.shape, k.shape[1]
         if self.bias is None:  # all layers share it
             seen_RBK = torch.tensor(self.seen_RBK, device=self.device)
             bias_RBK = torch.zeros(seen_RBK.shape, dtype=self.dtype, device=self.device)
@@ -257,7 +256,7 @@ class Pass:
             self.bias = bias_RBK[:, None].repeat(1, 1, heads // kv_heads, 1)
         q = q.reshape(R, kv_heads, -1, D)
         out = F.scaled_dot_product_attention(q, k, v, self.bias, scale=scaling)
-        return out.reshape(R, heads, n, D).transpose(1, 2)
+        return out.reshape(R, heads, B, D).transpose(1, 2)
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, tokens=None, **kwargs):

@@ -2,8 +2,8 @@
 whose OpenMP reads it once.
 
 Between two operations the threads of libgomp (torch's on Linux) spin, by default for milliseconds. Where
-another process needs their core, a step then takes many times as long. A short spin avoids this, and costs
-little where the machine has nothing else to do (docs/speed.md).
+another process needs their core, a step then takes many times as long. With a shorter spin it takes twice as
+long there, and a tenth longer where the machine has nothing else to do (docs/speed.md).
 """
 
 import os

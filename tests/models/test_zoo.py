@@ -174,8 +174,8 @@ def test_a_window_is_tried_beyond_its_end(tmp_path, monkeypatch):
 @pytest.mark.parametrize("broken", ["position", "mask"])
 def test_an_engine_that_is_wrong_in_one_pass_alone_is_seen(model_dir, monkeypatch, capfd, broken):
     class Wrong(engine_module.Pass):
-        """At the drafted tokens behind the prompts, which the first pass of a sampling reads; or where a reply
-        is not what was drafted, and the second pass goes on."""
+        """At the drafted tokens behind the prompts, which the first pass of a sampling reads; or in the
+        second pass, which goes on where a reply is not what was drafted."""
 
         def __init__(self, rows, device, dtype, store=None):
             first = store is not None and not store.read
