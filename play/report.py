@@ -7,7 +7,7 @@ from dataclasses import replace
 from games import State
 from play.expert_games import history_to_text
 from play.intervals import UNKNOWN, mean_interval, wilson_interval
-from play.metrics import METRICS, Episode, Turn, compliant, per_instance
+from play.metrics import METRICS, Episode, compliant, per_instance
 from run.errors import InputError, library_errors
 from run.files import read_json
 
@@ -22,14 +22,6 @@ LIMITS |= dict.fromkeys(("U3", "U3 | ok", "U1 x U3"), (-math.inf, 1.0)) | {"gap"
 # -------------------- summaries
 
 
-def _intervals(rows: list[dict[str, float | None]], turns: list[Turn], seats: int) -> dict[str, dict]:
-    """{metric: mean and interval} over games. rows: the metrics of each; turns: all of theirs. In that of U1
-    the decisions of several seats count as those of one, because they are not independent."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = {name: mean_interval(row.get(name) for row in rows) for name in names}
-    return table | {"U1": wilson_interval(sum(map(compliant, turns)) / seats, len(turns) / seats)}
-
-
 def summarise(episodes: list[Episode]) -> dict:
     """{"all rounds" | "round 1" | ...: {metric: mean and interval}, "games": {game and stages: the same},
     "instances": per instance; of every game the policy's "replies", its "seats" (who replies, in that order,
@@ -37,7 +29,11 @@ def summarise(episodes: list[Episode]) -> dict:
     seats = len({t.seat for t in episodes[0].turns})
 
     def table(pairs):  # of games with their metrics
-        return _intervals([row for _, row in pairs], [t for p, _ in pairs for t in p.turns], seats)
+        names = dict.fromkeys(name for _, row in pairs for name in row)
+        intervals = {name: mean_interval(row.get(name) for _, row in pairs) for name in names}
+        # The decisions of several seats count as those of one, because they are not independent.
+        replies = [compliant(t) for p, _ in pairs for t in p.turns]
+        return intervals | {"U1": wilson_interval(sum(replies) / seats, len(replies) / seats)}
 
     def in_round(episode: Episode, r: int) -> Episode:
         turns = [t for t in episode.turns if t.state.round == r]
