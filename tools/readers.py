@@ -116,6 +116,7 @@ class Halves(Expert):
 
 
 def exact_players(row_N: np.ndarray, rules: list[Expert], others: Expert) -> dict[str, Expert]:
-    """By name: three that never look at the past, one that looks at types, and three that read the others."""
-    blind = [Constant(row_N), *map(Exact, ("always-link", "never-link", "second-best"))]
-    return {expert.name: expert for expert in (*blind, BestReply(), Bayes(rules), Oracle(others))}
+    """By name: three that never look at the past, one that looks at types, one that answers whoever chose it,
+    and three that read the others."""
+    simple = [Constant(row_N), *map(Exact, ("always-link", "never-link", "second-best", "reciprocal"))]
+    return {expert.name: expert for expert in (*simple, BestReply(), Bayes(rules), Oracle(others))}
