@@ -265,23 +265,24 @@ def main(argv=None) -> None:
                 lora.merge(policy.model)
                 with clock("RFT"):
                     finished = run_rft(settings, policy, pool, folder, stop)
-    if ranks.first():
-        plot_curves(folder)
-    if not finished:
-        print(f"stopped and saved; continue with: python train_rft.py --resume {folder}")
-        raise SystemExit(130)
-    if settings.evaluation.games:
-        with clock("evaluation"):
-            results = evaluate_run(settings, policy, folder)
-    if ranks.first():
+        if ranks.first():
+            plot_curves(folder)
+        if not finished:
+            print(f"stopped and saved; continue with: python train_rft.py --resume {folder}")
+            raise SystemExit(130)
         if settings.evaluation.games:
-            print("\n" + report(results))
-        print("\n" + diagnose.summary(folder))
-        print_report()
-        print_times(folder, clock)
-        print(f"adapter (SFT and {algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
-        print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
-        print(f"{view.of_run(folder)}\nwhat the columns of the table mean: docs/settings.md, section Metrics")
+            with clock("evaluation"):
+                results = evaluate_run(settings, policy, folder)
+        if ranks.first():
+            if settings.evaluation.games:
+                print("\n" + report(results))
+            print("\n" + diagnose.summary(folder))
+            print_report()
+            print_times(folder, clock)
+            print(f"adapter (SFT and {algo} in one): {folder / 'adapter'}\ncurves: {folder / 'curves.png'}")
+            print(f"every sampled reply with its rewards: {folder / 'samples.jsonl'}")
+            print(view.of_run(folder))
+            print("what the columns of the table mean: docs/settings.md, section Metrics")
 
 
 if __name__ == "__main__":

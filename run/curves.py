@@ -36,6 +36,7 @@ def draw_curves(folder: Path) -> bytes:
 
     probe = read_lines(folder / "probe.jsonl")
     sft, rft = read_lines(folder / "sft" / "metrics.jsonl"), read_lines(folder / "metrics.jsonl")
+    sft = sft or [row for row in rft if "reward" not in row]  # a run of train_sft.py alone
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     above, below = figure.subplots(2, 3)
     draw_probe(above[0], probe, {"row": "C0"})

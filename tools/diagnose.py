@@ -162,7 +162,7 @@ def divergence(run: Run) -> Judgement:
 
 
 def clipping(run: Run) -> Judgement:
-    """With one inner epoch only rounding moves the ratio. In bf16 its error reaches 0.4, so there the KL per
+    """With one inner epoch only rounding moves the ratio. In bf16 its error reaches 0.75, so there the KL per
     token between the sampled and the scored distribution is judged instead."""
     if not run.values("max_ratio_error"):
         return 0, "not measured: no step trained on anything, since all groups were idle", ""
