@@ -37,8 +37,8 @@ def _payoffs(game: Game, links: bytes, efforts: tuple[float, ...] | None) -> np.
 
 
 def payoffs_with_row(state: State, seat: int, proposals_NN: np.ndarray, row_N: np.ndarray) -> np.ndarray:
-    """What every agent earns, (N,), with this row of the seat among the proposals, at the efforts that
-    `Game.scored_at` names, on the graph that forms; at those of this round where none are to follow."""
+    """The payoffs (N,) if the seat proposes this row: at the efforts that `Game.scored_at` names, on the
+    graph that forms; if no effort stage follows in this round, at the efforts already made."""
     proposals_NN, game = proposals_NN.copy(), state.game
     proposals_NN[seat] = row_N
     rest = game.stages[len(state.history) % len(game.stages) + 1 :]
@@ -149,7 +149,7 @@ class Links(Kind):
         return float((belief_N == target.actions[:, target.seat])[others].mean())
 
     def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
-        """Of all own rows."""
+        """Over all own rows."""
         rows = actions[seat], *own_rows(state.game.N, seat)
         payoffs = (payoffs_with_row(state, seat, actions, row_N) for row_N in rows)
         chosen, *others = (pi_N.sum() if common else pi_N[seat] for pi_N in payoffs)
@@ -225,8 +225,8 @@ class Efforts(Kind):
         return float(np.maximum(0, 1 - error_N)[others].mean())
 
     def stakes(self, state: State, seat: int, actions: np.ndarray, common: bool = False) -> Stakes:
-        """Of all efforts in [0, cap]. The own payoff and the welfare are concave in the own effort, so the
-        worst effort is 0 or the cap."""
+        """Over all efforts in [0, cap], on the links of the moment. The own payoff and the welfare are
+        concave in the own effort, so its worst value is 0 or the cap."""
         game = state.game
         best_effort = (game.planner_response if common else game.best_response)(state.links, actions)[seat]
         efforts = actions[seat], best_effort, 0.0, game.caps[seat]

@@ -7,8 +7,8 @@ before, which only language models look at. Their names:
                   economics the second best is the highest welfare that is possible when agents still choose
                   their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-    nash          the complete graph without every link that costs one of its ends more than it earns it,
-                  repeated until no such link is left; Nash efforts
+    nash          the complete graph, less links that cost an end more than they earn at its Nash efforts,
+                  until none is left; Nash efforts
     myopic        best response to the latest proposals, graph and efforts; where there are none yet, it
                   assumes that everybody consents to every link and plays effort alpha (PGG: the endowment)
     selfish       the row with the highest own payoff if all others chose everybody, at Nash efforts (in
@@ -67,10 +67,9 @@ def _reciprocal_proposals(state: State) -> np.ndarray:
 
 
 def nash_graph(game: Game) -> np.ndarray:
-    """Starts from the complete graph and repeats "keep a link iff neither end gains without it", at
-    Nash efforts. Links are only removed, so the loop terminates; then no agent wants to drop a link. In
-    BCZ this is the greatest such graph, because dropping links lowers efforts, which drops more
-    links."""
+    """Starts from the complete graph and repeats "keep a link iff it pays both ends at the graph's Nash
+    efforts". In the end nobody gains by dropping a link at these efforts (with a new effort some do). In BCZ
+    this is the greatest such graph, because a dropped link lowers efforts, which drops more."""
     links_NN = games.complete_graph(game.N)
     while True:
         wanted_NN = game.link_gains(links_NN, game.nash_efforts(links_NN)) >= 0

@@ -66,7 +66,7 @@ class Game:
 
     @property
     def key(self) -> str:
-        """One name for all seat orders, stages, rounds and fees, for memory and the held-out split."""
+        """The same for all orders of seats, stages, rounds and fees; for Memory and the held-out split."""
         raise NotImplementedError
 
     @property
@@ -136,6 +136,7 @@ class Game:
     # Each game: its draws. An instance is made of the agents' types and of two free numbers u and v; in BCZ
     # u = delta (N-1) and v = c / (delta mean(alpha)^2). See world/draws.py.
     fixable: ClassVar[tuple[str, ...]]  # parameters that --fix can hold fixed
+    constant: ClassVar[tuple[str, ...]] = ()  # those of them that are never drawn
     ranges: ClassVar[tuple[tuple[float, float], tuple[float, float]]]  # of u and v in training, both uniform
     grid: ClassVar[tuple[tuple[float, ...], tuple[float, ...]]]  # their values in evaluation
     type_levels: ClassVar[tuple[float, float, float]]  # lowest, highest, and that of homogeneous agents
@@ -219,7 +220,12 @@ def game_from_json(d: dict) -> Game:
     try:
         game = GAMES[d["game"]]
         values = {f.name: d[f.name] for f in fields(game) if f.name != "fee" or "fee" in d}
-        return game(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        for name, value in values.items():  # someone else's file may have 3 for 3.0, which is another `key`
+            if isinstance(value, list):
+                values[name] = tuple(float(v) if type(v) is int else v for v in value)
+            elif type(value) is int and name != "rounds":
+                values[name] = float(value)
+        return game(**values)
     except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise GameError(f"not a game instance ({type(e).__name__}: {e})") from None
 

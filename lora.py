@@ -58,8 +58,8 @@ class LoRALinear(nn.Module):
     would be rounded away. base is an nn.Linear, or below fp32 a LoRALinear that `merge` has frozen.
 
     Another kind of layer is a subclass. It names its trained parameters in `parts`, which are saved under
-    these names, and overrides `merged_weight`. Where two adapters are not the sum of their products, it says
-    that they cannot be stacked into one: then SFT and RFT are saved as two (models/adapters.py)."""
+    these names, and overrides `merged_weight`. If its correction is not scaling B A, it sets `stackable` to
+    False: SFT and RFT are then saved as two adapters (models/adapters.py)."""
 
     parts = ("A", "B")
     stackable = True
@@ -194,7 +194,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = require_layers(model)
     require_untied(model)
     for name in list(layers):
-        layer = layers.pop(name)  # taken out, so that what the layer holds besides W is freed on the way
+        layer = layers.pop(name)  # popped, so that A, B and copies of W are freed layer by layer
         if isinstance(layer.base, LoRALinear) or layer.base.weight.dtype != torch.float32:
             layer.freeze()
             continue

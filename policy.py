@@ -35,8 +35,8 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Ten
 
 
 class Reach(NamedTuple):
-    """How many tokens a model reads. context: a prompt and its reply; advice: what to do where that is too
-    few; window: how far back all of its layers see."""
+    """Limits in tokens. context: of a prompt with its reply; advice: what to do where it is exceeded;
+    window: how far back every layer sees."""
 
     context: int = 2**31
     advice: str = "take fewer agents or rounds, or a smaller --max-new-tokens or --think"

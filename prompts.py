@@ -55,8 +55,8 @@ class PromptStyle:
         return dict(information=self.information, belief=self.belief, hints=self.hints, think=self.think > 0)
 
     def reply_limit(self, N: int) -> int:
-        """The longest reply in tokens. The default has room for the two labels and for two lists of N
-        entries, each of which takes up to 3.5 tokens, and for the free text."""
+        """The longest reply in tokens. The default has room for both labels, N links in two lists or N
+        efforts in one (7 tokens each), and the free text."""
         return self.max_new_tokens or 20 + 7 * N + self.think
 
 
@@ -76,7 +76,7 @@ class Reply:
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What the words of a prompt may draw on, from the view of one seat (of last_actions it reads a part)."""
+    """What one seat knows: all that its prompt may tell (of last_actions it tells a part)."""
 
     # The game.
     game: str

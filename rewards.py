@@ -15,8 +15,8 @@ P_expert at q, which forms G_expert. For reply i of the group:
                                   [source: the terms; choice: that they are added, w_local = w_global = 0.5]
 
 The paper calls the two bonuses prompt_best and memory_best and does not say whether they are added or
-subtracted as baselines. They are added here: a baseline that does not depend on the sampled reply leaves
-the expected policy gradient unchanged, so a subtracted "best so far" could not do anything.
+subtracted as baselines. They are added here: a number that is subtracted from all rewards of a group
+cancels in (r - mean) / std, so as baselines both would do nothing.
 
 To add a term, write a function (sample, target) -> float, which sees the reply's text and the decision (None
 where the reply is not compliant), and put it into TERMS; `--weights NAME=WEIGHT` switches it on, and it is
@@ -173,10 +173,10 @@ def group_rewards(
     likenesses: list[float],
     scores: list[float | None],
 ) -> None:
-    """Writes all terms of one group into its samples: `compliance`, `sample` (the likeness alone, or what
-    replaces it), the optional ones by name, and `r_S`: the first two, and the others times their weights;
-    with a graph level also `s`, `local`, `global`, `R_G`. likenesses, scores: what `sample` and `s` become
-    for each reply."""
+    """Writes the rewards of one group into its samples: `compliance`; `sample`, the likeness or what a
+    variant puts in its place; the optional terms by name; `r_S`, the sum of the first two and of the weighted
+    optional terms; where there is a graph level also `s`, `local`, `global`, `R_G`. likenesses, scores: what
+    `sample` and `s` become for each reply."""
     best = max((s for s in scores if s is not None), default=0.0)
     for o, likeness_i, s in zip(group, likenesses, scores, strict=True):
         optional = {name: term(o, target) for name, term in TERMS.items()}

@@ -2,9 +2,9 @@
 before anything is computed. (eval.py and the tools add a few of their own.)
 
 The result is a small frozen dataclass for each group of flags. A flag is a field with its type, default and
-meaning (run/flags.py; docs/settings.md explains all of them). Where a flag is a name, a property or another
-field holds what it names, such as the expert. Functions below the scripts take one of these groups or single
-values; none of them reads flags. RUN/config.json holds the flags as they were given, so that a
+meaning (run/flags.py; docs/settings.md explains all of them). If a flag is a name (--expert), a property or
+another field holds what it names (Players.expert). Functions below the scripts take one of these groups or
+single values; none of them reads flags. RUN/config.json holds the flags as they were given, so that a
 resumed run passes the same checks.
 """
 
@@ -244,7 +244,7 @@ class RFT:
     loss: Callable
     ratio: Callable
     kl: Callable
-    w_sample: float  # the weight of A^S
+    w_sample: float  # the weight of A^S where a decision has an R^G
     w_graph: float  # the weight of A^G
     seed: int  # this and the next are those of the run
     micro_batch: int

@@ -1,4 +1,4 @@
-"""ToMPO (arXiv 2509.21134): the formulas of the advantages on two levels and of the clipped objective.
+"""ToMPO (arXiv 2509.21134): the parts of the advantage on two levels and of the clipped objective.
 
 Pure functions in the paper's symbols; train_rft.rft puts them together. Dimensions: M replies to a prompt (a
 group), T the tokens of all replies of a pass.
@@ -22,10 +22,15 @@ from torch import Tensor
 
 def group_normalise(rewards_M: Tensor, eps: float = 1e-4) -> Tensor:
     """(r - mean) / (std + eps) within one group, (M,). A group of one, or with equal rewards, gets exactly 0,
-    by which train_rft.rft knows that it teaches nothing."""
+    and train_rft.rft leaves it out."""
     if (rewards_M == rewards_M[0]).all():
         return torch.zeros_like(rewards_M)
     return (rewards_M - rewards_M.mean()) / (rewards_M.std(unbiased=False) + eps)
+
+
+def two_levels(A_S: Tensor, A_G: Tensor | None, w_sample: float, w_graph: float) -> Tensor:
+    """A of one group, (M,), from its advantages on both levels. A_G: None where a decision has no R^G."""
+    return A_S if A_G is None else w_sample * A_S + w_graph * A_G
 
 
 def mean_of_replies(lengths: list[int]) -> list[float]:
@@ -41,22 +46,7 @@ def clipped(rho_T: Tensor, A_T: Tensor, low: float, high: float) -> Tensor:
 
 
 def k3(logp_T: Tensor, ref_logp_T: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(pi, pi_ref) per token: never negative, 0 iff equal, and its value is
-    unbiased under pi. (Its gradient at rho = 1 is, in expectation, that of KL(pi_ref, pi).)"""
+    """Schulman's k3 estimate of KL(pi, pi_ref) per token: never negative, 0 iff equal, and unbiased
+    for tokens drawn from pi. (Its gradient at rho = 1 is, in expectation, that of KL(pi_ref, pi).)"""
     d = ref_logp_T - logp_T
     return d.exp() - d - 1
-
-
-@torch.no_grad()
-def diagnostics(
-    logp_T: Tensor, old_T: Tensor, ref_T: Tensor | None, rho_T: Tensor, A_T: Tensor, low: float, high: float
-) -> dict[str, float | None]:
-    """Sums over the tokens of a pass, and one maximum, for the log (play/rft_log.py). `kl` is k3 whatever
-    estimator is trained."""
-    return {
-        "tokens": logp_T.numel(),
-        "kl": None if ref_T is None else float(k3(logp_T, ref_T).sum()),
-        "approx_kl": float(k3(old_T, logp_T).sum()),
-        "clipped": int((rho_T.clamp(low, high) * A_T < rho_T * A_T).sum()),
-        "max_ratio_error": float((rho_T - 1).abs().max()),
-    }

@@ -24,7 +24,7 @@ from models import adapters
 from models.load import put_adapter
 from play.dataset import Prompt, make_prompts, trained_seats
 from play.report import report
-from play.rft_log import RFTLog
+from play.rft_log import RFTLog, diagnostics
 from play.sampling import sample_replies
 from play.self_play import SelfPlay
 from policy import Policy
@@ -38,7 +38,7 @@ from run.seeds import Stream, torch_generator
 from run.stage import Stage
 from settings import RFT, Evaluation, Settings, parse_training, training_parser
 from teachers.language import print_report
-from tompo import diagnostics
+from tompo import two_levels
 from tools import diagnose, view
 from train_sft import (
     MAX_GRAD_NORM,
@@ -72,14 +72,13 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         sample_s = stage.elapsed
         # 3. r^S of every reply, and R^G where links are chosen: all terms are in rewards.py.
         cfg.reward(targets, groups, memory)
-        # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise); without
-        # R^G, A = A^S.
+        # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise).
         A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
-        A = [cfg.w_sample * A_S[k] + cfg.w_graph * A_G[k] if k in A_G else A_S[k] for k in A_S]
-        note_advantages(groups, A, A_S, A_G)
-        # 5. [choice] A group whose rewards are all equal has A = 0, and so no policy gradient. It is left
-        # out of E, its KL term too. w_i = 1 / (replies in all live groups * |o_i|), so that sum_i sum_t w_i
-        # (...) over the whole step is E[ (1/m) sum_i (1/|o_i|) sum_t (...) ] (tompo.mean_of_replies).
+        A = [two_levels(A_S[k], A_G.get(k), cfg.w_sample, cfg.w_graph) for k in A_S]
+        write_advantages(groups, A, A_S, A_G)
+        # 5. [choice] A group with A = 0 throughout, as when all rewards are equal, has no policy gradient.
+        # It is left out of E, its KL term too. w_i = 1 / (replies in all live groups * |o_i|), so that sum_i
+        # sum_t w_i (...) over the step is E[ (1/m) sum_i (1/|o_i|) sum_t (...) ] (tompo.mean_of_replies).
         live = [(q, group) for q, group, A_M in zip(prompts, groups, A, strict=True) if A_M.any()]
         weigh([o for _, group in live for o in group], cfg.aggregation, limit)
         # 6. Maximise J = E[ (1/m) sum_i (1/|o_i|) sum_t ( min(rho A, clip(rho) A) - beta k3 ) ].
@@ -134,10 +133,10 @@ def reward_tensor(group: list[Sample], name: str) -> Tensor:
     return torch.tensor([o.rewards[name] for o in group], dtype=torch.double)
 
 
-def note_advantages(
+def write_advantages(
     groups: list[list[Sample]], A: list[Tensor], A_S: dict[int, Tensor], A_G: dict[int, Tensor]
 ) -> None:
-    """Writes the advantages, (M,) for each group, into the samples, for the log."""
+    """Writes A, (M,) for each group, into the samples, for `batches`; A^S and A^G too, for the log."""
     for k, group in enumerate(groups):
         A_G_M = A_G.get(k, torch.zeros(len(group)))
         for o, a, a_S, a_G in zip(group, A[k].tolist(), A_S[k].tolist(), A_G_M.tolist(), strict=True):
@@ -227,7 +226,7 @@ def prepare(settings: Settings) -> tuple[Policy, list, list[list[Prompt]]]:
 
 def try_memory(settings: Settings, policy: Policy, pool: list[list[Prompt]]) -> None:
     """Computes one pass of RFT's update, of the longest prompts with replies as long as their labels, on an
-    adapter that is taken off again. What does not fit into memory is known now, and not after SFT."""
+    adapter that is taken off again. What is far too large for the memory is known now, and not after SFT."""
     cfg, P, V = settings.rft, sum(settings.rft.counts.values()), len(policy.tokenizer)
     label = lambda q: policy.encode_reply(q.record.label)
     tokens = lambda q: len(q.ids) + cfg.m * len(label(q))

@@ -53,13 +53,13 @@ class Conversation:
 
     @property
     def tokens(self) -> int:
-        """Without repetition: the last prompt contains the earlier ones."""
+        """At most: the last prompt contains the earlier ones, and their replies as they were played."""
         return max(map(len, self.prompts)) + sum(len(reply) for (reply,) in self.replies)
 
 
 def token_weights(policy: Policy, label: str, ids: list[int], format_only: bool) -> list[float]:
-    """1 for every token of a label, but with `format_only` 0 for the digits behind `Decision:`. So the format
-    of a decision is imitated, and not what is decided."""
+    """1 for every token of a label; with `format_only` 0 for tokens with a digit behind `Decision:`, so that
+    only the form is imitated."""
     if not format_only:
         return [1.0] * len(ids)
     before, word, _ = label.rpartition("Decision:")
@@ -90,6 +90,12 @@ def make_conversations(
 
 def chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def spread(items: list, count: int) -> list:
+    """About `count` of the items, evenly spread from the first to the last. (Every fourth conversation of
+    four seats would be of one seat.)"""
+    return [items[k] for k in sorted({round(k * (len(items) - 1) / max(1, count - 1)) for k in range(count)})]
 
 
 def prompts_and_replies(part: list[Conversation]) -> tuple[list, list]:
@@ -124,8 +130,7 @@ def sft(
         # the batch.
         loss = 0.0
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
-            # Some conversations at a time. For their prompts an engine may need several passes, in an order
-            # of its own.
+            # The engine splits the prompts of these conversations into passes, in an order of its own.
             prompts, replies = prompts_and_replies(part)
             weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
@@ -205,7 +210,7 @@ def run_sft(
     held_out = data.simulate(settings.games, settings.players, count, "held-out")
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
-    test = test[:: math.ceil(len(test) / count)]  # as many conversations as games, also of all seats
+    test = spread(test, count)  # as many conversations as games, also of all seats
     train = make_conversations(policy, labels, cfg.kinds, format_only)
     check_labels(policy, labels, style)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)

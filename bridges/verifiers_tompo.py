@@ -34,6 +34,7 @@ from prompts import Reply, messages, parse_reply
 from rewards import Memory, Sample, Target
 from run.errors import InputError, refuse
 from settings import RFT, Evaluation, Settings, parse_training, training_parser
+from tompo import two_levels
 from train_rft import advantages
 
 try:
@@ -171,7 +172,7 @@ class Tables(vf.Env[TablesConfig]):
         cfg.reward([target], [group], self.memory)
         self.memory.update([target], [group])
         A_S, A_G = (advantages([group], name, cfg.advantage).get(0) for name in ("r_S", "R_G"))
-        A = A_S if A_G is None else cfg.w_sample * A_S + cfg.w_graph * A_G
+        A = two_levels(A_S, A_G, cfg.w_sample, cfg.w_graph)
         for trace, o, a in zip(traces, group, A.tolist(), strict=True):
             trace.record_reward("A", a)
             trace.record_metrics(known(o.rewards | {"U1": o.decision is not None}))

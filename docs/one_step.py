@@ -22,7 +22,7 @@ from rewards import Memory, accuracy, f1
 from run.errors import reports_errors
 from run.files import write_atomic
 from run.seeds import Stream, torch_generator
-from train_rft import advantages, batches, note_advantages, reward_tensor, sample, weigh
+from train_rft import advantages, batches, reward_tensor, sample, weigh, write_advantages
 from train_sft import clip_gradient, make_optimizer, new_adapter
 
 
@@ -55,10 +55,10 @@ def page(settings: flags.Settings) -> str:
         cfg.reward([q.target], groups, Memory())
         r_S, R_G = reward_tensor(group, "r_S"), reward_tensor(group, "R_G")
         A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
-        A = cfg.w_sample * A_S[0] + cfg.w_graph * A_G[0]
+        A = tompo.two_levels(A_S[0], A_G[0], cfg.w_sample, cfg.w_graph)
         if A_S[0].any() and A_G[0].any() and all(o.decision for o in group):
             break
-    note_advantages(groups, [A], A_S, A_G)
+    write_advantages(groups, [A], A_S, A_G)
     weigh(group, cfg.aggregation, limit)
     (batch,) = batches(policy, [(q, group)], cfg)
     ref_T = torch.cat(policy.reference_logps(*batch.texts, cfg.temperature))  # also with --beta 0

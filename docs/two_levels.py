@@ -28,6 +28,7 @@ from run.curves import png
 from run.errors import reports_errors
 from run.files import refuse_missing_folder, write_atomic
 from run.values import number
+from tompo import two_levels
 from train_rft import advantages
 from variants.game import game_rewards
 from variants.objective import ADVANTAGES
@@ -136,7 +137,7 @@ def step(tables: list[Table], memory: Memory, weights: tuple[float, float], seri
     memory.update(targets, groups)
     A_S, A_G = (advantages(groups, name, advantage) for name in ("r_S", "R_G"))
     for k, (table, target, group) in enumerate(zip(owners, targets, groups, strict=True)):
-        A_M, i = (weights[0] * A_S[k] + weights[1] * A_G[k]).numpy(), target.seat
+        A_M, i = two_levels(A_S[k], A_G[k], *weights).numpy(), target.seat
         if target.kind is LINKS:  # d log pi / d logit = action - chance
             rows_MN = np.array([o.decision.action for o in group])
             table.logits_NN[i] += link_rate * (A_M[:, None] * (rows_MN - table.chances(i))).mean(0)

@@ -39,7 +39,7 @@ def simulate_many(
     an exact expert, because none of them depends on the answers: each game is first played by an exact
     expert, to advance the random stream, and then in earnest with a copy of the stream from before."""
     rng = np.random.default_rng([seed, split == "held-out"])
-    exact = expert.stand_in()  # an exact expert is its own, and these games are then the result
+    exact = expert.stand_in()  # itself if exact: then these games are the result
     records, plays, trained = [], [], []
     for index in range(count):
         N = int(rng.integers(agents[0], agents[1] + 1))
@@ -173,7 +173,7 @@ def next_batch(
     pool: list[list[Prompt]], counts: dict[str, int], step: int, seed: int, order: list[int] | None = None
 ) -> list[Prompt]:
     """The prompts of a step: `counts` decisions of each kind, from the same conversations where possible,
-    since these share tokens. An epoch goes through all conversations; order: of these, if given."""
+    since these share tokens. An epoch goes through all conversations. order: of the pool, if given."""
     rng, batch = numpy_generator(seed, Stream.RFT_DECISIONS, step), []
     order = order or shuffled(len(pool), max(counts.values()), step, seed, Stream.RFT_ORDER)
     for k, i in enumerate(order):

@@ -52,7 +52,7 @@ def simulate(
 
     trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
     nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
-    lines say what the others really do in the same stage [choice]. (So do those of the expert `random`.)"""
+    lines say what the others really do in the same stage [choice]. (Also with the expert `random`.)"""
     made = style.recorded | dict(expert=expert.name, partners=partners.name if partners else None)
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
@@ -66,9 +66,12 @@ def simulate(
             state, (index, game, rng) = states[k], plays[k]
             seats, kind = range(game.N), state.kind
             labels = [next(answers) for _ in seats]
-            replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
+            if partners:
+                replaced = [i == trained[k] for i in seats]
+            else:
+                replaced = [bool(rng.random() < noise) for _ in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
-            said = [format_reply(decision, style) for decision in played]  # is played, to its last digit
+            said = [format_reply(decision, style) for decision in played]  # rounded: this is what is played
             actions = np.array([(parse_reply(said[i], state, i) or played[i]).action for i in seats])
             if partners or expert.name == "random":  # beliefs of these labels: what the others now do
                 labels = [

@@ -12,7 +12,6 @@ the mean over its seats.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 
 import numpy as np
 
@@ -76,7 +75,7 @@ def row_agreement(turn: Turn) -> float | None:
     return accuracy(turn.played.action, turn.expert_actions[turn.seat], turn.seat) if turn.played else 0.0
 
 
-efficiency = attrgetter("U2")  # U2: Turn.U2
+efficiency = lambda turn: turn.U2
 
 
 def welfare_share(episode: Episode) -> float | None:

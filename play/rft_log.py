@@ -3,6 +3,9 @@
 prompt that is asked for the first time a line of prompts.jsonl (the conversation as the model reads it and,
 as text, what all agents did before and what their experts do now)."""
 
+import torch
+from torch import Tensor
+
 from games import KINDS
 from play.dataset import Prompt
 from play.expert_games import history_to_text
@@ -10,6 +13,7 @@ from prompts import read_reply
 from rewards import TERMS, Sample
 from run import ranks
 from run.stage import Stage
+from tompo import k3
 
 # Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
 LOGGED = set(
@@ -19,7 +23,7 @@ LOGGED = set(
 
 
 def step_metrics(prompts: list[Prompt], groups: list[list[Sample]], sums: dict[str, float | None]) -> dict:
-    """The values of one step; docs/settings.md explains them. sums: of tompo.diagnostics over the step."""
+    """The values of one step; docs/settings.md explains them. sums: of `diagnostics` over the step."""
     samples = [o for group in groups for o in group]
     tokens = sum(len(o.reply.ids) for o in samples)
 
@@ -80,6 +84,21 @@ class RFTLog:
                 broken = None if o.decision else read_reply(o.reply.text, t.kind, t.seat, t.game.N, t.cap)[1]
                 texts = {"reply": o.reply.text, "expert": r.label, "broken": broken, "ended": o.reply.ended}
                 self.samples.write(place | texts | o.rewards | {"advantage": o.advantage})
+
+
+@torch.no_grad()
+def diagnostics(
+    logp_T: Tensor, old_T: Tensor, ref_T: Tensor | None, rho_T: Tensor, A_T: Tensor, low: float, high: float
+) -> dict[str, float | None]:
+    """Sums over the tokens of a pass, and one maximum, for the log. `kl` is k3 whatever estimator is
+    trained, `clipped` that of PPO whatever loss."""
+    return {
+        "tokens": logp_T.numel(),
+        "kl": None if ref_T is None else float(k3(logp_T, ref_T).sum()),
+        "approx_kl": float(k3(old_T, logp_T).sum()),
+        "clipped": int((rho_T.clamp(low, high) * A_T < rho_T * A_T).sum()),
+        "max_ratio_error": float((rho_T - 1).abs().max()),
+    }
 
 
 def add_sums(parts: list[dict[str, float | None]]) -> dict[str, float | None]:

@@ -11,11 +11,11 @@ from whole_runs import lines_of, parsed
 import train_rft
 from experts import make_expert
 from play.dataset import Prompt, simulate_many, targets
-from play.rft_log import add_sums, update_metrics
+from play.rft_log import add_sums, diagnostics, update_metrics
 from prompts import PromptStyle, Reply
 from run.files import StopSignal
 from run.stage import Stage
-from tompo import diagnostics, group_normalise
+from tompo import group_normalise
 from variants import objective
 
 

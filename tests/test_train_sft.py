@@ -59,6 +59,14 @@ def records_of(monkeypatch, model_dir, tmp_path):
     return run
 
 
+def test_the_reply_loss_is_of_all_seats():
+    """Conversations are listed game by game, and seat by seat within."""
+    for N, games in ((4, 12), (2, 3), (6, 12)):
+        spread = train_sft.spread(list(range(N * games)), games)
+        assert len(spread) == games and {k % N for k in spread} == set(range(N))
+    assert train_sft.spread([1, 2, 3], 3) == [1, 2, 3] and train_sft.spread([7], 2) == [7]
+
+
 @pytest.mark.parametrize("seat", ["all", 1])
 def test_sft_trains_and_is_tested_on_its_seat_alone_unless_all_are_asked_for(records_of, seat):
     seats = {0, 1, 2} if seat == "all" else {1}

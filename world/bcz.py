@@ -1,8 +1,8 @@
 """BCZ, the network game of Ballester, Calvo-Armengol and Zenou (2006): the model and its exact solutions.
 
 N agents first choose links, which form by mutual consent: the graph G has g_ij = 1 where i and j are linked.
-Then each agent i chooses an effort x_i. A unit of effort is worth alpha_i to the agent itself, and delta
-times the efforts of all linked agents more; the cost of effort is quadratic. A link costs both of its ends c:
+Then each agent i chooses an effort x_i. A unit of effort earns alpha_i, plus delta times the sum of the
+linked agents' efforts; effort x costs x^2 / 2. A link costs both of its ends c:
 
     payoff         pi_i = alpha_i x_i - x_i^2 / 2 + delta sum_j g_ij x_i x_j - c sum_j g_ij,   0 <= x_i <= cap
 
@@ -71,7 +71,7 @@ class BCZ(Game):
     # The rules.
 
     def payoffs(self, links_NN: np.ndarray, efforts_N: np.ndarray) -> np.ndarray:
-        """pi, (N,). The cost of a link is c where a proposal costs no fee (games.Game.link_cost)."""
+        """pi, (N,). A link costs each end c (1 + fee), see Game.link_cost; fee is 0 in the paper."""
         x = np.asarray(efforts_N, float)
         own = np.array(self.alpha) * x - x**2 / 2
         return own + self.delta * x * (links_NN @ x) - self.link_cost * links_NN.sum(1)

@@ -47,7 +47,8 @@ class Family:
     @property
     def nothing_drawn(self) -> bool:
         """The flags give all numbers of an instance."""
-        return bool(self.types) and len(self.fixed) == len(self.rules.fixable)
+        drawn = set(self.rules.fixable) - set(self.rules.constant)
+        return bool(self.types) and drawn <= dict(self.fixed).keys()
 
     def make(self, types_N: np.ndarray, u: float, v: float) -> Game:
         """The instance with these free numbers and, unless the family's types are fixed, these types. Raises
@@ -71,7 +72,8 @@ def families_of(
     """Every game with every string of stages; of `fixed` each game takes what it can fix, and `fee`. Raises
     GameError."""
     fixed, families = fixed or {}, []
-    if float(f"{(fee := fixed.get('fee', 0.0)):g}") != fee:
+    fee = fixed.get("fee", 0.0)
+    if float(f"{fee:g}") != fee:
         raise GameError(f"--fix fee={fee}: agents would read {fee:g}; give no more digits")
     for name in dict.fromkeys(games):
         own = tuple((p, fixed[p]) for p in GAMES[name].fixable if p in fixed)
@@ -110,7 +112,8 @@ def types_of(pattern: str, N: int, game: str = "bcz") -> np.ndarray:
         return np.full(N, same)
     if pattern == "linear":
         return np.round(np.linspace(low, high, N), 2)
-    return np.where(np.arange(N) < {"half": (N + 1) // 2, "hub": 1}[pattern], high, low)
+    highest = (N + 1) // 2 if pattern == "half" else 1  # how many have the highest type
+    return np.where(np.arange(N) < highest, high, low)
 
 
 def draw_game(rng: np.random.Generator, N: int, split: str = "train", family: Family = Family()) -> Game:

@@ -185,7 +185,7 @@ class PGG(Game):
 
     # The draws: u is r, v is c / mean(e); b is 0.5 unless it is fixed.
 
-    fixable = ("r", "b", "c")
+    fixable, constant = ("r", "b", "c"), ("b",)
     ranges = ((1.1, 1.4), (0.1, 0.9))  # this r is a dilemma in every group
     grid = ((1.15, 1.25, 1.35), (0.1, 0.3, 0.5, 0.7, 0.9))
     type_levels = (5.0, 15.0, 10.0)

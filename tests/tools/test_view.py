@@ -73,7 +73,7 @@ def made_run(folder, hostile=(), seed=0):
             for name in ("r_S", "R_G")
         )
         both = [0.7 * a_S + 0.3 * a_G for a_S, a_G in zip(A_S, A_G, strict=True)]
-        train_rft.note_advantages(groups, [*both[:3], A_S[3]], A_S, dict(enumerate(A_G)))
+        train_rft.write_advantages(groups, [*both[:3], A_S[3]], A_S, dict(enumerate(A_G)))
         memory.update(decided, groups)
         log.write(step, batch, groups)
         metrics.write({"step": step} | rft_log.step_metrics(batch, groups, {}))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -60,6 +61,13 @@ def test_parameters_that_leave_nothing_to_draw_in_a_split_are_refused():
     missing = "held-out" if split_of(game) == "train" else "train"
     with pytest.raises(GameError, match=f"no {missing} instance"):
         draw_game(np.random.default_rng(0), 4, missing, family)
+
+
+def test_whether_anything_is_drawn():
+    family = partial(Family, "pgg", types=(10.0,))
+    assert family(fixed=(("r", 1.2), ("c", 3.0))).nothing_drawn  # b is 0.5 unless it is fixed
+    assert not family(fixed=(("r", 1.2), ("b", 0.7))).nothing_drawn
+    assert not Family("pgg", fixed=(("r", 1.2), ("c", 3.0))).nothing_drawn
 
 
 def test_types_of_a_pattern():
