@@ -18,12 +18,13 @@ from importlib.metadata import version
 from typing import Any
 
 import lora
-from experts import Expert, Partners, make_expert
+from experts import Expert
 from games import GAMES, KINDS, MAX_AGENTS
 from models import adapters
 from models.load import DTYPES, ENGINES, default_device, dtype_name, load_policy, say_speed
 from models.pretrained import DEFAULT_MODEL
 from play import dataset
+from play.cast import Partners, make_expert
 from play.records import check_games, check_seats, check_style, read_records
 from play.rft_log import LOGGED
 from policy import Policy

@@ -119,8 +119,8 @@ This page follows one prompt through one step: from the text that the model read
 it changes. It was written by `python -m docs.one_step --sft-adapter runs/tompo/sft/adapter` (seed {seed});
 every number comes from the functions that `train_rft.py` calls, and a test recomputes the page from its
 tables. The prompt is the first one for which both levels differ between the replies and all replies are
-compliant. A first step of the default run has ten prompts, and a third of the learning rate that is used
-here.
+compliant. The first step of the default run has ten prompts and, for the warm-up, a third of this learning
+rate.
 
 ## 1. The prompt q
 
@@ -156,8 +156,8 @@ where {number(mean_S)} is the mean and {number(std_S)} the standard deviation (w
 1 / (m - 1)) of the {cfg.m} values of r^S; for R^G they are {number(mean_G)} and {number(std_G)}. Then A_i =
 {cfg.w_sample:g} A^S_i + {cfg.w_graph:g} A^G_i.
 
-The last column is the weight of a token of this reply in J: J is the mean over the replies of the mean over
-their tokens, so the weight is 1 / (m |o_i|).
+The last column is a token's weight in the objective J, which is a mean over replies of means over their
+tokens: 1 / (m |o_i|).
 
 {table(["i", "r^S", "A^S", "R^G", "A^G", "A", "weight"], levels_of)}
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from decisions import EFFORTS, LINKS
-from experts import make_expert
 from games import Decision, Game, State
+from play.cast import make_expert
 from play.intervals import mean_interval
 from play.metrics import Episode, welfare_share
 from play.report import align

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from decisions import EFFORTS
-from experts import Expert, decide_together
+from experts import Expert
 from games import KINDS, Decision, Game, State, game_from_json
+from play.cast import decide_together
 from play.thoughts import thought
 from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
 
@@ -48,7 +49,7 @@ def simulate(
 ) -> list[Record]:
     """Plays games with the expert in every seat, side by side; rounds * len(stages) * N records of each,
     game by game. plays: of each game its index, its instance and its random numbers; noise: share of
-    decisions replaced at random.
+    decisions replaced at random (without partners).
 
     trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
     nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
@@ -66,10 +67,7 @@ def simulate(
             state, (index, game, rng) = states[k], plays[k]
             seats, kind = range(game.N), state.kind
             labels = [next(answers) for _ in seats]
-            if partners:
-                replaced = [i == trained[k] for i in seats]
-            else:
-                replaced = [bool(rng.random() < noise) for _ in seats]
+            replaced = [i == trained[k] if partners else bool(rng.random() < noise) for i in seats]
             played = [kind.random(game, i, rng) if replaced[i] else labels[i] for i in seats]
             said = [format_reply(decision, style) for decision in played]  # rounded: this is what is played
             actions = np.array([(parse_reply(said[i], state, i) or played[i]).action for i in seats])

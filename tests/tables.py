@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from decisions import EFFORTS, LINKS
-from experts import make_expert
 from games import Decision
+from play.cast import make_expert
 from play.players import expert_player, play_tables
 from prompts import PromptStyle, Reply
 from rewards import Sample

@@ -14,10 +14,10 @@ from tables import constant, evaluation_of, play
 
 import eval as evaluation
 from eval import instances, play_among_experts, seats_in
-from experts import make_expert
 from games import GameError
 from models import adapters as adapter_files
 from models.load import load_policy
+from play.cast import make_expert
 from play.report import summarise
 from policy import Policy
 from prompts import Reply

@@ -8,8 +8,9 @@ import pytest
 from brute import bcz_payoffs
 
 import experts
-from experts import make_expert, nash_graph
+from experts import nash_graph
 from games import State, complete_graph, empty_graph, form_links, game_from_json
+from play.cast import make_expert
 from play.dataset import simulate_many
 from play.expert_games import simulate
 from prompts import PromptStyle, format_reply, messages, parse_reply

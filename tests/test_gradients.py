@@ -11,8 +11,8 @@ from whole_runs import lines_of, parsed, sft_flags
 
 import train_rft
 import train_sft
-from experts import make_expert
 from play import dataset
+from play.cast import make_expert
 from prompts import PromptStyle, Reply
 from rewards import Sample
 from run import ranks

@@ -29,10 +29,10 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
 import lora
-from experts import make_expert
 from fast.engine import _draw
 from models.load import load_policy
 from play import dataset
+from play.cast import make_expert
 from policy import draw
 from prompts import PromptStyle
 from run.errors import InputError

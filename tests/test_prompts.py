@@ -13,9 +13,9 @@ from brute import bcz_payoffs
 
 import prompts
 from decisions import EFFORTS, LINKS
-from experts import make_expert
 from games import Decision, State, complete_graph, form_links
 from play import thoughts
+from play.cast import make_expert
 from play.expert_games import simulate
 from prompts import PromptStyle, format_reply, messages, parse_reply, read_reply
 from tools.check_game import all_graphs

@@ -9,7 +9,7 @@ from tables import normalised
 from whole_runs import lines_of, parsed
 
 import train_rft
-from experts import make_expert
+from play.cast import make_expert
 from play.dataset import Prompt, simulate_many, targets
 from play.rft_log import add_sums, diagnostics, update_metrics
 from prompts import PromptStyle, Reply

@@ -22,12 +22,12 @@ import lora
 import settings
 import train_rft
 import train_sft
-from experts import make_expert
 from fast.engine import FastPolicy
 from games import game_from_json
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import dataset
+from play.cast import make_expert
 from play.expert_games import history_from_text
 from play.records import write_records
 from prompts import PromptStyle

@@ -13,8 +13,8 @@ import experts
 import rewards
 import train_rft
 from docs.coordination import Coordination
-from experts import make_expert
 from games import GAMES, GameError, State, complete_graph, game_from_json
+from play.cast import make_expert
 from play.dataset import simulate_many
 from play.expert_games import label_decision
 from prompts import PromptStyle, messages, parse_reply

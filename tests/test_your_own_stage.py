@@ -12,8 +12,8 @@ from whole_runs import ROOT, fake_parse, flags, lines_of, run_rft
 import train_rft
 from decisions import EFFORTS, LINKS
 from docs.cheap_talk import MESSAGES
-from experts import make_expert
 from games import KINDS, Decision, GameError, State, game_from_json
+from play.cast import make_expert
 from play.dataset import simulate_many, targets
 from play.expert_games import history_from_text, history_to_text
 from play.human import to_reply

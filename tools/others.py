@@ -23,9 +23,10 @@ import numpy as np
 import settings as flags
 from decisions import LINKS, own_rows
 from eval import instances, make_cast, play_held_out, playing_parser
-from experts import Expert, Partners, make_expert
+from experts import Expert
 from games import State
 from play import human
+from play.cast import Partners, make_expert
 from play.intervals import UNKNOWN, mean_interval
 from play.metrics import Episode, Turn
 from play.players import Ask, Player, expert_player

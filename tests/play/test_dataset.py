@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from whole_runs import edited, given, parsed
 
-from experts import make_expert
 from games import game_from_json
 from models.load import load_policy
 from play import dataset
+from play.cast import make_expert
 from play.dataset import targets
 from play.expert_games import label_decision
 from play.records import read_records, write_records

@@ -10,8 +10,8 @@ from tables import STYLE, TRIO, evaluation_of, play
 
 import eval as evaluation
 from eval import play_among_experts
-from experts import make_expert
 from games import State, empty_graph
+from play.cast import make_expert
 from play.human import Human, rules, to_reply
 from play.metrics import METRICS
 from play.players import Ask

@@ -12,9 +12,9 @@ from tables import TRIO, TRIO_2, expert, play
 
 import eval as evaluation
 from decisions import EFFORTS, LINKS
-from experts import make_expert
 from games import Decision, State, complete_graph, empty_graph
 from play import intervals, metrics, report
+from play.cast import make_expert
 from play.expert_games import history_from_text
 from play.intervals import mean_interval
 from play.metrics import METRICS, Episode, Turn, per_instance

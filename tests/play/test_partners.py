@@ -8,8 +8,9 @@ import pytest
 from whole_runs import interrupted, lines_of, rft_flags, run_rft
 
 from decisions import EFFORTS, LINKS, own_rows
-from experts import Expert, Partners, make_expert
+from experts import Expert
 from games import Decision, Kind, State, complete_graph, form_links, game_from_json
+from play.cast import Partners, make_expert
 from play.dataset import simulate_many, targets
 from play.expert_games import label_decision, simulate
 from play.probe import probe_targets

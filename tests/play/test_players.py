@@ -9,11 +9,11 @@ from reference import add_adapter
 from tables import STYLE, TRIO, by_seat, constant, expert, play
 
 import lora
-from experts import make_expert
 from games import KINDS, State
 from models import adapters as adapter_files
 from models.load import load_policy, put_adapter
 from play import expert_games, players
+from play.cast import make_expert
 from play.metrics import METRICS, per_instance
 from play.players import Ask, expert_examples, play_tables, policy_player, with_examples
 from play.report import summarise

@@ -11,9 +11,9 @@ from whole_runs import Run, interrupted, lines_of, rft_flags, run_rft, sft_flags
 import train_rft
 import train_sft
 from decisions import EFFORTS, LINKS
-from experts import make_expert
 from games import Decision
 from play import probe
+from play.cast import make_expert
 from play.probe import Probe, levels, measure, probe_targets
 from prompts import PromptStyle, Reply
 from run.curves import plot_curves

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 from chat_server import KEY
 
-from experts import make_expert
+from play.cast import make_expert
 from play.dataset import simulate_many
 from prompts import PromptStyle
 from teachers import language, record

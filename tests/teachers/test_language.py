@@ -21,10 +21,10 @@ from whole_runs import ROOT, ended, lines_of, sft_flags, start
 
 import lora
 import train_sft
-from experts import make_expert
 from games import KINDS, State, game_from_json
 from models import adapters
 from models.load import load_policy
+from play.cast import make_expert
 from play.dataset import simulate_many
 from play.records import read_records
 from prompts import PromptStyle, format_reply, parse_reply, read_reply

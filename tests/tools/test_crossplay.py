@@ -9,7 +9,7 @@ from tables import expert, play
 import eval as evaluation
 import settings
 from eval import playing_parser
-from experts import make_expert
+from play.cast import make_expert
 from play.intervals import mean_interval
 from play.metrics import per_instance
 from settings import Model

@@ -13,9 +13,10 @@ from tiny import make_tiny_model
 import settings as flags
 from decisions import own_rows
 from eval import playing_parser
-from experts import Exact, make_expert
+from experts import Exact
 from games import State, form_links
 from models.load import load_policy
+from play.cast import make_expert
 from play.players import policy_player
 from prompts import messages
 from run.errors import InputError

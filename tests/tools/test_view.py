@@ -18,9 +18,9 @@ from whole_runs import lines_of
 import train_rft
 from decisions import payoffs_with_row, row_payoffs
 from eval import play_among_experts
-from experts import make_expert
 from games import State, game_from_json
 from play import rft_log
+from play.cast import make_expert
 from play.dataset import Prompt, targets
 from play.expert_games import history_from_text, simulate
 from play.metrics import METRICS

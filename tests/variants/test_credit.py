@@ -8,8 +8,8 @@ from tables import effort, group_of, row
 
 import rewards
 from decisions import LINKS
-from experts import make_expert
 from games import Decision, State, complete_graph, form_links
+from play.cast import make_expert
 from rewards import Memory, Target
 from variants.credit import credit_rewards, discounted_return, return_credits
 from world.bcz import BCZ

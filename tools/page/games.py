@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from decisions import EFFORTS, LINKS, own_rows, payoffs_with_effort, row_payoffs
-from experts import Partners, make_expert
 from games import State, game_from_json
+from play.cast import Partners, make_expert
 from play.expert_games import history_from_text
 from prompts import read_belief, read_reply
 from tools.page.text import clean, escaped, rounded, tell_game, thinned
