@@ -33,6 +33,7 @@ from run.seeds import Stream, shuffled, torch_generator
 from run.stage import Stage
 from settings import SFT, LoRA, Settings, parse_training, training_parser
 from teachers.language import print_report
+from world.draws import spread
 
 HELD_OUT_GAMES = 12  # for the reply loss before and after; fewer where they have several rounds
 HELD_OUT_PASS = 12  # conversations in a pass of the reply loss, which has no gradients to keep
@@ -90,12 +91,6 @@ def make_conversations(
 
 def chunks(items: list, size: int) -> list[list]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def spread(items: list, count: int) -> list:
-    """About `count` of the items, evenly spread from the first to the last. (Every fourth conversation of
-    four seats would be of one seat.)"""
-    return [items[k] for k in sorted({round(k * (len(items) - 1) / max(1, count - 1)) for k in range(count)})]
 
 
 def prompts_and_replies(part: list[Conversation]) -> tuple[list, list]:
@@ -210,7 +205,7 @@ def run_sft(
     held_out = data.simulate(settings.games, settings.players, count, "held-out")
     held_out, format_only = trained_seats(held_out, data.seat, seed), cfg.train_on == "format"
     test = make_conversations(policy, held_out, tuple(KINDS), format_only)
-    test = spread(test, count)  # as many conversations as games, also of all seats
+    test = spread(test, count)  # as many conversations as games, of all seats (every N-th would be of one)
     train = make_conversations(policy, labels, cfg.kinds, format_only)
     check_labels(policy, labels, style)
     adapter = new_adapter(policy, settings.lora, seed, Stream.SFT_ADAPTER)

@@ -62,8 +62,8 @@ def records_of(monkeypatch, model_dir, tmp_path):
 def test_the_reply_loss_is_of_all_seats():
     """Conversations are listed game by game, and seat by seat within."""
     for N, games in ((4, 12), (2, 3), (6, 12)):
-        spread = train_sft.spread(list(range(N * games)), games)
-        assert len(spread) == games and {k % N for k in spread} == set(range(N))
+        chosen = train_sft.spread(list(range(N * games)), games)
+        assert len(chosen) == games and {k % N for k in chosen} == set(range(N))
     assert train_sft.spread([1, 2, 3], 3) == [1, 2, 3] and train_sft.spread([7], 2) == [7]
 
 

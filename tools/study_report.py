@@ -31,6 +31,7 @@ from run.errors import InputError
 from run.files import read_lines, write_atomic
 from tools.page.learned import best_threshold, choices_of
 from tools.study_figures import draw_curves, draw_forest, draw_stakes
+from world.draws import spread
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
@@ -77,12 +78,12 @@ def mean(values: Iterable) -> float | None:
 def a_dozen(samples: list[dict]) -> list[dict]:
     """Twelve graph groups, evenly spread over the run: the expert's row, and every different row that was
     chosen ("" where it cannot be read) with its count, A^S, A^G and A."""
-    groups, dozen = graph_groups(samples), []
-    for i in sorted({round(i) for i in np.linspace(0, len(groups) - 1, min(12, len(groups)))}):
-        rows = [row_of(s["reply"]) if s["compliance"] > 0 else "" for s in groups[i]]
-        values = dict(zip(rows, map(itemgetter("A_S", "A_G", "advantage"), groups[i]), strict=True))
+    dozen = []
+    for group in spread(graph_groups(samples), 12):
+        rows = [row_of(s["reply"]) if s["compliance"] > 0 else "" for s in group]
+        values = dict(zip(rows, map(itemgetter("A_S", "A_G", "advantage"), group), strict=True))
         chosen = [[row, rows.count(row), *values[row]] for row in sorted(values, key=lambda r: -values[r][2])]
-        first = groups[i][0]
+        first = group[0]
         dozen.append({"step": first["step"], "expert": row_of(first["expert"]), "chosen": chosen})
     return dozen
 

@@ -150,9 +150,13 @@ def held_out_grid(N: int, family: Family = Family()) -> tuple[Game, ...]:
 
 def held_out_games(families: Iterable[Family], N: int, count: int) -> list[Game]:
     """`count` games of these families' grids, evenly spread, or all of them if there are fewer."""
-    grid = [game for family in families for game in held_out_grid(N, family)]
-    chosen = np.linspace(0, len(grid) - 1, min(count, len(grid))).round().astype(int)
-    return [grid[i] for i in chosen]
+    return spread([game for family in families for game in held_out_grid(N, family)], count)
+
+
+def spread(items: list, count: int) -> list:
+    """`count` of the items, evenly spread from the first to the last, or all of them if there are fewer."""
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in chosen]
 
 
 @lru_cache
