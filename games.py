@@ -220,11 +220,11 @@ def game_from_json(d: dict) -> Game:
     try:
         game = GAMES[d["game"]]
         values = {f.name: d[f.name] for f in fields(game) if f.name != "fee" or "fee" in d}
-        for name, value in values.items():  # someone else's file may have 3 for 3.0, which is another `key`
-            if isinstance(value, list):
-                values[name] = tuple(float(v) if type(v) is int else v for v in value)
-            elif type(value) is int and name != "rounds":
-                values[name] = float(value)
+        # Someone else's file may have 3 for 3.0, which would be another `key`.
+        real = {f.name for f in fields(game) if f.type in (float, tuple[float, ...])}
+        number = lambda name, v: float(v) if name in real and type(v) is int else v
+        for name, v in values.items():
+            values[name] = tuple(number(name, x) for x in v) if isinstance(v, list) else number(name, v)
         return game(**values)
     except (KeyError, TypeError, AttributeError, OverflowError) as e:
         raise GameError(f"not a game instance ({type(e).__name__}: {e})") from None
