@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from play.intervals import mean_interval
 
 
@@ -18,35 +16,24 @@ def picture(path: Path, height: float, metrics: tuple[str, ...]) -> Iterator[tup
 
 
 def draw_forest(compared: dict[str, dict[str, dict]], path: Path) -> None:
-    """The reference of every arm minus the arm. compared: {"reference - arm": a row of `compare`, which has
-    the arm minus the reference}. Arms of two seeds, whose intervals are wide, do not set the scale: an
-    interval that leaves the picture ends in an arrow."""
-    rows = list(reversed(compared.values()))
-    seeds = [max(test.get("n", 0) for test in row.values()) for row in rows]
-    labels = [f"{name}, {n} seed{'s' * (n != 1)}" for name, n in zip(reversed(compared), seeds, strict=True)]
-    for axis, metric in picture(path, 1.2 + 0.26 * max(4, len(rows)), ("row", "U2", "U1 x U3")):
-        tests = {y: row[metric] for y, row in enumerate(rows) if metric in row}
-        ends = {y: [-t[e] for e in ("high", "mean", "low") if t[e] is not None] for y, t in tests.items()}
-        scale = [x for y, own in ends.items() for x in own if tests[y]["n"] > 2] or sum(ends.values(), [0.0])
-        margin = 0.08 * (max(scale) - min(scale) or 1)
-        left, right = min(scale) - margin, max(scale) + margin
-        for y, own in ends.items():
-            look = dict(color="k" if tests[y]["n"] > 2 else "0.6", markersize=4, linewidth=1)
-            look |= dict(clip_on=False, in_layout=False)
-            axis.plot(np.clip(own, left, right), [y] * len(own), "-", **look)
-            for end, mark, beyond in ((left, "<", min(own) < left), (right, ">", max(own) > right)):
-                if beyond:
-                    axis.plot(end, y, mark, **look)
-            mean = -tests[y]["mean"]
-            if left <= mean <= right:
-                axis.plot(mean, y, "s", **look)
-            else:
-                side = dict(x=right, ha="right") if mean > right else dict(x=left, ha="left")
-                axis.text(y=y, s=f"  {mean:+.2f}  ", va="bottom", fontsize=7, in_layout=False, **side)
+    """The reference of every family of arms minus each of its arms. compared: {reference: the rows of
+    `compare`}. Arms of one or two seeds, whose intervals are wide, stand in the tables alone."""
+    lines = []  # (label, row), from the top; the reference has no row
+    for reference, rows in compared.items():
+        seeds = {name: max(test["n"] for test in row.values()) for name, row in rows.items()}
+        arms = [(f"{name}, {seeds[name]} seeds", row) for name, row in rows.items() if seeds[name] > 2]
+        lines += [(f"{reference} minus", {}), *arms] if arms else []
+    places = range(len(lines), 0, -1)
+    for axis, metric in picture(path, 1.2 + 0.24 * max(4, len(lines)), ("row", "U2", "U1 x U3")):
+        for y, (_, row) in zip(places, lines, strict=True):
+            if metric in row:
+                ends = [-row[metric][end] for end in ("high", "mean", "low")]
+                axis.plot(ends, [y] * 3, "k-s", markevery=[1], markersize=4, linewidth=1)
         axis.axvline(0, color="C7", linewidth=1)
-        axis.set(title=f"{metric}: difference", yticks=range(len(rows)), ylim=(-0.6, len(rows) - 0.4))
-        axis.set_xlim(left, right)
-        axis.set_yticklabels(labels if metric == "row" else [], fontsize=8)
+        axis.set(title=f"{metric}: difference", yticks=places, ylim=(0.4, len(lines) + 0.6))
+        axis.set_yticklabels([label for label, _ in lines] if metric == "row" else [], fontsize=8)
+        for name in axis.get_yticklabels():
+            name.set_fontweight("bold" if name.get_text().endswith(" minus") else "normal")
         axis.locator_params(axis="x", nbins=5)
         axis.grid(axis="x", alpha=0.3)
 

@@ -35,7 +35,7 @@ def test_the_value_of_a_seed():
     values = {"U1": [1, 0.5], "U3": [0.8, 0.4], "row": [1, None], "belief": [None, None]}
     probe = [{"step": step, "row": row} for step, row in ((0, 0.4), (6, 0.8), (24, 0.8))]
     value = study_report.seed_values({"values": values, "probe": probe})
-    expected = {"U1": 0.75, "U3": 0.6, "row": 1, "U1 x U3": 0.45, "speed": 0.75}
+    expected = {"U1": 0.75, "U3": 0.6, "row": 1, "U1 x U3": 0.45, "speed": 0.75, "eval seed 0": 0}
     assert value == pytest.approx(expected | {study_report.LOG: math.log(0.45)})
 
 
@@ -59,6 +59,18 @@ def test_differences_are_paired_by_seed():
     assert ratio(differences).startswith("2.000")
     units[1]["values"]["U3"] = [-0.1]  # it has no logarithm, and no seed is left out in silence
     assert ratio(study_report.compare(["tompo", "a"], "tompo", study_report.by_seed(units))) == "-"
+
+
+def test_what_was_evaluated_with_other_random_numbers_is_compared_with_the_default_of_that_time():
+    def unit(arm, seed, row, **how):
+        return {"arm": arm, "seed": seed, "values": {"row": [row], "U1": [1]}} | how
+
+    old = {"eval_seed": 0}
+    units = [unit(study_report.SAME, seed, row, **old) for seed, row in enumerate((0.1, 0.2, 0.3))]
+    units += [unit("tompo", seed, row) for seed, row in enumerate((0.5, 0.6, 0.7))]
+    units += [unit("a", 0, 0.2, **old), unit("a", 1, 0.4, **old), unit("a", 2, 1.0)]
+    row = study_report.compare(["a"], "tompo", study_report.by_seed(units))["a"]["row"]
+    assert row["n"] == 3 and row["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)
 
 
 def sample(step=0, game=0, kind="G", compliance=0.5, reply="", expert="[0, 1, 1]", **values):
@@ -236,24 +248,21 @@ def test_own_payoff_and_welfare_of_the_weights(tmp_path, monkeypatch):
     )
 
 
-def test_arms_of_two_seeds_do_not_set_the_scale_of_the_forest(tmp_path, monkeypatch):
-    """The reference minus the arm, as in the README; what leaves the picture is an arrow and its mean."""
+def test_the_forest_shows_the_reference_minus_the_arms_of_more_than_two_seeds(tmp_path, monkeypatch):
     drawn, save = [], Figure.savefig
     kept = lambda own, *path, **how: drawn.append(own) or save(own, *path, **how)
     monkeypatch.setattr(Figure, "savefig", kept)
 
     def row(n, mean, half):
-        known = {"low": mean - half, "high": mean + half} if half else {"low": None, "high": None}
-        return {metric: {"mean": mean, "n": n} | known for metric in ("row", "U2", "U1 x U3")}
+        return {"row": {"mean": mean, "n": n, "low": mean - half, "high": mean + half}}
 
-    arms = {"a": row(8, -0.1, 0.05), "b": row(2, -0.9, 3.0), "c": row(2, 0.0, 0.5), "d": row(1, -0.1, None)}
-    study_figures.draw_forest({f"tompo - {name}": arm for name, arm in arms.items()}, tmp_path / "forest.png")
+    arms = {"a": row(8, -0.1, 0.05), "b": row(2, -0.9, 3.0), "c": row(3, 0.4, 0.5)}
+    study_figures.draw_forest({"tompo": arms, "seat 0": {"all": row(2, 0, 1)}}, tmp_path / "forest.png")
     axis = drawn[0].axes[0]
-    marks = {m: [line.get_ydata()[0] for line in axis.lines if line.get_marker() == m] for m in "s<>"}
-    assert axis.get_xlim() == pytest.approx((0.042, 0.158))
-    assert marks == {"s": [0, 3], "<": [1, 2], ">": [1, 2]}
-    assert [line.get_xdata()[0] for line in axis.lines if line.get_marker() == "s"] == [0.1, 0.1]
-    assert [text.get_text().strip() for text in axis.texts] == ["-0.00", "+0.90"]
+    labels = [(text.get_text(), text.get_fontweight()) for text in axis.get_yticklabels()]
+    assert labels == [("tompo minus", "bold"), ("a, 8 seeds", "normal"), ("c, 3 seeds", "normal")]
+    drawn = {line.get_ydata()[0]: list(line.get_xdata()) for line in axis.lines if len(line.get_xdata()) == 3}
+    assert drawn == {2: pytest.approx([0.05, 0.1, 0.15]), 1: pytest.approx([-0.9, -0.4, 0.1])}
 
 
 def test_the_stored_results_give_the_stored_tables(tmp_path):
