@@ -46,9 +46,9 @@ PROBED = ("step", "seconds", "U1", "row", "s", "U2", "belief")
 
 @dataclass(frozen=True)
 class Arm:
-    """flags: of train_rft.py; seeds: how many it is to have; of: the name of the arm whose policy plays (by
-    default its own); sft: whether the SFT stage of that arm plays instead; evaluation: flags of eval.py in
-    the place of those of the training."""
+    """flags: of train_rft.py; rft: more of them, which leave its SFT stage as it is; seeds: how many it is to
+    have; of: the name of the arm whose policy plays (by default its own); sft: whether the SFT stage of that
+    arm plays instead; evaluation: flags of eval.py in the place of those of the training."""
 
     name: str
     family: str
@@ -57,6 +57,7 @@ class Arm:
     of: str | None = None
     sft: bool = False
     evaluation: str | None = None
+    rft: str = ""
 
 
 ALGORITHMS = ("tompo", "grpo", "sft")
@@ -75,6 +76,8 @@ GIVERS = "--game pgg --types homogeneous --fix c=1 --partners planner --expert r
 GIVERS += " --sft-steps 24 --steps 16 --prompts 2 8 --reward-from game --dtype bfloat16"
 among_givers = partial(Arm, family="among those who give")  # does the policy give, too, or take a free ride?
 NO_BONUS = "local=0 global=0"
+SEEN = "--rounds 3 --partners second-best always-link never-link selfish --fix c=0.12 fee=1 --expert random"
+to_read = partial(Arm, family="reading the others", flags="--preset others --dtype bfloat16", evaluation=SEEN)
 REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)
 LONG = "--steps 200 --dtype bfloat16"
@@ -140,6 +143,10 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     among_givers("weights 0.2 0.8, public good", flags=f"{GIVERS} --weights A_S=0.2 A_G=0.8 {NO_BONUS}"),
     among_givers("sft, public good", flags=GIVERS, sft=True),
     among_givers("grpo, public good", flags=f"{GIVERS} --algo grpo --weights {NO_BONUS}"),
+    to_read("tompo, others", seeds=8),
+    to_read("grpo, others", seeds=8, rft="--algo grpo"),
+    to_read("sft, others", seeds=8, sft=True),
+    to_read("imitation, others", rft="--expert myopic --reward-from expert"),
 ]
 
 # -------------------- the commands of an arm
@@ -171,7 +178,7 @@ def commands(arm: Arm, seed: int, common: str, folder: Path) -> list[tuple[Path,
     policy = sft / "adapter"
     steps = [(policy, ["train_sft.py", *seeded, *sft_flags, "--out", str(sft)])]
     if not arm.sft:
-        argv = ["train_rft.py", *seeded, *part(flags, "rft"), "--eval-games", "0"]
+        argv = ["train_rft.py", *seeded, *part(f"{flags} {trained.rft}", "rft"), "--eval-games", "0"]
         argv += ["--sft-adapter", str(policy), "--out", str(rft)]
         policy = rft / "adapter"
         steps.append((policy, argv))
@@ -225,10 +232,13 @@ class Study:
 
 def measured(arm: Arm, seed: int, steps: list[tuple[Path, list[str]]]) -> dict:
     """The unit's line of the results file, without its time and machine."""
-    rows = next(iter(read_json(steps[-1][0])["results"].values()))["instances"]
-    line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": arm.flags}
+    result = next(iter(read_json(steps[-1][0])["results"].values()))
+    rows = result["instances"]
+    line = {"arm": arm.name, "seed": seed, "family": arm.family, "flags": f"{arm.flags} {arm.rft}".strip()}
     line |= {"sft": True} if arm.sft else {}
     line["values"] = {metric: [row.get(metric) for row in rows] for metric in STORED}
+    rounds = [part for name, part in result.items() if name.startswith("round ")]
+    line |= {"U2 of links by round": [part["U2 graph"]["mean"] for part in rounds]} if rounds[1:] else {}
     if len(steps) == 3 and arm.of is None:
         run = steps[1][0].parent
         samples, probe, metrics = (read_lines(run / f"{n}.jsonl") for n in ("samples", "probe", "metrics"))

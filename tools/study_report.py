@@ -299,6 +299,18 @@ def rows_of_rules(values: Values) -> Rows:
             yield [name, *map("; ".join, zip(thresholds, shares, strict=True))]
 
 
+def rows_of_rounds(lines: list[dict]) -> Rows:
+    """U2 of links in each round of games of several, seed by seed."""
+    arms = defaultdict(dict)
+    for line in lines:
+        if by_round := line.get("U2 of links by round"):
+            arms[line["arm"]][line["seed"]] = ", ".join(f"{value:.2f}" for value in by_round)
+    seeds = sorted(set().union(*arms.values()))
+    yield ["arm", *(f"seed {seed}" for seed in seeds)]
+    for name, of_seed in arms.items():
+        yield [name, *(of_seed.get(seed, "-") for seed in seeds)]
+
+
 def rows_of_groups(dozen: list[dict]) -> Rows:
     yield ["step", "the expert's row", "rows of the replies: times, A^S, A^G, A"]
     for group in dozen:
@@ -335,6 +347,8 @@ def write(results: Path, planned: dict[str, int]) -> str:
     title = "How far the updates go, and the efforts from own payoff (0) to welfare (1)"
     sections[title] = markdown(rows_of((*UPDATES, *COMMON), values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
+    if any("U2 of links by round" in line for line in lines):
+        sections["U2 of links by round"] = markdown(rows_of_rounds(lines))
     for line in lines:
         if line["arm"].startswith("tompo") and line["arm"] != SAME and line.get("groups"):
             title = f"A dozen groups of {line['arm']}, seed {line['seed']}"
