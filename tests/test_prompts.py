@@ -120,24 +120,10 @@ def test_a_thought_is_what_the_hint_adds_to_the_question(game, information):
             for hints in (False, True)
         )
         thought = thoughts.thought(state, seat, style)
-        *_, said = thought.rpartition(". ")
         assert bool(thought) == (plain != hinted) and thoughts.thought(state, seat, PromptStyle()) == ""
-        assert not said or (said.endswith(".\n") and plain == hinted.replace(f". {said[:-2]}", "", 1))
-
-
-def test_the_steps_of_a_thought_are_right_and_end_in_the_worked_numbers():
-    """Each `a + b x c = d` as it stands, but for what rounding its numbers to two digits may change."""
-    rng = np.random.default_rng(2)
-    for state, seat in itertools.product((random_state(GAME, k, rng) for k in (0, 1)), range(4)):
-        *steps, hint = re.split(r"\. (?=[0-9IB])", thoughts.thought(state, seat, PromptStyle(think=40)))
-        sums = [equation.split(" = ") for step in steps for equation in step.split(", ") if "=" in equation]
-        for left, right in sums:
-            assert eval(left.replace("x", "*")) == pytest.approx(float(right), abs=0.011)
-        found, worked = [float(right) for _, right in sums], numbers_in(hint) - {0}
-        if state.kind is LINKS:
-            assert len(sums) == 8 and set(found[-3:]) == worked
-        else:
-            assert found == list(worked) and bool(found) == state.links[seat].any()
+        assert not thought or (
+            thought.endswith(".\n") and plain == hinted.replace(f". {thought[:-2]}", "", 1)
+        )
 
 
 def test_hints_give_the_worked_numbers_and_nothing_else_does():

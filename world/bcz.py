@@ -122,12 +122,6 @@ class BCZ(Game):
     type_name = "alpha"
     parameter_format = ".3f"
 
-    @staticmethod
-    def responses(seen: Observation) -> list[float]:
-        """Each agent's best response on the complete graph if the others' efforts equal their alphas."""
-        alpha_N, delta = seen.types or (), seen.parameters["delta"]
-        return [a + delta * (sum(alpha_N) - a) for a in alpha_N]
-
     @classmethod
     def link_hint(cls, seen: Observation) -> str:
         """What each link of the seat earns, delta x_i x_j, in units of its cost c, if all agents link and
@@ -135,7 +129,7 @@ class BCZ(Game):
         delta, c = seen.parameters["delta"], seen.parameters["c"]
         if not c or seen.types is None:
             return ""
-        response_N = cls.responses(seen)
+        response_N = [a + delta * (sum(seen.types) - a) for a in seen.types]
         earned_N = [delta * response_N[seen.seat] * x / c for x in response_N]
         earned_N[seen.seat] = 0
         return f"If all link, at best replies to alpha a link earns {tell_numbers(earned_N)} c"
