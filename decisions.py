@@ -20,7 +20,7 @@ from prompts import (
 )
 from rewards import Target, accuracy, effort_score, f1
 
-# -------------------- what every choice is worth
+# -------------------- what other choices would have paid: for U2, `selfish` and variants/game.py
 
 
 def own_rows(N: int, seat: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def own_rows(N: int, seat: int) -> np.ndarray:
     return np.insert(bits, seat, 0, axis=1)
 
 
-@lru_cache(maxsize=2**16)
+@lru_cache(maxsize=2**16)  # whose arguments must be hashable
 def _payoffs(game: Game, links: bytes, efforts: tuple[float, ...] | None) -> np.ndarray:
     links_NN = np.frombuffer(links, dtype=int).reshape(game.N, game.N)
     efforts_N = game.solve_efforts(game.scored_at, links_NN) if efforts is None else np.array(efforts)

@@ -7,8 +7,8 @@ before, which only language models look at. Their names:
                   economics the second best is the highest welfare that is possible when agents still choose
                   their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-    nash          the complete graph, less links that cost an end more than they earn at its Nash efforts,
-                  until none is left; Nash efforts
+        nash          from the complete graph, all links go that cost one end more than they earn it at Nash
+                  efforts, and again, until all that are left pay; Nash efforts
     myopic        best response to the latest proposals, graph and efforts; where there are none yet, it
                   assumes that everybody consents to every link and plays effort alpha (PGG: the endowment)
     selfish       the row with the highest own payoff if all others chose everybody, at Nash efforts (in

@@ -344,7 +344,7 @@ class Kind:
         return stakes.share if stakes else None
 
 
-KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py fills it
+KINDS: dict[str, Kind] = {}  # by letter, in the order of --prompts; decisions.py puts them in
 
 
 def check_stages(stages: str) -> None:

@@ -6,7 +6,8 @@ same methods; the tests hold the two together. Sampling and scoring use the same
 softmax(logits / temperature) in fp32, no top-k, no top-p, no dropout.
 
 Dimensions: P prompts, M replies to a prompt, S the longest reply in tokens, V vocabulary, B sequences in a
-pass, L the longest prompt with its reply, T tokens of a reply.
+pass, L the longest prompt with its reply, T tokens of one reply (in the training loop of all replies of a
+pass).
 """
 
 from typing import NamedTuple
@@ -22,12 +23,13 @@ from run.errors import InputError
 
 def draw(logits_BV: Tensor, uniforms_B: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One token from each distribution and its log-probability, both (B,). Temperature 0 takes the
-    likeliest token.
+    likeliest token, with its log-probability at temperature 1.
 
     The token is the one at which the cumulative distribution exceeds the uniform number (inverse transform
     sampling), so a reply depends on its own uniform numbers alone, and not on how prompts are batched."""
     logps_BV = (logits_BV.float() / (temperature or 1.0)).log_softmax(-1)
     cdf_BV = logps_BV.exp().cumsum(-1)
+    # Times the last entry, since a rounded sum may end below 1, and a larger number would find no token.
     token_B = (cdf_BV <= uniforms_B[:, None] * cdf_BV[:, -1:]).sum(-1)
     if temperature == 0:
         token_B = logps_BV.argmax(-1)

@@ -55,7 +55,7 @@ class PromptStyle:
         return dict(information=self.information, belief=self.belief, hints=self.hints, think=self.think > 0)
 
     def reply_limit(self, N: int) -> int:
-        """The longest reply in tokens. The default has room for both labels, N links in two lists or N
+        """The longest reply in tokens. The default has room for both headings, N links in two lists or N
         efforts in one (7 tokens each), and the free text."""
         return self.max_new_tokens or 20 + 7 * N + self.think
 
@@ -212,8 +212,8 @@ def messages(state: State, seat: int, own_replies: list[str], style: PromptStyle
 
 def answer_lines(reply: str) -> str:
     """The lines of a reply that are read, without what stands around them."""
-    lines = {label: last_line(reply, label) for label in ("Belief:", "Decision:")}
-    return "\n".join(f"{label} {text}" for label, text in lines.items() if text) or "Decision: none"
+    lines = {heading: last_line(reply, heading) for heading in ("Belief:", "Decision:")}
+    return "\n".join(f"{heading} {text}" for heading, text in lines.items() if text) or "Decision: none"
 
 
 def format_reply(decision: Decision, style: PromptStyle) -> str:
@@ -240,10 +240,10 @@ def read_number(text: str) -> float | None:
     return float(text) if _SCALAR.fullmatch(text) else None
 
 
-def last_line(reply: str, label: str) -> str:
-    """What follows the label in the last line that begins with it; "" without such a line."""
-    lines = [line.strip() for line in reply.split("\n") if line.strip().startswith(label)]
-    return lines[-1][len(label) :].strip() if lines else ""
+def last_line(reply: str, heading: str) -> str:
+    """What follows the heading in the last line that begins with it; "" without such a line."""
+    lines = [line.strip() for line in reply.split("\n") if line.strip().startswith(heading)]
+    return lines[-1][len(heading) :].strip() if lines else ""
 
 
 def read_belief(reply: str, kind: Kind, seat: int, N: int) -> np.ndarray | None:

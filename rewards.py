@@ -67,7 +67,8 @@ class Target:
 class Sample:
     """One sampled reply to a prompt, and what training makes of it. (It does not change the recorded game.)
     decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
-    name and, for the log, A^S and A^G; advantage: A_i; weight: w_i, that of each of its tokens in J."""
+    name and, for the log, A^S and A^G; advantage: A_i; weight: w_i, the factor of
+    each of its tokens in the objective (train_rft.weigh)."""
 
     reply: Reply
     decision: Decision | None
@@ -140,8 +141,8 @@ def hamming_score(proposals_NN: np.ndarray, target: Target) -> float:
 
 
 class Memory:
-    """The best graph score so far of every game instance. best: the scores by key; the caller may pass a
-    dictionary that it saves."""
+    """The best graph score so far of every game instance; at the first visit every compliant reply reaches
+    it. best: the scores by key; the caller may pass a dictionary that it saves."""
 
     def __init__(self, best: dict[str, float] | None = None):
         self.best = {} if best is None else best

@@ -67,12 +67,14 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         prompts = cfg.next_batch(pool, cfg.counts, step, cfg.seed)
         targets = [q.target for q in prompts]
         # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
+        # The random numbers depend on seed and step alone, so a resumed run draws the same.
         generator = torch_generator(cfg.seed, Stream.RFT_REPLIES, step)
         groups = sample(policy, prompts, cfg.m, limit, cfg.temperature, generator)
         sample_s = stage.elapsed
         # 3. r^S of every reply, and R^G where links are chosen: all terms are in rewards.py.
         cfg.reward(targets, groups, memory)
-        # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise).
+        # 4. A = w_sample A^S + w_graph A^G, each normalised within its group (tompo.group_normalise). Both
+        # are by the number of the group: every group has r_S, but R_G only those with a graph level.
         A_S, A_G = (advantages(groups, name, cfg.advantage) for name in ("r_S", "R_G"))
         A = [two_levels(A_S[k], A_G.get(k), cfg.w_sample, cfg.w_graph) for k in A_S]
         write_advantages(groups, A, A_S, A_G)
@@ -154,8 +156,8 @@ def weigh(samples: list[Sample], aggregation: Callable, limit: int) -> None:
 @dataclass
 class Batch:
     """What one pass scores, a part of a step. texts: the token ids of its prompts, and those of all replies
-    to each; lengths: of the replies; old_T, A_T, w_T, ref_T: log pi_old, A, w, and log pi_ref (None with
-    --beta 0), of every reply token, in the order of the replies."""
+    to each; lengths: of the replies; old_T, A_T, w_T, ref_T: log pi_old (as it was when the token was drawn),
+    A, w, and log pi_ref (None with --beta 0), of every reply token, in the order of the replies."""
 
     texts: tuple[list[list[int]], list[list[list[int]]]]
     lengths: list[int]

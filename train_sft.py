@@ -125,7 +125,9 @@ def sft(
         # the batch.
         loss = 0.0
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
-            # The engine splits the prompts of these conversations into passes, in an order of its own.
+            # The engine splits the prompts of these conversations into passes, in an order of its own; within
+            # a pass they are in the order of the data.
+
             prompts, replies = prompts_and_replies(part)
             weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
@@ -158,7 +160,9 @@ def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora
         lora.require_untied(policy.model)  # now, and not when SFT is done and is to be merged
     except ValueError as e:
         raise InputError(str(e)) from None
+        # A first pass, with gradients that are not kept, so that a layer that cannot be trained is named now.
     what = "an adapter does not fit the layers of --targets"
+
     with library_errors(what, "; leave some out"), memory_errors("an adapter's first pass"):
         logp_T = policy.token_logps([[0, 1]], [[[0]]])[0]
         torch.autograd.grad(logp_T.sum(), lora.lora_parameters(policy.model), allow_unused=True)
@@ -166,7 +170,7 @@ def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    # A fused optimizer would change A and B without a trace, and fast/lora_products.py would not see it.
+    # A fused optimizer changes A and B without counting a version up, by which fast/lora_products.py sees it.
     parameters = lora.lora_parameters(model)
     return torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=False)
 

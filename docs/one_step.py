@@ -119,8 +119,8 @@ This page follows one prompt through one step: from the text that the model read
 it changes. It was written by `python -m docs.one_step --sft-adapter runs/tompo/sft/adapter` (seed {seed});
 every number comes from the functions that `train_rft.py` calls, and a test recomputes the page from its
 tables. The prompt is the first one for which both levels differ between the replies and all replies are
-compliant. The first step of the default run has ten prompts and, for the warm-up, a third of this learning
-rate.
+compliant. The first step of the default run has ten prompts and, for the warm-up, a third of the learning
+rate used here.
 
 ## 1. The prompt q
 
@@ -157,7 +157,7 @@ where {number(mean_S)} is the mean and {number(std_S)} the standard deviation (w
 {cfg.w_sample:g} A^S_i + {cfg.w_graph:g} A^G_i.
 
 The last column is a token's weight in the objective J, which is a mean over replies of means over their
-tokens: 1 / (m |o_i|).
+tokens: 1 / (m |o_i|), and with K live groups in a step 1 / (K m |o_i|).
 
 {table(["i", "r^S", "A^S", "R^G", "A^G", "A", "weight"], levels_of)}
 

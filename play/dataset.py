@@ -130,8 +130,7 @@ class Prompt:
 
     @property
     def conversation(self) -> tuple[int, int]:
-        """Which one it belongs to: all prompts of one agent in one game are one conversation and share
-        tokens."""
+        """(game, seat): all prompts of one agent in one game are one conversation and share tokens."""
         return self.record.game, self.record.seat
 
 

@@ -51,9 +51,9 @@ def simulate(
     game by game. plays: of each game its index, its instance and its random numbers; noise: share of
     decisions replaced at random (without partners).
 
-    trained: with partners, of each game the one seat in which none of them sits. It plays at random, so that
-    nothing can be learned by repeating what it did before; its labels are the expert's, and their Belief
-    lines say what the others really do in the same stage [choice]. (Also with the expert `random`.)"""
+        trained: with partners, of each game the one seat in which none of them sits. It plays at random, so
+    that nothing can be learned by repeating what it did before. Its labels are the expert's, and their Belief
+    lines say what the others really do in the same stage [choice]. (With the expert `random` all do.)"""
     made = style.recorded | dict(expert=expert.name, partners=partners.name if partners else None)
     states = [State(game) for _, game, _ in plays]
     replies: list[list[list[str]]] = [[[] for _ in range(game.N)] for _, game, _ in plays]
