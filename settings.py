@@ -37,7 +37,8 @@ from teachers import language
 from teachers.asking import asking, with_record
 from variants import credit, game, joint
 from variants.objective import TABLES, choose
-from world.draws import TYPE_PATTERNS, Family, families_of, patterns_and_types
+from world.draws import TYPE_PATTERNS, Family
+from world.families import families_of, patterns_and_types
 
 Words = tuple[str, ...]  # of a flag that takes several
 Counts = tuple[int, ...]

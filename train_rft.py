@@ -67,8 +67,7 @@ def rft(policy: Policy, cfg: RFT, pool: list[list[Prompt]], limit: int, optimize
         prompts = cfg.next_batch(pool, cfg.counts, step, cfg.seed)
         targets = [q.target for q in prompts]
         # 2. m replies o_i to each from pi_theta (= pi_old until the optimizer steps), and their decisions.
-        # The random numbers depend on seed and step alone, so a resumed run draws the same.
-        generator = torch_generator(cfg.seed, Stream.RFT_REPLIES, step)
+        generator = torch_generator(cfg.seed, Stream.RFT_REPLIES, step)  # a resumed run draws the same
         groups = sample(policy, prompts, cfg.m, limit, cfg.temperature, generator)
         sample_s = stage.elapsed
         # 3. r^S of every reply, and R^G where links are chosen: all terms are in rewards.py.

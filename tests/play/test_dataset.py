@@ -20,7 +20,8 @@ from prompts import PromptStyle, parse_reply
 from run.errors import InputError
 from tools import expert_games
 from train_sft import main as train_sft
-from world.draws import Family, families_of, held_out_grid, split_of
+from world.draws import Family, held_out_grid, split_of
+from world.families import families_of
 
 STYLE, TWO_ROUNDS = PromptStyle(), (Family("bcz", "GE", 2),)
 

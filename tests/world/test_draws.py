@@ -11,8 +11,9 @@ import pytest
 from games import GAMES, GameError
 from tools.check_game import all_graphs
 from world.bcz import BCZ
-from world.draws import TYPE_PATTERNS, Family, draw_game, families_of, held_out_grid, split_of, types_of
+from world.draws import TYPE_PATTERNS, Family, draw_game, held_out_grid, split_of, types_of
 from world.efforts import effort_cap
+from world.families import families_of
 from world.pgg import PGG
 
 

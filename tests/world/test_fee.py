@@ -10,7 +10,8 @@ from decisions import EFFORTS, LINKS, own_rows
 from games import GameError, State, complete_graph, form_links
 from prompts import PromptStyle, messages
 from tools.check_game import random_graph
-from world.draws import Family, draw_game, families_of
+from world.draws import Family, draw_game
+from world.families import families_of
 
 
 def drawn(name, fee, seed=0, N=4):
