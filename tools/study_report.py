@@ -307,8 +307,8 @@ def rows_of_rounds(lines: list[dict]) -> Rows:
             arms[line["arm"]][line["seed"]] = ", ".join(f"{value:.2f}" for value in by_round)
     seeds = sorted(set().union(*arms.values()))
     yield ["arm", *(f"seed {seed}" for seed in seeds)]
-    for name, told in arms.items():
-        yield [name, *(told.get(seed, "-") for seed in seeds)]
+    for name, cells in arms.items():
+        yield [name, *(cells.get(seed, "-") for seed in seeds)]
 
 
 def rows_of_groups(dozen: list[dict]) -> Rows:
