@@ -35,7 +35,7 @@ from world.draws import spread
 
 SHOWN = ("U1", "s", "row", "U2", "U3", "U1 x U3", "belief")
 COMPARED = ("row", "U2", "U3", "U1 x U3", "speed")
-LOG = "log(U1 x U3)"
+LOG, LATER = "log(U1 x U3)", "U2 of links after round 1"
 # By family; else its own tompo, or tompo. None: nothing.
 REFERENCE = {"seats": "seat 0", "SFT alone": None, "inner epochs": "5 steps, 4 epochs"}
 SAME = "tompo, same numbers"  # the default, evaluated as the first 224 units: see above
@@ -194,6 +194,8 @@ def seed_values(line: dict) -> dict[str, float]:
     if "U3" in values:
         values["U1 x U3"] = values["U1"] * values["U3"]
         values[LOG] = math.log(values["U1 x U3"]) if values["U1 x U3"] > 0 else math.nan
+    if by_round := line.get("U2 of links by round"):
+        values[LATER] = mean(by_round[1:])
     steps, row = ([entry[key] for entry in line.get("probe") or ()] for key in ("step", "row"))
     if len(steps) > 1:
         values["speed"] = float(np.trapezoid(row, steps) / (steps[-1] - steps[0]))
@@ -299,16 +301,19 @@ def rows_of_rules(values: Values) -> Rows:
             yield [name, *map("; ".join, zip(thresholds, shares, strict=True))]
 
 
-def rows_of_rounds(lines: list[dict]) -> Rows:
-    """U2 of links in each round of games of several, seed by seed."""
+def rows_of_rounds(lines: list[dict], values: Values) -> Rows:
+    """U2 of links in each round of games of several, seed by seed; and the mean of the rounds after the
+    first, alone and less that of the first arm."""
     arms = defaultdict(dict)
     for line in lines:
         if by_round := line.get("U2 of links by round"):
             arms[line["arm"]][line["seed"]] = ", ".join(f"{value:.2f}" for value in by_round)
-    seeds = sorted(set().union(*arms.values()))
-    yield ["arm", *(f"seed {seed}" for seed in seeds)]
+    first, seeds = next(iter(arms)), sorted(set().union(*arms.values()))
+    yield ["arm", *(f"seed {seed}" for seed in seeds), "later rounds", f"minus {first}"]
     for name, cells in arms.items():
-        yield [name, *(cells.get(seed, "-") for seed in seeds)]
+        later, others = values[name][LATER], values[first][LATER]
+        ends = [cell(later), cell(later - others, "+") if name != first else "-"]
+        yield [name, *(cells.get(seed, "-") for seed in seeds), *ends]
 
 
 def rows_of_groups(dozen: list[dict]) -> Rows:
@@ -348,7 +353,7 @@ def write(results: Path, planned: dict[str, int]) -> str:
     sections[title] = markdown(rows_of((*UPDATES, *COMMON), values))
     sections["Link iff the worked number is at least t"] = markdown(rows_of_rules(values))
     if any("U2 of links by round" in line for line in lines):
-        sections["U2 of links by round"] = markdown(rows_of_rounds(lines))
+        sections["U2 of links by round"] = markdown(rows_of_rounds(lines, values))
     for line in lines:
         if line["arm"].startswith("tompo") and line["arm"] != SAME and line.get("groups"):
             title = f"A dozen groups of {line['arm']}, seed {line['seed']}"

@@ -73,6 +73,18 @@ def test_what_was_evaluated_with_other_random_numbers_is_compared_with_the_defau
     assert row["n"] == 3 and row["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)
 
 
+def test_rounds_of_links_seed_by_seed():
+    def unit(arm, seed, by_round):
+        return {"arm": arm, "seed": seed, "values": {"U1": [1]}, "U2 of links by round": by_round}
+
+    units = [unit("tompo, x", 0, [0.5, 0.9, 0.94]), unit("tompo, x", 2, [0.5, 0.8, 0.8])]
+    units += [unit("grpo, x", 2, [0.4, 0.6, 0.7]), {"arm": "y", "seed": 1, "values": {"U1": [1]}}]
+    head, *rows = study_report.rows_of_rounds(units, study_report.by_seed(units))
+    assert head == ["arm", "seed 0", "seed 2", "later rounds", "minus tompo, x"]
+    assert rows[0][1:3] == ["0.50, 0.90, 0.94", "0.50, 0.80, 0.80"] and rows[0][3].startswith("0.860 [")
+    assert rows[1] == ["grpo, x", "-", "0.40, 0.60, 0.70", "0.650", "-0.150"]
+
+
 def sample(step=0, game=0, kind="G", compliance=0.5, reply="", expert="[0, 1, 1]", **values):
     place = {"step": step, "game": game, "stage": 0, "seat": 0, "kind": kind, "compliance": compliance}
     return place | {"reply": reply, "expert": f"Decision: {expert}"} | values
