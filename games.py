@@ -114,6 +114,7 @@ class Game:
         raise NotImplementedError
 
     # Each game: its words, of which prompts.py makes what an agent reads. seen: a prompts.Observation.
+    link_rule: ClassVar[str] = "A link forms if both choose it, at cost c each"  # prompts.py adds the fee
     payoff_rule: ClassVar[str]  # one sentence
     type_name: ClassVar[str]  # what `types` are called, such as alpha
     parameter_format: ClassVar[str] = "g"

@@ -173,9 +173,8 @@ def system_message(seen: Observation, style: PromptStyle) -> str:
     parameters = ", ".join(f"{name} {value:{digits}}" for name, value in seen.parameters.items())
     reply = "Think first, then reply" if style.think else "Reply"
     fee = f", and every choice costs {seen.fee:g} c, answered or not" if seen.fee else ""
-    consent = f"A link forms if both choose it, at cost c each{fee}."
     return (
-        f"{rounds}: {stages}. {consent} {game.payoff_rule} {reply}:\n"
+        f"{rounds}: {stages}. {game.link_rule}{fee}. {game.payoff_rule} {reply}:\n"
         f"{belief}Decision: {answers}\n"
         f"You are agent {seen.seat + 1} of {seen.N}. {parameters}, effort x 0 to {seen.cap:g}."
     )

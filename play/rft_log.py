@@ -18,7 +18,9 @@ from tompo import k3
 # Names that a new reward term must not take, because samples.jsonl or metrics.jsonl has them.
 LOGGED = set(
     "compliance sample r_S s local global R_G A_S A_G step game stage kind seat reply expert broken ended"
-    " advantage reward gamma zeta".split()
+    " advantage reward gamma zeta reward_graph reward_effort U1 kl approx_kl clip_fraction max_ratio_error"
+    " zero_variance_groups distinct_replies reply_tokens entropy loss lr grad_norm tokens_per_s sample_s"
+    " update_s seconds minutes text action expected f1 accuracy".split()
 )
 
 

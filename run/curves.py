@@ -51,7 +51,7 @@ def draw_curves(folder: Path) -> bytes:
     draw_steps(below[2], rft, "entropy", "entropy per token", "C5")
     draw_steps(below[2], rft, "kl", "KL(pi, pi_ref) per token", "C4")
     titles = ["Probe, row: agents treated as the expert does", "Probe, U2: efficiency of the decisions"]
-    titles += ["Probe, U1 compliance, belief, graph score s", "SFT: loss", "RFT: reward $r^S$ (at most 2.5)"]
+    titles += ["Probe, U1 compliance, belief, graph score s", "SFT: loss", "RFT: reward $r^S$"]
     for axis, title in zip(figure.axes, [*titles, "RFT: variance, entropy, KL"], strict=True):
         axis.set(title=title, xlabel="minutes of training" if axis in above else "step")
         axis.grid(alpha=0.3)

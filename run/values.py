@@ -79,7 +79,7 @@ def named_values(given: Iterable[str] | None, flag: str) -> dict[str, Any]:
 
 def named_numbers(given: Iterable[str] | None, flag: str, known: Iterable[str]) -> dict[str, float]:
     """["delta=0.1", ...] -> {"delta": 0.1, ...}: finite numbers from 0. Raises InputError."""
-    numbers = {}
+    numbers, known = {}, list(known)
     for text in given or ():
         name, _, value = text.partition("=")
         try:
@@ -87,7 +87,9 @@ def named_numbers(given: Iterable[str] | None, flag: str, known: Iterable[str]) 
         except ValueError:
             numbers[name] = math.nan
         if not name or not 0 <= numbers[name] < math.inf:
-            raise InputError(f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in delta=0.1")
+            raise InputError(
+                f"{flag} {text}: write NAME=VALUE with a finite number from 0, as in {known[0]}=0.1"
+            )
         if name not in known:
             raise InputError(f"{flag} {name}: no such name; there are {', '.join(known)}")
     return numbers

@@ -30,11 +30,13 @@ from play import dataset
 from play.cast import make_expert
 from play.expert_games import history_from_text
 from play.records import write_records
+from play.rft_log import LOGGED
 from prompts import PromptStyle
-from rewards import Target, graph_likeness, likeness
+from rewards import TERMS, Target, graph_likeness, likeness
 from run.seeds import Stream
 from settings import parse_training, training_parser
 from tools import merge
+from tools.page.groups import COLUMNS
 from variants import credit
 
 
@@ -188,6 +190,12 @@ def test_memory_of_an_instance_is_updated_after_the_step(full):
         for line in graph:
             best[line["game"]] = max(best.get(line["game"], 0.0), line["s"])
     assert asked > 20 and met_again > 8
+
+
+def test_a_new_reward_term_cannot_take_a_name_of_the_logs_or_the_page(full):
+    lines = full.lines("samples.jsonl") + full.lines("metrics.jsonl")
+    names = set().union(*lines) | set(COLUMNS.split())
+    assert {"r_S", "kl", "f1"} <= names and names - set(TERMS) <= LOGGED
 
 
 def test_metrics_are_those_of_the_samples(full):

@@ -120,6 +120,7 @@ MISTAKES = [  # in a copy of the file: what stands there instead, the check that
     ("sorted(self.alpha), self.c", "self.alpha, self.c", "the key", "the key '["),
     ("sorted(self.alpha), self.c", "sorted(set(self.alpha)), self.c", "the key", "the key '["),
     ("[self.name, sorted", "[id(self), sorted", "the key", "the key '["),
+    ("[self.name, sorted", "[sorted", "the key", "lacks the name coordination"),
     ("(0.3, 0.5, 0.7, 0.9, 1.1)", "(9.0,)", "the held-out games differ", "the best in all 12 of them"),
 ]
 

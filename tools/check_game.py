@@ -183,8 +183,12 @@ def check_efficient_graph(make: Make, solution: str, draws: int = 40) -> list[fl
 
 def check_key(make: Make) -> int:
     """Two instances have one key where they have the same types, in any order of the seats, and the same
-    parameters that can be fixed, and only there."""
+    parameters that can be fixed, and only there. The key has the name of the game (that of BCZ is older)."""
     for _, game, _, _ in drawn(make, 4):
+        if game.name not in ("bcz", *game.key.split('"')):
+            raise Disagreement(
+                f"the key {game.key!r} lacks the name {game.name}: another game may have the same"
+            )
         changes: list[dict] = [dict(stages="GEE", rounds=2, fee=0.5)]
         changes += [{p: getattr(game, p) + 0.001} for p in game.fixable]
         for name, v in vars(game).items():

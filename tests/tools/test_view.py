@@ -201,6 +201,30 @@ def test_links_are_counted_by_the_number_in_the_prompt(made, tmp_path):
     assert len(view.run_data(tmp_path / "run", view.PAGE)["learned"]["bins"]) == 2
 
 
+@pytest.mark.parametrize("hint", ["", "worth [1, 0.80, 0.67]", "worth [c, 1 c, 2 c, 3 c]", "1, 2, 3, 4"])
+def test_a_hint_without_a_number_for_each_agent_is_not_counted(hint, monkeypatch):
+    state = State(draw_game(np.random.default_rng(0), 4))
+    monkeypatch.setattr(type(state.game), "link_hint", lambda *seen: hint)
+    assert learned.worked_numbers(state, 0) == []
+    monkeypatch.setattr(type(state.game), "link_hint", lambda *seen: "of [1, 2] worth [0, 0.80, 0.67, 1.5] c")
+    assert learned.worked_numbers(state, 0) == [0, 0.8, 0.67, 1.5]
+
+
+def test_a_term_of_the_runs_own_file_is_in_the_sums(made, tmp_path):
+    """The page is also made without that file, as by tools/view.py."""
+    run = shutil.copytree(made, tmp_path / "run")
+    write_json(run / "config.json", CONFIG | NEW | {"weights": ["belief=0.5", "short=0.25"]})
+    lines = [line | {"short": -0.5, "r_S": line["r_S"] - 0.125} for line in lines_of(run / "samples.jsonl")]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups = view.run_data(run, view.PAGE)["groups"]
+    assert groups["optional"] == {"belief": 0.5, "short": 0.25}
+    columns = [groups["columns"].index(name) for name in ("compliance", "sample", "belief", "short", "r_S")]
+    for group in groups["groups"]:
+        for reply in group["replies"]:
+            compliance, own, belief, short, r_S = (reply[k] or 0 for k in columns)
+            assert r_S == pytest.approx(compliance + own + 0.5 * belief + 0.25 * short, abs=1e-3)
+
+
 def test_intervals_are_possible(made):
     overview = view.run_data(made, view.PAGE)["overview"]
     (told,) = (row for name, row in overview["differences"].items() if name == "RFT policy - SFT policy")

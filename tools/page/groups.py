@@ -8,7 +8,7 @@ from play.expert_games import history_from_text
 from prompts import read_reply
 from rewards import TERMS, WEIGHTS, Target, accuracy, f1
 from run.files import read_lines
-from settings import LEVELS
+from settings import KNOWN_WEIGHTS, LEVELS
 from tools.page.games import decision_of
 from tools.page.text import LONGEST, clean, escaped, rounded, tell_game, thinned
 
@@ -65,7 +65,11 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
     named = [text.partition("=") for text in config.get("weights") or ()]
     weights = WEIGHTS | LEVELS | {name: float(weight) for name, _, weight in named}
     m = config.get("m", 8)
-    optional = {name: weights.get(name, 0) for name in TERMS}
+    terms = [
+        *TERMS,
+        *(name for name in weights if name not in KNOWN_WEIGHTS | TERMS),
+    ]  # of the run's own file
+    optional = {name: weights.get(name, 0) for name in terms}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
         place = s["game"], s["stage"], s["seat"]
@@ -99,6 +103,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "algo": config.get("algo", "tompo"),
             "advantage": objective.get("advantage", "std"),
             "game": config.get("reward_from") == "game",
+            "welfare": config.get("reward_from") == "welfare",
             "credit": config.get("reward_from") == "credit",
         },
         "instances": len({prompt["key"] for prompt in prompts}),

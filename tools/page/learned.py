@@ -12,7 +12,7 @@ import numpy as np
 
 from decisions import LINKS
 from games import State
-from prompts import observe, parse_reply
+from prompts import observe, parse_reply, read_list
 from tools.page.games import stages_of
 
 EDGES = (0.5, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)  # of the bins of worked numbers
@@ -21,9 +21,10 @@ Choices = list[tuple[float, bool]]
 
 def worked_numbers(state: State, seat: int) -> list[float]:
     """The worked number of a link with each agent, as the prompt states it (or, with --no-hints, would state
-    it); [] in a game that has none."""
-    lists = re.findall(r"\[([^\[\]]*)\]", state.game.link_hint(observe(state, seat)))
-    return [float(number) for number in lists[-1].split(",")] if lists else []
+    it): the last list in it, if it has a number for each agent; else []."""
+    lists = re.findall(r"\[[^\[\]]*\]", state.game.link_hint(observe(state, seat)))
+    numbers = read_list(lists[-1]) if lists else None
+    return list(map(float, numbers)) if numbers and len(numbers) == state.game.N else []
 
 
 def choices_of(decisions: Iterable[tuple[State, int, str]]) -> Choices:
