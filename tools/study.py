@@ -145,6 +145,7 @@ ARMS = [  # in the order in which they are run; all others of a family are compa
     among_givers("grpo, public good", flags=f"{GIVERS} --algo grpo --weights {NO_BONUS}"),
     to_read("tompo, others", seeds=8),
     to_read("grpo, others", seeds=8, rft="--algo grpo"),
+    to_read("weights 0.2 0.8, others", seeds=8, rft="--weights A_S=0.2 A_G=0.8"),
     to_read("sft, others", seeds=8, sft=True),
     to_read("imitation, others", rft="--expert myopic --reward-from expert"),
 ]
