@@ -7,7 +7,7 @@ before, which only language models look at. Their names:
                   economics the second best is the highest welfare that is possible when agents still choose
                   their efforts for themselves; the first best is the planner's
     planner       the first best: the efficient graph at planner efforts, then planner efforts
-        nash          from the complete graph, all links go that cost one end more than they earn it at Nash
+    nash          from the complete graph, all links go that cost one end more than they earn it at Nash
                   efforts, and again, until all that are left pay; Nash efforts
     myopic        best response to the latest proposals, graph and efforts; where there are none yet, it
                   assumes that everybody consents to every link and plays effort alpha (PGG: the endowment)

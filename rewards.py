@@ -67,8 +67,8 @@ class Target:
 class Sample:
     """One sampled reply to a prompt, and what training makes of it. (It does not change the recorded game.)
     decision: what the strict parser reads in the reply, None if it is not compliant; rewards: every term by
-    name and, for the log, A^S and A^G; advantage: A_i; weight: w_i, the factor of
-    each of its tokens in the objective (train_rft.weigh)."""
+    name and, for the log, A^S and A^G; advantage: A_i; weight: w_i, the factor of each of its
+    tokens in the objective (train_rft.weigh)."""
 
     reply: Reply
     decision: Decision | None

@@ -127,7 +127,6 @@ def sft(
         for part in chunks([batch[i] for i in ranks.share(range(len(batch)))], micro_batch):
             # The engine splits the prompts of these conversations into passes, in an order of its own; within
             # a pass they are in the order of the data.
-
             prompts, replies = prompts_and_replies(part)
             weights = [weights for c in part for weights in c.weights]
             for own in map(sorted, policy.batches(prompts, replies, micro_batch)):
@@ -160,9 +159,8 @@ def new_adapter(policy: Policy, config: LoRA, seed: int, stream: Stream) -> lora
         lora.require_untied(policy.model)  # now, and not when SFT is done and is to be merged
     except ValueError as e:
         raise InputError(str(e)) from None
-        # A first pass, with gradients that are not kept, so that a layer that cannot be trained is named now.
+    # A first pass, with gradients that are not kept, so that a layer that cannot be trained is named now.
     what = "an adapter does not fit the layers of --targets"
-
     with library_errors(what, "; leave some out"), memory_errors("an adapter's first pass"):
         logp_T = policy.token_logps([[0, 1]], [[[0]]])[0]
         torch.autograd.grad(logp_T.sum(), lora.lora_parameters(policy.model), allow_unused=True)

@@ -51,7 +51,7 @@ def simulate(
     game by game. plays: of each game its index, its instance and its random numbers; noise: share of
     decisions replaced at random (without partners).
 
-        trained: with partners, of each game the one seat in which none of them sits. It plays at random, so
+    trained: with partners, of each game the one seat in which none of them sits. It plays at random, so
     that nothing can be learned by repeating what it did before. Its labels are the expert's, and their Belief
     lines say what the others really do in the same stage [choice]. (With the expert `random` all do.)"""
     made = style.recorded | dict(expert=expert.name, partners=partners.name if partners else None)

@@ -76,7 +76,9 @@ GIVERS = "--game pgg --types homogeneous --fix c=1 --partners planner --expert r
 GIVERS += " --sft-steps 24 --steps 16 --prompts 2 8 --reward-from game --dtype bfloat16"
 among_givers = partial(Arm, family="among those who give")  # does the policy give, too, or take a free ride?
 NO_BONUS = "local=0 global=0"
-SEEN = "--rounds 3 --partners second-best always-link never-link selfish --fix c=0.12 fee=1 --expert random"
+OTHERS = settings.PRESETS["others"]  # which eval.py has no flag for
+SEEN = " ".join(["--partners", *OTHERS["partners"], "--fix", *OTHERS["fix"]])
+SEEN += f" --rounds {OTHERS['rounds']} --expert {OTHERS['expert']}"
 to_read = partial(Arm, family="reading the others", flags="--preset others --dtype bfloat16", evaluation=SEEN)
 REUSED = "--steps 5 --inner-epochs 4"  # a quarter of the replies, as many updates: rho leaves 1
 in_epochs = partial(Arm, family="inner epochs", seeds=2)

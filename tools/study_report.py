@@ -39,7 +39,6 @@ LOG, LATER = "log(U1 x U3)", "U2 of links after round 1"
 # By family; else its own tompo, or tompo. None: nothing.
 REFERENCE = {"seats": "seat 0", "SFT alone": None, "inner epochs": "5 steps, 4 epochs"}
 SAME = "tompo, same numbers"  # the default, evaluated as the first 224 units: see above
-
 ADDED = ("s", "row", "U2", "belief")
 LEVELS = ("A_S idle", "A_G idle", "memory the same", "correlation", "signs differ")
 UPDATES = ("clip_fraction", "approx_kl", "max_ratio_error", "kl")

@@ -6,9 +6,9 @@ from decisions import EFFORTS, LINKS
 from games import game_from_json
 from play.expert_games import history_from_text
 from prompts import read_reply
-from rewards import TERMS, WEIGHTS, Target, accuracy, f1
+from rewards import TERMS, Target, accuracy, f1
 from run.files import read_lines
-from settings import KNOWN_WEIGHTS, LEVELS
+from settings import KNOWN_WEIGHTS
 from tools.page.games import decision_of
 from tools.page.text import LONGEST, clean, escaped, rounded, tell_game, thinned
 
@@ -63,13 +63,10 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
     """Every group of m replies whose prompt is known, of all steps or of those that fit on the page. asked:
     of read_prompts; budget: in characters."""
     named = [text.partition("=") for text in config.get("weights") or ()]
-    weights = WEIGHTS | LEVELS | {name: float(weight) for name, _, weight in named}
+    weights = KNOWN_WEIGHTS | {name: float(weight) for name, _, weight in named}
     m = config.get("m", 8)
-    terms = [
-        *TERMS,
-        *(name for name in weights if name not in KNOWN_WEIGHTS | TERMS),
-    ]  # of the run's own file
-    optional = {name: weights.get(name, 0) for name in terms}
+    own = [name for name in weights if name not in KNOWN_WEIGHTS | TERMS]  # terms of the run's own file
+    optional = {name: weights.get(name, 0) for name in (*TERMS, *own)}
     numbers, prompts, steps = {}, [], {}
     for s in samples:
         place = s["game"], s["stage"], s["seat"]
@@ -102,9 +99,7 @@ def groups_of(config: dict, samples: list[dict], asked: dict[tuple, tuple], budg
             "weights": [weights["A_S"], weights["A_G"]],
             "algo": config.get("algo", "tompo"),
             "advantage": objective.get("advantage", "std"),
-            "game": config.get("reward_from") == "game",
-            "welfare": config.get("reward_from") == "welfare",
-            "credit": config.get("reward_from") == "credit",
+            **{name: config.get("reward_from") == name for name in ("game", "welfare", "credit")},
         },
         "instances": len({prompt["key"] for prompt in prompts}),
         "groups": [group for i in chosen for group in groups[i]],
